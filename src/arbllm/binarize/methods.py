@@ -1,0 +1,57 @@
+"""The registry of methods. A new method is one file with a fit, one entry here, one test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from arbllm.binarize.alternating import fit_arb, fit_plain
+from arbllm.binarize.calibrated import fit_arb_x
+from arbllm.binarize.row_column import fit_arb_rc
+from arbllm.binarize.steps import Fit
+from arbllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the parameters of one zone are found.
+
+    Attributes:
+        name: as users type it.
+        summary: one line for help texts and model cards.
+        fit: ``fit(values (n, k), mask (n, k), order, iterations, gram (k, k) or None) -> Fit``.
+        has_means: zones carry row means.
+        has_column_scales: terms carry column scales.
+        calibrated: `fit` needs `gram`, the block's S = X^T X.
+    """
+
+    name: str
+    summary: str
+    fit: Callable[[Tensor, Tensor, int, int, Tensor | None], Fit]
+    has_means: bool = True
+    has_column_scales: bool = False
+    calibrated: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("billm", "plain row means and scales (BiLLM)", fit_plain),
+        Method("arb", "alternating refined row means and scales", fit_arb),
+        Method("arb-x", "ARB refined on calibration data", fit_arb_x, calibrated=True),
+        Method("arb-rc", "alternating refined row and column scales", fit_arb_rc, False, True),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by name.
+
+    Raises:
+        ConfigError: no such method; the message lists those that exist.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[name]

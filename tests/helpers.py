@@ -22,7 +22,7 @@ def random_matrix(
     column_scaled: bool = True,
     seed: int = 0,
 ) -> BinaryMatrix:
-    """A `BinaryMatrix` of random packed tensors that agree with one another; padding bits are zero, scales are positive.
+    """A `BinaryMatrix` of random packed tensors that agree with one another; padding bits are zero, scales positive.
 
     Args:
         rows: n.

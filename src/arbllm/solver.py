@@ -17,6 +17,7 @@ from arbllm.format.matrix import BinaryMatrix, SolveReport
 
 DAMPING_STEP = 4.0
 DAMPING_LIMIT = 1e4
+INVERSE_LEAF = 128
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,7 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
         shifted = damped + damping * unit * torch.eye(damped.shape[0], device=damped.device)
         lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
         if not failed:
-            reversed_factor = lower.flip(0, 1)
-            identity = torch.eye(damped.shape[0], device=damped.device)
-            upper = torch.linalg.solve_triangular(reversed_factor, identity, upper=True)
-            return Factor(hessian, upper, dead, damping)
+            return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping)
         warnings.warn(
             f"the Hessian is not positive definite at damping {damping:g}; trying {DAMPING_STEP * damping:g}", stacklevel=2
         )
@@ -135,6 +133,19 @@ def _solve(original: Tensor, factor: Factor, config: BinarizationConfig) -> tupl
         remaining[:, end:] -= _compensation(error, triangle, config.compensation) @ factor.upper[start:end, end:]
         fits.append(fit)
     return fits, reconstruction
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves, a third of the work of solving against the identity."""
+    size = upper.shape[0]
+    if size <= INVERSE_LEAF:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = _inverse(upper[:half, :half])
+    inverse[half:, half:] = _inverse(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
+    return inverse
 
 
 def _compensation(error: Tensor, triangle: Tensor, form: str) -> Tensor:

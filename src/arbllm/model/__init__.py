@@ -1,0 +1,1 @@
+"""A whole model: open it, find its decoder blocks, and binarize their linears one block at a time."""

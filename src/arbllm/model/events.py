@@ -1,0 +1,113 @@
+"""What happens while a model is quantized, as plain records for a display or a log.
+
+A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear and one
+`BlockFinished`. Blocks are numbered from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Base of all events.
+
+    Attributes:
+        event: the kind, as logs name it.
+    """
+
+    event: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a line of JSON, `event` first."""
+        return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class JobStarted(_Record):
+    """The model has been walked and checked.
+
+    Attributes:
+        blocks: decoder blocks.
+        linears: linears in all blocks.
+        weights: their weights.
+    """
+
+    event: ClassVar[str] = "job_started"
+    blocks: int
+    linears: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class BlockStarted(_Record):
+    """Block `block` of `blocks` begins."""
+
+    event: ClassVar[str] = "block_started"
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class LinearQuantized(_Record):
+    """One linear has been binarized.
+
+    Attributes:
+        block: its decoder block.
+        blocks: decoder blocks in all.
+        name: its full name in the model, as in config.json.
+        rows: output features, n.
+        columns: input features, m.
+        output_error: tr(D H D^T) / tr(W H W^T), D = W - W_hat.
+        weight_error: ||D||_F^2 / ||W||_F^2.
+        nominal_bits: signs per weight.
+        true_bits: stored bits per weight, everything included.
+        bytes: stored bytes, without the bias.
+        damping: the damping factor that made the Hessian positive definite.
+        seconds: time in the solver, with this linear's share of the factorisation.
+    """
+
+    event: ClassVar[str] = "linear_quantized"
+    block: int
+    blocks: int
+    name: str
+    rows: int
+    columns: int
+    output_error: float
+    weight_error: float
+    nominal_bits: float
+    true_bits: float
+    bytes: int
+    damping: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockFinished(_Record):
+    """Block `block` is packed.
+
+    Attributes:
+        block: the decoder block.
+        blocks: decoder blocks in all.
+        seconds: wall-clock time of the block.
+        capture_seconds: of it, the forward pass that gathers the Hessians.
+        solve_seconds: of it, the solver.
+        propagate_seconds: of it, the forward pass through the quantized block; 0 for the last block.
+        peak_memory_bytes: the process's peak resident memory so far, or on a GPU the peak that tensors took there.
+    """
+
+    event: ClassVar[str] = "block_finished"
+    block: int
+    blocks: int
+    seconds: float
+    capture_seconds: float
+    solve_seconds: float
+    propagate_seconds: float
+    peak_memory_bytes: int
+
+
+Event = JobStarted | BlockStarted | LinearQuantized | BlockFinished
+OnEvent = Callable[[Event], None]

@@ -22,14 +22,16 @@ class BinarizationConfig:
 
     Attributes:
         method: a name from `arbllm.binarize.methods.METHODS`: billm, arb, arb-x, arb-rc.
-        partition: how weights share parameters. `none`: one zone a block; `column`: salient columns apart, with two signs a
-            weight; `group`: large and small weights apart; `column+group`: both (BiLLM's three zones); `cgb`: both, and the
-            salient columns in groups too (the paper's column-group bitmap, four zones).
+        partition: how weights share parameters. `none`: one zone a block; `column`: salient columns apart, with two
+            signs a weight; `group`: large and small weights apart; `column+group`: both (BiLLM's three zones); `cgb`:
+            both, and the salient columns in groups too (the paper's column-group bitmap, four zones).
         groups: 2 (a 1-bit group bitmap) or 4 (2 bits).
         block_size: columns of a block, K.
         iterations: alternating refinement steps, T; a block stops sooner when its error no longer falls.
-        split_on: choose the group threshold by the error of the `weight` itself or of the `saliency` matrix (as the paper's reference does).
-        compensation: how a block's error is spread over later columns: `exact` (least squares) or `reference` (as BiLLM and the paper).
+        split_on: choose the group threshold by the error of the `weight` itself, or of the `saliency` matrix as the
+            paper's reference implementation does.
+        compensation: how a block's error is spread over later columns: `exact` (the least-squares optimum) or
+            `reference` (as BiLLM and the paper).
         damping: lambda, in units of the mean of diag H.
 
     Raises:

@@ -55,15 +55,14 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
     damped.diagonal()[dead] = 1.0
     unit = damped.diagonal().mean()
     while damping < DAMPING_LIMIT:
-        # With J the reversal of the order, chol(J A J) gives A = R R^T, R upper triangular, and so A^-1 = U^T U, U = R^-1.
+        # With J the reversal of order, chol(J A J) gives A = R R^T, R upper triangular, so A^-1 = U^T U with U = R^-1.
         shifted = damped + damping * unit * torch.eye(damped.shape[0], device=damped.device)
         lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
         if not failed:
             return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping)
-        warnings.warn(
-            f"the Hessian is not positive definite at damping {damping:g}; trying {DAMPING_STEP * damping:g}", stacklevel=2
-        )
-        damping *= DAMPING_STEP
+        raised = DAMPING_STEP * damping
+        warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=2)
+        damping = raised
     raise ModelError("its Hessian is not positive definite at any damping: calibrate on more or other text")
 
 

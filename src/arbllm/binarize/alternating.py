@@ -5,7 +5,6 @@ All functions work on one zone: `values` float32 (n, k) and `mask` bool (n, k). 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from arbllm.binarize.block import Term, Zone, nearest_signs, signs_of
@@ -47,9 +46,8 @@ def fit_plain(values: Tensor, mask: Tensor, order: int, iterations: int, gram: T
 def fit_arb(values: Tensor, mask: Tensor, order: int, iterations: int, gram: Tensor | None) -> Fit:
     """ARB: up to `iterations` rounds of means, scales and signs from the plain start (paper algorithm 1)."""
     step = _first_order_step if order == 1 else _second_order_step
-    return refine(
-        plain(values, mask, order), lambda zone: step(values, zone), lambda zone: squared_error(values, zone), iterations
-    )
+    start = plain(values, mask, order)
+    return refine(start, lambda zone: step(values, zone), lambda zone: squared_error(values, zone), iterations)
 
 
 def squared_error(values: Tensor, zone: Zone) -> float:

@@ -49,7 +49,7 @@ class Zone:
     row_means: Tensor | None = None
 
     def reconstruct(self) -> Tensor:
-        """mu 1^T + sum of terms, float32 (n, k), not masked."""
+        """Mu 1^T + sum of terms, float32 (n, k), not masked."""
         value = self.terms[0].reconstruct()
         for term in self.terms[1:]:
             value = value + term.reconstruct()

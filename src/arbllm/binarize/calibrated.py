@@ -1,4 +1,4 @@
-"""ARB-X: means and scales refitted under the calibrated error L2 = tr(R S R^T) (paper section 3.2). Arguments as in `alternating`."""
+"""ARB-X: means and scales refitted under the calibrated error L2 = tr(R S R^T) (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def fit_arb_x(values: Tensor, mask: Tensor, order: int, iterations: int, gram: T
     products of these few vectors under S: n x k x k numbers are never formed, and a round costs O(n).
 
     Args:
+        values: W, float32 (n, k).
+        mask: the zone, bool (n, k).
+        order: terms, 1 or 2.
+        iterations: T, for either phase.
         gram: S (k, k), the block's X^T X up to a factor, on the part's columns.
 
     Returns:

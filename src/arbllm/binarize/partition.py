@@ -16,12 +16,15 @@ PERCENTILES = tuple(range(10, 91))
 SWEEPS = 3
 SAMPLE = 16384
 
+# Entries [start, stop) of each sorted row, int64 (n, T) each.
+Span = tuple[Tensor, Tensor]
+
 
 def salient_columns(saliency: Tensor) -> Tensor:
     """The column bitmap of a block, found as in the paper: the top k columns by summed saliency, k = 1 .. 49.
 
-    The k is kept whose error on the saliency matrix itself is least, with both the top columns and the rest quantized to
-    second order by the plain quantizer, as the reference implementation does.
+    The k is kept whose error on the saliency matrix itself is least, with both the top columns and the rest quantized
+    to second order by the plain quantizer, as the reference implementation does.
 
     Args:
         saliency: s_ij = W_ij^2 / U_jj^2, float32 (n, K).
@@ -75,13 +78,13 @@ def split_by_weight(values: Tensor, groups: int, centered: bool) -> Tensor:
 
 
 def split_by_saliency(saliency: Tensor, groups: int, zeros: int) -> Tensor:
-    """Group numbers by saliency as the reference implementation finds them; four groups by splitting the small part again.
+    """Group numbers by saliency, found as the reference implementation does; four groups split the small part again.
 
     Args:
         saliency: float32 (n, k).
         groups: 2 or 4.
-        zeros: entries of value zero that the percentiles count beside these (the reference takes them over the whole block
-            with its salient columns blanked).
+        zeros: entries of value zero that the percentiles count beside these (the reference takes them over the whole
+            block with its salient columns blanked).
 
     Returns:
         uint8 (n, k), 0 for the smallest saliency.
@@ -114,9 +117,9 @@ def _best(prefix: _Prefix, candidates: Tensor, below: Tensor | None, above: Tens
     inside = candidates[(candidates >= low) & (candidates <= high)]
     if inside.numel() == 0:
         return low
-    errors = prefix.errors(None if below is None else below.expand_as(inside), inside)
-    errors = errors + prefix.errors(inside, None if above is None else above.expand_as(inside))
-    return inside[errors.argmin()]
+    middle = prefix.within(inside)
+    bounds = prefix.within(below), prefix.within(above, everything=True)
+    return inside[(prefix.errors(bounds[0], middle) + prefix.errors(middle, bounds[1])).argmin()]
 
 
 def _sample(values: Tensor) -> Tensor:
@@ -158,11 +161,17 @@ class _Prefix:
         squares = torch.nn.functional.pad(ordered.square().cumsum(1), (1, 0))
         return cls(ordered, sums, squares, (ordered < 0).sum(1, keepdim=True), centered)
 
-    def errors(self, low: Tensor | None, high: Tensor | None) -> Tensor:
-        """Summed plain error of the weights with low < |w| <= high, for each of T pairs; None means no bound. Float32 (T)."""
-        inner_left, inner_right = self._edges(low, outer=False)
-        outer_left, outer_right = self._edges(high, outer=True)
-        spans = ((outer_left, inner_left), (inner_right, outer_right))
+    def within(self, threshold: Tensor | None, everything: bool = False) -> Span:
+        """The entries of each row with |w| <= threshold, for T thresholds; None means no entry, or every one."""
+        if threshold is None:
+            every = torch.zeros_like(self.zero), torch.full_like(self.zero, self.ordered.shape[1])
+            return every if everything else (self.zero, self.zero)
+        wanted = threshold.expand(self.ordered.shape[0], threshold.numel()).contiguous()
+        return torch.searchsorted(self.ordered, -wanted), torch.searchsorted(self.ordered, wanted, right=True)
+
+    def errors(self, inner: Span, outer: Span) -> Tensor:
+        """Summed plain error of the weights inside `outer` but not `inner`, for each of T thresholds. Float32 (T)."""
+        spans = ((outer[0], inner[0]), (inner[1], outer[1]))
         count = sum(stop - start for start, stop in spans)
         squares = sum(_between(self.squares, span) for span in spans)
         left, right = (_between(self.sums, span) for span in spans)
@@ -174,17 +183,7 @@ class _Prefix:
         deviation = sum(self._deviation(span, middle, means) for span in spans)
         return (squares - count * means.square() - deviation.square() / safe).sum(0)
 
-    def _edges(self, threshold: Tensor | None, outer: bool) -> tuple[Tensor, Tensor]:
-        """Index ranges of |w| <= threshold: entries [left, right) of each row, int64 (n, T) each."""
-        if threshold is None:
-            return (torch.zeros_like(self.zero), torch.full_like(self.zero, self.ordered.shape[1])) if outer else (
-                self.zero,
-                self.zero,
-            )
-        wanted = threshold.expand(self.ordered.shape[0], -1).contiguous()
-        return torch.searchsorted(self.ordered, -wanted), torch.searchsorted(self.ordered, wanted, right=True)
-
-    def _deviation(self, span: tuple[Tensor, Tensor], middle: Tensor, means: Tensor) -> Tensor:
+    def _deviation(self, span: Span, middle: Tensor, means: Tensor) -> Tensor:
         """Sum of |w - mean| over a span, float32 (n, T)."""
         start, stop = span
         cut = torch.minimum(torch.maximum(middle, start), stop)
@@ -193,6 +192,6 @@ class _Prefix:
         return above + below
 
 
-def _between(cumulative: Tensor, span: tuple[Tensor, Tensor]) -> Tensor:
+def _between(cumulative: Tensor, span: Span) -> Tensor:
     start, stop = torch.broadcast_tensors(*span)
     return cumulative.gather(1, stop) - cumulative.gather(1, start)

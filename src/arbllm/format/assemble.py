@@ -17,8 +17,8 @@ from arbllm.format.matrix import BinaryMatrix, SolveReport
 def assemble(blocks: Sequence[Block], report: SolveReport | None = None) -> BinaryMatrix:
     """Pack the blocks of one matrix, left to right. All but the last have the same width.
 
-    Zones of a part share its columns; in every block the regular parts have the same number of zones, and so do the salient
-    ones, and either all zones have row means (column scales) or none.
+    Zones of a part share its columns; in every block the regular parts have the same number of zones, and so do the
+    salient ones, and either all zones have row means (column scales) or none.
 
     Raises:
         ModelError: a scale does not fit float16.

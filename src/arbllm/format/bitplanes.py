@@ -1,6 +1,8 @@
-"""Bits packed eight to a byte along the last dimension; bit j of a row is bit j % 8 (least significant first) of byte j // 8."""
+"""Bits packed eight to a byte along the last dimension: bit j of a row is bit j % 8 of byte j // 8, least first."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,5 +24,18 @@ def pack(bits: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, length: int) -> Tensor:
     """The first `length` bits of packed bytes (..., ceil(length / 8)), as a boolean tensor (..., length)."""
-    bits = (packed.unsqueeze(-1) & _bit_values(packed.device)) != 0
-    return bits.flatten(-2)[..., :length]
+    return unpack_values(packed, length, 0, 1).view(torch.bool)
+
+
+def unpack_values(packed: Tensor, length: int, clear: int, set: int) -> Tensor:
+    """As `unpack`, with the value `clear` for a 0 and `set` for a 1, int8 (..., length)."""
+    octets = _octets(clear, set, packed.device).index_select(0, packed.flatten().int())
+    return octets.view(torch.int8).view(*packed.shape[:-1], -1)[..., :length]
+
+
+@cache
+def _octets(clear: int, set: int, device: torch.device) -> Tensor:
+    """What each byte unpacks to, eight int8 values seen as one int64 (256): a byte costs one look-up."""
+    with torch.inference_mode(False):
+        octets = (torch.arange(256, device=device).unsqueeze(1) & _bit_values(device)) != 0
+        return torch.where(octets, set, clear).to(torch.int8).view(torch.int64).squeeze(1)

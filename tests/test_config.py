@@ -1,0 +1,43 @@
+import pytest
+
+from arbllm.config import BinarizationConfig
+from arbllm.errors import ConfigError
+
+
+def test_defaults_and_round_trip():
+    config = BinarizationConfig(method="arb-x", groups=4, damping=0.02)
+    assert BinarizationConfig.from_dict(config.to_dict()) == config
+    assert BinarizationConfig().to_dict() == {
+        "method": "arb-rc",
+        "partition": "cgb",
+        "groups": 2,
+        "block_size": 128,
+        "iterations": 15,
+        "split_on": "weight",
+        "compensation": "exact",
+        "damping": 0.01,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("method", "gptq", "billm, arb, arb-x, arb-rc"),
+        ("partition", "rows", "column\\+group"),
+        ("groups", 3, "2, 4"),
+        ("split_on", "x", "weight, saliency"),
+        ("compensation", "none", "exact, reference"),
+        ("block_size", 4, "at least 8"),
+        ("block_size", 12.5, "whole number"),
+        ("iterations", -1, "at least 0"),
+        ("damping", 0, "between 0 and 1"),
+    ],
+)
+def test_bad_options_name_what_is_allowed(option, value, says):
+    with pytest.raises(ConfigError, match=says):
+        BinarizationConfig(**{option: value})
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ConfigError, match="unknown option 'colour'"):
+        BinarizationConfig.from_dict({"colour": 1})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arbllm.errors import CheckpointError
-from arbllm.format.bitplanes import unpack
+from arbllm.format.bitplanes import unpack, unpack_values
 from arbllm.format.layout import Layout
 
 ROW_TILE = 256
@@ -23,7 +24,7 @@ class SolveReport:
         output_error: tr(D H D^T) / tr(W H W^T), D = W - W_hat; 0 where the layer has no output.
         weight_error: ||D||_F^2 / ||W||_F^2.
         damping: the damping factor that made H positive definite (see `BinarizationConfig.damping`).
-        error_history: one tuple a block: the block's summed error, as its method measures it, after the start and after each step.
+        error_history: one tuple a block: its error, as the method measures it, after the start and after each step.
     """
 
     output_error: float
@@ -36,8 +37,9 @@ class SolveReport:
 class BinaryMatrix:
     """A binarized n x m weight, packed. Shapes and dtypes of all tensors: `Layout.tensors`; bit order: `bitplanes`.
 
-    Weight (i, j) of a regular column in block b and group g is ``row_means + sign * row_scales[i, slot] * column_scales[g, j]``;
-    a salient column adds a second signed term. Without column scales the factor is 1, without row means the summand is 0.
+    Weight (i, j) of a regular column in group g is ``mean + sign * row_scales[i, slot] * column_scales[g, j]``, mean
+    and slot being those of its block and group; a salient column adds a second signed term. Without column scales the
+    factor is 1, without row means the summand is 0.
 
     Attributes:
         layout: sizes.
@@ -68,7 +70,8 @@ class BinaryMatrix:
         """Build from stored tensors, checking each against the layout.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected, or has another dtype or shape; the message names `name.tensor`.
+            CheckpointError: a tensor is missing, unexpected, or has another dtype or shape; the message names
+                `name.tensor`.
         """
         expected = layout.tensors()
         for key in tensors:
@@ -82,7 +85,8 @@ class BinaryMatrix:
                 raise CheckpointError(
                     f"{name}.{key}: expected {dtype} {list(shape)}, found {found.dtype} {list(found.shape)}"
                 )
-        return cls(layout=layout, **{key: tensors[key] for key in expected})
+        stored: dict[str, Any] = {key: tensors[key] for key in expected}
+        return cls(layout=layout, **stored)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, in file order."""
@@ -90,7 +94,8 @@ class BinaryMatrix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> BinaryMatrix:
         """The same matrix with every stored tensor passed through `change` (for example to another device)."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,74 +124,121 @@ class BinaryMatrix:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (n, m), computed in float32 and rounded to `dtype`."""
-        tiles = [self.dequantize_rows(start, start + ROW_TILE, dtype) for start in range(0, self.layout.rows, ROW_TILE)]
-        return torch.cat(tiles)
+        dense = torch.empty(self.shape, dtype=dtype, device=self.signs.device)
+        for rows, tile in self.tiles():
+            dense[rows] = tile
+        return dense
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [start, stop) of the dense weight, computed in float32 and rounded to `dtype`."""
-        columns = self._columns()
-        signs = unpack(self.signs[start:stop], self.layout.columns)
-        groups = self._groups(start, stop)
-        scales = self.row_scales[start:stop].float()
-        weight = _term(scales, columns.scale_slots, 1, groups, self.layout.groups, signs, columns.regular_scales)
-        if columns.salient.numel():
-            index = columns.salient
-            codes = None if groups is None else groups[:, index]
-            second = unpack(self.second_signs[start:stop], index.numel())  # type: ignore[index]
-            slots, factors = columns.scale_slots[index], columns.salient_scales
-            first_factors, second_factors = (None, None) if factors is None else factors.unbind(1)
-            count = self.layout.salient_groups
-            value = _term(scales, slots, 2, codes, count, signs[:, index], first_factors)
-            value += _term(scales, slots + 1, 2, codes, count, second, second_factors)
-            weight[:, index] = value
-        if self.row_means is not None:
-            count = max(self.layout.groups, self.layout.salient_groups)
-            weight += _pick(self.row_means[start:stop].float(), columns.mean_slots, 1, groups, count, None)
-        return weight.to(dtype)
+        return self._rows(slice(start, stop), self._columns()).to(dtype)
 
-    def _groups(self, start: int, stop: int) -> Tensor | None:
-        """Group numbers (rows, m), uint8, or None with one group."""
-        if self.group_bitmap is None:
-            return None
-        planes = unpack(self.group_bitmap[start:stop], self.layout.columns).to(torch.uint8)
-        return planes[:, 0] if planes.shape[1] == 1 else planes[:, 0] + 2 * planes[:, 1]
+    def tiles(self, dtype: torch.dtype = torch.float32, rows: int = ROW_TILE) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight, `rows` rows at a time: pairs of a slice of the rows and their values (rows, m)."""
+        columns = self._columns()
+        for start in range(0, self.layout.rows, rows):
+            tile = slice(start, min(start + rows, self.layout.rows))
+            yield tile, self._rows(tile, columns).to(dtype)
+
+    def _rows(self, rows: slice, columns: _Columns) -> Tensor:
+        """Some rows of the dense weight, float32: regular values everywhere, then the salient columns over them."""
+        layout = self.layout
+        signs = unpack_values(self.signs[rows], layout.columns, -1, 1)
+        planes: tuple[Tensor, ...] = ()
+        if self.group_bitmap is not None:
+            planes = unpack_values(self.group_bitmap[rows], layout.columns, 0, -1).unbind(1)
+        scales = self.row_scales[rows].float()
+        means = None if self.row_means is None else self.row_means[rows].float()
+
+        values = [columns.spread(scales, columns.scale_slots + g, g) for g in range(layout.groups)]
+        weight = _choose(values, planes).mul_(signs)
+        if means is not None:
+            weight += _choose([columns.spread(means, columns.mean_slots + g) for g in range(layout.groups)], planes)
+        if self.second_signs is None:
+            return weight
+
+        index = columns.salient
+        planes = tuple(plane.index_select(1, index) for plane in planes)
+        second = unpack_values(self.second_signs[rows], layout.salient, -1, 1)
+        salient = torch.zeros(len(weight), layout.salient, device=weight.device)
+        for term, term_signs in enumerate((signs.index_select(1, index), second)):
+            slots = columns.salient_scale_slots + term
+            values = [scales.index_select(1, slots + 2 * g) for g in range(layout.salient_groups)]
+            if columns.salient_factors is not None:
+                values = [value.mul_(columns.salient_factors[g, term]) for g, value in enumerate(values)]
+            salient += _choose(values, planes).mul_(term_signs)
+        if means is not None:
+            slots = columns.salient_mean_slots
+            salient += _choose([means.index_select(1, slots + g) for g in range(layout.salient_groups)], planes)
+        return weight.index_copy_(1, index, salient)
 
     def _columns(self) -> _Columns:
         """Where the columns find their parameters; O(m), so it is computed anew rather than kept in step."""
         layout, device = self.layout, self.signs.device
-        if self.column_bitmap is None:
-            salient = torch.zeros(layout.columns, dtype=torch.bool, device=device)
-        else:
+        salient = torch.zeros(layout.columns, dtype=torch.bool, device=device)
+        if self.column_bitmap is not None:
             salient = unpack(self.column_bitmap, layout.columns)
-        regular_scales = salient_scales = None
+        factors = None
         if layout.column_scaled:
-            regular_scales = torch.ones(layout.groups, layout.columns, device=device)
+            factors = torch.ones(layout.groups, layout.blocks * layout.block_size, device=device)
             if self.column_scales is not None:
-                regular_scales[:, ~salient] = self.column_scales.float()
-            if self.salient_column_scales is not None:
-                salient_scales = self.salient_column_scales.float()
+                factors[:, : layout.columns][:, ~salient] = self.column_scales.float()
+        index = salient.nonzero().squeeze(1)
+        block = index // layout.block_size
+        scale_slots, salient_scale_slots = slots(salient, layout.block_size, layout.groups, 2 * layout.salient_groups)
+        mean_slots, salient_mean_slots = slots(salient, layout.block_size, layout.groups, layout.salient_groups)
         return _Columns(
-            salient=salient.nonzero().squeeze(1),
-            scale_slots=slots(salient, layout.block_size, layout.groups, 2 * layout.salient_groups),
-            mean_slots=slots(salient, layout.block_size, layout.groups, layout.salient_groups),
-            regular_scales=regular_scales,
-            salient_scales=salient_scales,
+            width=layout.columns,
+            block_size=layout.block_size,
+            scale_slots=scale_slots,
+            mean_slots=mean_slots,
+            factors=factors,
+            salient=index,
+            salient_scale_slots=salient_scale_slots[block],
+            salient_mean_slots=salient_mean_slots[block],
+            salient_factors=None if self.salient_column_scales is None else self.salient_column_scales.float(),
         )
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Per column: first slot of its zones (m), column factors (groups, m), and the salient columns' indices (c)."""
+    """Where the columns of a matrix find their parameters.
 
-    salient: Tensor
+    Attributes:
+        width: m.
+        block_size: K.
+        scale_slots: first row scale of each block's regular columns, int64 (blocks).
+        mean_slots: the same for row means.
+        factors: column scales of the regular columns, 1 elsewhere, float32 (groups, blocks * K), or None.
+        salient: the salient columns, int64 (c).
+        salient_scale_slots: first row scale of each salient column, int64 (c).
+        salient_mean_slots: the same for row means.
+        salient_factors: float32 (salient_groups, 2, c), or None.
+    """
+
+    width: int
+    block_size: int
     scale_slots: Tensor
     mean_slots: Tensor
-    regular_scales: Tensor | None
-    salient_scales: Tensor | None
+    factors: Tensor | None
+    salient: Tensor
+    salient_scale_slots: Tensor
+    salient_mean_slots: Tensor
+    salient_factors: Tensor | None
+
+    def spread(self, parameters: Tensor, slots: Tensor, group: int | None = None) -> Tensor:
+        """One parameter a row and block (rows, S) at all columns (rows, m), times the column scales of `group`."""
+        # A block of salient columns alone has no regular slot: what it reads here is overwritten.
+        value = parameters.index_select(1, slots.clamp(max=parameters.shape[1] - 1)).unsqueeze(2)
+        if group is None or self.factors is None:
+            value = value.expand(-1, -1, self.block_size).contiguous()
+        else:
+            value = value * self.factors[group].view(-1, self.block_size)
+        return value.flatten(1)[:, : self.width]
 
 
-def slots(salient: Tensor, block_size: int, regular_width: int, salient_width: int) -> Tensor:
-    """First slot of each column's zones: blocks in order, in a block the regular zones before the salient ones.
+def slots(salient: Tensor, block_size: int, regular_width: int, salient_width: int) -> tuple[Tensor, Tensor]:
+    """First slots of each block's regular and salient zones: blocks in order, in a block the regular zones first.
 
     Args:
         salient: bool (m), the column bitmap.
@@ -195,35 +247,35 @@ def slots(salient: Tensor, block_size: int, regular_width: int, salient_width: i
         salient_width: further slots of a block that has a salient column.
 
     Returns:
-        int64 (m).
+        Two int64 tensors (blocks). Where a block has no column of the kind, its entry means nothing.
     """
-    block = torch.arange(salient.numel(), device=salient.device) // block_size
-    count = int(block[-1]) + 1
-    has_salient = torch.zeros(count, dtype=torch.bool, device=salient.device).index_fill_(0, block[salient], True)
-    has_regular = torch.zeros(count, dtype=torch.bool, device=salient.device).index_fill_(0, block[~salient], True)
-    regular, widths = regular_width * has_regular, salient_width * has_salient
-    starts = (regular + widths).cumsum(0) - widths
-    return starts[block] - torch.where(salient, 0, regular[block])
+    length, device = salient.numel(), salient.device
+    block = torch.arange(length, device=device) // block_size
+    present = torch.zeros(2, -(-length // block_size), dtype=torch.int64, device=device)
+    present[salient.long(), block] = 1
+    regular, widths = regular_width * present[0], salient_width * present[1]
+    starts = (regular + widths).cumsum(0) - regular - widths
+    return starts, starts + regular
 
 
-def _pick(values: Tensor, first: Tensor, stride: int, groups: Tensor | None, count: int, factors: Tensor | None) -> Tensor:
-    """values[i, first[j] + stride * group(i, j)] * factors[group, j] for every weight, float32 (rows, columns)."""
-    last = values.shape[1] - 1
-    picked = values[:, first.clamp(max=last)]
-    if factors is not None:
-        picked *= factors[0]
-    for group in range(1, count if groups is not None else 1):
-        other = values[:, (first + stride * group).clamp(max=last)]
-        if factors is not None:
-            other *= factors[group]
-        picked = torch.where(groups == group, other, picked)
-    return picked
+def _choose(candidates: Sequence[Tensor], planes: Sequence[Tensor]) -> Tensor:
+    """The candidate that each weight's group bits name, float32 (rows, columns); the candidates are used up.
+
+    Args:
+        candidates: one value of every weight for each group, 1, 2 or 4 of them.
+        planes: bit planes of the group numbers, least significant first, int8, all ones where set.
+    """
+    for plane in planes:
+        if len(candidates) == 1:
+            break
+        candidates = [_select(*pair, plane) for pair in zip(candidates[::2], candidates[1::2], strict=True)]
+    return candidates[0]
 
 
-def _term(
-    scales: Tensor, first: Tensor, stride: int, groups: Tensor | None, count: int, signs: Tensor, factors: Tensor | None
-) -> Tensor:
-    """One signed term: `_pick`, negated where the sign bit is clear."""
-    picked = _pick(scales, first, stride, groups, count, factors)
-    return torch.where(signs, picked, -picked)
-
+def _select(low: Tensor, high: Tensor, plane: Tensor) -> Tensor:
+    """`high` where the plane is set, else `low`; in place and bitwise, as torch.where is many times slower on a CPU."""
+    bits, difference = low.view(torch.int32), high.view(torch.int32)
+    difference ^= bits
+    difference &= plane
+    bits ^= difference
+    return low

@@ -1,0 +1,117 @@
+"""Bytes and bits of packed matrices, counted from their layouts alone.
+
+*Nominal* bits count one sign a weight, two in salient columns: what papers quote. *True* bits count all that is stored,
+bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per weight of the
+linears that were packed; embeddings and other dense tensors are counted apart, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from math import prod
+
+from arbllm.format.layout import Layout
+
+
+@dataclass(frozen=True)
+class StorageSize:
+    """What one packed matrix, or several together, store.
+
+    Attributes:
+        weights: number of weights.
+        salient_weights: those in salient columns, which have a second sign.
+        signs: bytes of first signs.
+        group_bitmap: bytes of the group bitmap.
+        column_bitmap: bytes of the column bitmap.
+        second_signs: bytes of second signs.
+        row_scales: bytes of row scales.
+        row_means: bytes of row means.
+        column_scales: bytes of column scales, of regular and salient columns.
+    """
+
+    weights: int = 0
+    salient_weights: int = 0
+    signs: int = 0
+    group_bitmap: int = 0
+    column_bitmap: int = 0
+    second_signs: int = 0
+    row_scales: int = 0
+    row_means: int = 0
+    column_scales: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, in the order of the attributes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> dict[str, float]:
+        """True bits per weight by part."""
+        return {name: 8 * size / self.weights for name, size in self.parts.items()}
+
+    @property
+    def true_bits(self) -> float:
+        """Stored bits per weight, everything included; 0 without weights."""
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+    @property
+    def nominal_bits(self) -> float:
+        """Signs per weight; 0 without weights."""
+        return 1 + self.salient_weights / self.weights if self.weights else 0.0
+
+    def __add__(self, other: StorageSize) -> StorageSize:
+        return StorageSize(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def matrix_size(layout: Layout) -> StorageSize:
+    """What one matrix of this layout stores; agrees with `BinaryMatrix.nbytes` to the byte."""
+    stored = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.tensors().items()}
+    stored["column_scales"] = stored.get("column_scales", 0) + stored.pop("salient_column_scales", 0)
+    return StorageSize(weights=layout.weights, salient_weights=layout.rows * layout.salient, **stored)
+
+
+def total_size(layouts: Iterable[Layout]) -> StorageSize:
+    """What matrices of these layouts store together. Bits per weight are thereby weighted by the matrices' weights."""
+    return sum((matrix_size(layout) for layout in layouts), StorageSize())
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a packed model stores, in bytes.
+
+    Attributes:
+        linears: the packed matrices, without their biases.
+        embeddings: dense matrices: embeddings, a head of its own, and linears that were left as they were.
+        rest: norms and biases.
+    """
+
+    linears: StorageSize
+    embeddings: int
+    rest: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors. The files hold their headers on top: names, shapes and checksums."""
+        return self.linears.nbytes + self.embeddings + self.rest
+
+
+def model_size(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[tuple[int, ...], int]]) -> ModelSize:
+    """What a model stores.
+
+    Args:
+        layouts: layout of every packed linear by module name.
+        shapes: shape and bytes of every stored tensor by name, packed ones too.
+    """
+    packed = {f"{module}.{name}" for module, layout in layouts.items() for name in layout.tensors()}
+    dense = [(shape, nbytes) for name, (shape, nbytes) in shapes.items() if name not in packed]
+    return ModelSize(
+        linears=total_size(layouts.values()),
+        embeddings=sum(nbytes for shape, nbytes in dense if len(shape) > 1),
+        rest=sum(nbytes for shape, nbytes in dense if len(shape) <= 1),
+    )

@@ -1,0 +1,1 @@
+"""y = x W^T straight from the packed form: one entry of `dispatch.KERNELS` a kernel."""

@@ -1,0 +1,29 @@
+"""The plain PyTorch kernel: a tile of rows is unpacked, multiplied and dropped. It runs wherever PyTorch does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arbllm.format.matrix import BinaryMatrix
+
+
+def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
+    """Multiply by the packed weight: y = x W^T.
+
+    On a CPU half-precision products are computed in float32, which is faster there and no less exact; elsewhere in the
+    dtype of x.
+
+    Args:
+        x: (..., m) of any floating dtype and any strides.
+        matrix: the packed W (n, m), on the device of x.
+
+    Returns:
+        (..., n) in the dtype of x. Dense rows of W exist `format.matrix.ROW_TILE` at a time.
+    """
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = x.new_empty(len(rows), matrix.layout.rows)
+    for tile, weight in matrix.tiles(dtype):
+        y[:, tile] = rows @ weight.T
+    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y

@@ -1,0 +1,107 @@
+"""`BinaryLinear`: a linear layer that holds and computes with a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from arbllm.format.layout import Layout
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels.dispatch import matmul
+
+
+class BinaryLinear(nn.Module):
+    """y = x W^T + bias with W packed, in place of `nn.Linear` (or GPT-2's `Conv1D`).
+
+    The tensors of `Layout.tensors` are buffers by their own names. They keep their dtypes through `.to(dtype)`,
+    `.half()` and the like, which reach the bias alone: scales stay as the checkpoint holds them, whatever the model
+    computes in.
+
+    >>> layer = BinaryLinear.from_matrix(arbllm.quantize_matrix(linear.weight, hessian, config), linear.bias)
+
+    Attributes:
+        layout: sizes of the packed weight.
+        bias: float (n), or None.
+        transposed: whether the layer took the place of a `Conv1D`, which stores its weight as (m, n). W is (n, m) here
+            all the same; only an export to the dense form needs to know.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool = False,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer, to be filled from a checkpoint.
+
+        Args:
+            layout: sizes of the packed weight.
+            bias: whether there is a bias.
+            transposed: see the class.
+            device: where the tensors are made, `meta` for none at all.
+            dtype: of the bias.
+        """
+        super().__init__()
+        self.layout = layout
+        self.transposed = transposed
+        for name, (stored, shape) in layout.tensors().items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        empty = nn.Parameter(torch.empty(layout.rows, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", empty if bias else None)
+
+    @classmethod
+    def from_matrix(cls, matrix: BinaryMatrix, bias: Tensor | None = None, transposed: bool = False) -> BinaryLinear:
+        """A layer around a packed weight; it shares the tensors of `matrix` and `bias`."""
+        layer = cls(matrix.layout, transposed=transposed, device="meta")
+        for name, tensor in matrix.tensors().items():
+            layer.register_buffer(name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """The input width m."""
+        return self.layout.columns
+
+    @property
+    def out_features(self) -> int:
+        """The output width n."""
+        return self.layout.rows
+
+    @property
+    def matrix(self) -> BinaryMatrix:
+        """The packed weight; shares the buffers.
+
+        Raises:
+            CheckpointError: a buffer was replaced by one of another dtype or shape.
+        """
+        return BinaryMatrix.from_tensors(self.layout, {name: self.get_buffer(name) for name in self.layout.tensors()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., m) to y (..., n), in the dtype of x."""
+        y = matmul(x, self.matrix)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, and bits per weight, in the printed model."""
+        matrix = self.matrix
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"nominal_bits={matrix.nominal_bits:.2f}, true_bits={matrix.true_bits:.2f}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
+        """Move, but do not cast, the packed tensors: every `nn.Module` conversion comes through here."""
+        packed = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, tensor in packed.items():
+            if self.get_buffer(name).dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(self.get_buffer(name).device))
+        return self

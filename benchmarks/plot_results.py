@@ -1,0 +1,50 @@
+"""The picture in the README, docs/results.svg: perplexity against true bits, from the rows that results.py left.
+
+python benchmarks/plot_results.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+
+from results import FULL, ROOT, load_rows
+
+mpl.use("svg")
+from matplotlib import pyplot
+
+COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d"}
+
+
+def main() -> None:
+    """Read the rows, draw, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="where results.py keeps its rows")
+    rows = load_rows(parser.parse_args().out)
+    mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for row, figures in rows.items():
+        if row == FULL:
+            axes.axhline(figures["perplexity"], color="black", linestyle=":", linewidth=1)
+            axes.annotate(f"full precision, {figures['perplexity']:.1f}", (0.99, figures["perplexity"]), (0, 4),
+                          xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")  # fmt: skip
+            continue
+        size = figures["quantize"]["bytes_on_disk"] / 1e6
+        axes.scatter(figures["true_bits_per_weight"], figures["perplexity"], s=4 * size, color=COLOURS[row], zorder=2)
+        axes.annotate(f"{row}, {figures['perplexity']:.1f}\n{size:.0f} MB",
+                      (figures["true_bits_per_weight"], figures["perplexity"]), (14, 0),
+                      textcoords="offset points", va="center")  # fmt: skip
+    axes.set_yscale("log")
+    axes.margins(0.25)
+    axes.set_xlabel("true bits per weight of the linear layers, everything stored included")
+    axes.set_ylabel("perplexity, WikiText-2 test")
+    axes.spines[["top", "right"]].set_visible(False)
+    picture = ROOT / "docs" / "results.svg"
+    figure.savefig(picture, metadata={"Date": None})
+    print(f"wrote {picture.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Perplexity, size and cost of every method on SmolLM2-135M: writes docs/results.md.
+
+    python benchmarks/results.py                         all rows that are not there yet, then the table
+    python benchmarks/results.py --row arb-rc            one row
+    python benchmarks/results.py --table                 only the table, from the rows that are there
+
+Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON under out/results, so that an
+interrupted run goes on where it stopped. The text is WikiText-2 (raw): `wiki.valid.raw` for calibration, `wiki.test.raw`
+for evaluation, looked for under $ARBLLM_DATA or ../shared/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from commands import arbllm, demonstration_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("ARBLLM_DATA", ROOT.parent / "shared" / "data")) / "wikitext2"
+PAGE = ROOT / "docs" / "results.md"
+FULL = "full precision"
+METHODS = ("billm", "arb", "arb-x", "arb-rc")
+ROWS = (FULL, *METHODS)
+WINDOWS, CONTEXT = 16, 2048
+
+_PAGE = """\
+# Results
+
+SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} windows of {context} tokens:
+the whole text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of
+{context} tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two groups,
+blocks of 128 columns, 15 iterations, and otherwise the defaults.
+
+{table}
+
+Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored (signs,
+bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the head, stay in
+16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over linears of
+tr(D H Dᵀ) / tr(W H Wᵀ). Time and peak memory are of `arbllm quantize` on {machine}.
+
+`make results` writes this page; it needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in `$ARBLLM_DATA/wikitext2`.
+Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
+"""
+
+
+def main() -> None:
+    """Run the missing rows, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; all by default")
+    parser.add_argument("--table", action="store_true", help="only write the page from the rows that are there")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="where rows are kept")
+    parser.add_argument("--max-windows", type=int, help="a quick look: evaluate so many windows, write no page")
+    options = parser.parse_args()
+    if not options.table:
+        check_data()
+        for row in options.row or ROWS:
+            run_row(row, options.out, options.max_windows)
+    if options.max_windows is None:
+        write_page(options.out)
+
+
+def check_data() -> None:
+    """End with a readable message if the text is not there."""
+    for name in ("wiki.valid.raw", "wiki.test.raw"):
+        if not (DATA / name).exists():
+            sys.exit(f"{DATA / name} is missing: set ARBLLM_DATA to the directory that holds wikitext2/{name}")
+
+
+def run_row(row: str, out: Path, max_windows: int | None) -> None:
+    """Quantize and evaluate one row, as far as that has not been done."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = demonstration_model()
+    if row != FULL:
+        model = out / row
+        once(out / f"{row}.quantize.json", lambda: quantize(row, model))
+    limit = () if max_windows is None else ("--max-windows", str(max_windows))
+    suffix = "" if max_windows is None else f"-{max_windows}"
+    text = DATA / "wiki.test.raw"
+    result = once(
+        out / f"{row}.eval{suffix}.json",
+        lambda: arbllm("eval", model, "--text", text, "--context", str(CONTEXT), *limit),
+    )
+    print(f"{row}: perplexity {result['perplexity'] or float('inf'):.2f}")
+
+
+def quantize(method: str, out: Path) -> dict[str, Any]:
+    """Quantize the demonstration model with one method."""
+    calibration = ("--calibration", DATA / "wiki.valid.raw", "--windows", str(WINDOWS), "--window-length", str(CONTEXT))
+    return arbllm(
+        "quantize", demonstration_model(), out, "--method", method, "--partition", "cgb", *calibration, "--overwrite"
+    )
+
+
+def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result kept at `path`, or that of `work`, which is then kept there together with what it was made on."""
+    if path.exists():
+        return json.loads(path.read_text())
+    versions = {package: version(package) for package in ("arbllm", "torch", "transformers")}
+    result = work() | {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def load_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Row name -> its figures: those of `eval`, with those of `quantize` under that key. Missing rows are left out."""
+    rows = {}
+    for row in ROWS:
+        measured = out / f"{row}.eval.json"
+        if measured.exists():
+            rows[row] = json.loads(measured.read_text())
+            quantized = out / f"{row}.quantize.json"
+            rows[row]["quantize"] = json.loads(quantized.read_text()) if quantized.exists() else {}
+    return rows
+
+
+def write_page(out: Path) -> None:
+    """Write docs/results.md from the rows that are there."""
+    rows = load_rows(out)
+    if FULL not in rows or len(rows) < 2:
+        sys.exit("the page needs the row 'full precision' and one more")
+    one = next(figures for row, figures in rows.items() if row != FULL)
+    job = one["quantize"]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(
+        _PAGE.format(
+            windows=one["windows"],
+            context=CONTEXT,
+            calibration=WINDOWS,
+            table=table(rows),
+            rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
+            machine=job["machine"],
+            **one["versions"],
+        )
+    )
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    head = ("", "nominal bits", "true bits", "MB", "perplexity", "ratio", "output error", "minutes", "peak GB")
+    lines = [head, ("---", *("---:",) * (len(head) - 1))]
+    full = rows[FULL]["perplexity"]
+    dense = next(figures["quantize"]["dense_bytes"] for row, figures in rows.items() if row != FULL)
+    for row, figures in rows.items():
+        perplexity, job = figures["perplexity"] or float("inf"), figures["quantize"]
+        sizes = ("16", "16", f"{dense / 1e6:.1f}")
+        costs = ("", "", "")
+        if job:
+            bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
+            sizes = (*bits, f"{job['bytes_on_disk'] / 1e6:.1f}")
+            costs = (
+                f"{job['output_error']:.4f}",
+                f"{job['seconds'] / 60:.1f}",
+                f"{job['peak_memory_bytes'] / 1e9:.2f}",
+            )
+        lines.append((row, *sizes, f"{perplexity:.2f}", f"{perplexity / full:.2f}", *costs))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m arbllm`."""
+
+from arbllm.cli import main
+
+main()

@@ -1,0 +1,109 @@
+"""The model card (`README.md`) that every packed checkpoint carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arbllm.config import BinarizationConfig
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+{base_model}tags:
+- arbllm
+- binarized
+- {method}
+---
+
+# {name}
+
+{source}, binarized with arbllm {version}.
+Linear layers are stored at **{true_bits:.2f} bits a weight**, everything included; embeddings, norms and head are
+as they were.
+
+```python
+import arbllm  # teaches transformers to read this checkpoint; without it the weights would be random
+
+model = arbllm.load("{path}")
+```
+
+After `import arbllm`, `AutoModelForCausalLM.from_pretrained` works too.
+On the command line: `arbllm generate {path} "Once upon a time"`.
+
+| | |
+| --- | --- |
+{rows}
+
+True bits count everything that is stored for a linear layer: signs, group and column bitmaps, second signs and scales.
+Nominal bits count signs alone, as papers do.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card tells.
+
+    Attributes:
+        name: the checkpoint's name.
+        source: the model that was quantized, as the user named it.
+        version: the version of arbllm.
+        config: method and options.
+        calibration: `text`, `windows`, `window_length` and `seed`.
+        true_bits: stored bits a weight of the linears.
+        nominal_bits: signs a weight of the linears.
+        bytes_on_disk: bytes of the tensors' files.
+        output_error: mean relative output error of the linears.
+        perplexity: text name -> (perplexity, context), where measured.
+    """
+
+    name: str
+    source: str
+    version: str
+    config: BinarizationConfig
+    calibration: Mapping[str, str | int]
+    true_bits: float
+    nominal_bits: float
+    bytes_on_disk: int
+    output_error: float
+    perplexity: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of `README.md`: front matter for model hubs, the lines that load the model, and a table of facts."""
+    config, calibration = facts.config, facts.calibration
+    rows = {
+        "method": f"{config.method}, partition {config.partition}, {config.groups} groups, "
+        f"blocks of {config.block_size} columns, {config.iterations} iterations",
+        "thresholds, compensation, damping": f"{config.split_on}, {config.compensation}, {config.damping:g}",
+        "true bits a weight (linears)": f"{facts.true_bits:.3f}",
+        "nominal bits a weight (linears)": f"{facts.nominal_bits:.3f}",
+        "bytes on disk": f"{facts.bytes_on_disk:,}",
+        "mean relative output error of a linear": f"{facts.output_error:.4f}",
+        "calibration": f"{calibration['windows']} windows of {calibration['window_length']} tokens of "
+        f"{_named(str(calibration['text']))}, seed {calibration['seed']}",
+    }
+    for text, (perplexity, context) in facts.perplexity.items():
+        rows[f"perplexity, {_named(text)}"] = f"{perplexity:.2f} at a context of {context}"
+    return _CARD.format(
+        base_model=f"base_model: {json.dumps(facts.source)}\n" if _is_hub_id(facts.source) else "",
+        method=config.method,
+        name=facts.name,
+        source=f"`{_named(facts.source)}`",
+        version=facts.version,
+        path=facts.name,
+        true_bits=facts.true_bits,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+
+
+def _named(path: str) -> str:
+    """A hub id as it is, a local path by its last part: where it lay on somebody's disk is nobody's business."""
+    return path if _is_hub_id(path) else Path(path).name
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).exists() and name.count("/") <= 1

@@ -1,0 +1,13 @@
+"""The command line. One file a command; what they share lies in `options` and `output`.
+
+Nothing here imports torch or transformers before a command runs, so that `arbllm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the `arbllm` command."""
+    from arbllm.cli.app import app
+
+    app()

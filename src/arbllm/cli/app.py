@@ -1,0 +1,45 @@
+"""The application: the commands by name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import arbllm
+from arbllm.cli.evaluate import evaluate
+from arbllm.cli.export import export
+from arbllm.cli.generate import generate
+from arbllm.cli.inspect import inspect
+from arbllm.cli.quantize import quantize
+
+app = typer.Typer(
+    name="arbllm",
+    help="Large language models at one to two true bits per weight.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"arbllm {arbllm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Large language models at one to two true bits per weight."""
+
+
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("inspect")(inspect)
+app.command("export")(export)

@@ -1,0 +1,105 @@
+"""What commands print: results on stdout, everything else on stderr, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from arbllm.errors import ArbllmError
+
+ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return Console()
+
+
+def stderr() -> Console:
+    """Where progress and errors go."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def command(debug: bool) -> Iterator[None]:
+    """Run the body of a command: other libraries kept quiet, an error shown as one line and exit code 2.
+
+    Args:
+        debug: let errors through, with their traceback, and other libraries talk.
+    """
+    if not debug:
+        _quieten_libraries()
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        stderr().print("interrupted")
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    except Exception as error:
+        if debug:
+            raise
+        stderr().print(f"[bold red]error:[/] {escape(_one_line(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(ERROR_EXIT_CODE) from None
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout. Values that are infinite or not a number become null, which JSON can hold."""
+    typer.echo(json.dumps(_plain(values), indent=2, allow_nan=False))
+
+
+def print_facts(facts: Mapping[str, str], title: str | None = None) -> None:
+    """A table of two columns on stdout."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    stdout().print(table)
+
+
+def format_bytes(count: int) -> str:
+    """1,234,567 bytes as `1.2 MB`; decimal units."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _one_line(error: Exception) -> str:
+    """The message of one of our own errors; of any other, its type and a way to learn more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ArbllmError):
+        return message
+    return f"{type(error).__name__}: {message or 'no message'} (--debug shows where)"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _quieten_libraries() -> None:
+    """No progress bars, warnings or log lines of other libraries between ours; arbllm's own warnings stay."""
+    import transformers
+    from huggingface_hub.utils import disable_progress_bars
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"^(?!arbllm)")

@@ -1,0 +1,110 @@
+"""`arbllm quantize MODEL OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
+from arbllm.cli.output import command, format_bytes, print_facts, print_json
+
+FIDELITY = "Fidelity to the paper"
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
+    method: Annotated[str, typer.Option(help="billm, arb, arb-x or arb-rc.")] = "arb-rc",
+    calibration: Annotated[
+        str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
+    ] = "c4",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    partition: Annotated[
+        str,
+        typer.Option(help="How weights share scales: none, column, group, column+group (BiLLM) or cgb (the paper)."),
+    ] = "cgb",
+    groups: Annotated[int, typer.Option(help="Groups of weights by size: 2 (1-bit bitmap) or 4 (2 bits).")] = 2,
+    iterations: Annotated[int, typer.Option(help="Alternating refinement steps.")] = 15,
+    block_size: Annotated[int, typer.Option(help="Columns that share row scales.")] = 128,
+    split_on: Annotated[
+        str, typer.Option(help="Choose group thresholds by the weight or the saliency.", rich_help_panel=FIDELITY)
+    ] = "weight",
+    compensation: Annotated[
+        str, typer.Option(help="How errors spread to later columns: exact or reference.", rich_help_panel=FIDELITY)
+    ] = "exact",
+    damping: Annotated[
+        float, typer.Option(help="Added to the Hessian, in units of its mean diagonal.", rich_help_panel=FIDELITY)
+    ] = 0.01,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Afterwards, measure perplexity on this text (as in eval) for the model card.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Binarize MODEL into the packed checkpoint OUT.
+
+    **Examples**
+
+    `arbllm quantize HuggingFaceTB/SmolLM2-135M smollm2-packed`
+
+    `arbllm quantize model.gguf packed --calibration builtin --windows 16`
+
+    `arbllm quantize meta-llama/Llama-2-7b-hf packed --method arb-x --device cuda`
+
+    As the paper's own code: `--split-on saliency --compensation reference`
+    """
+    with command(debug):
+        from arbllm.config import BinarizationConfig
+        from arbllm.pipeline import quantize as run
+        from arbllm.progress import ProgressDisplay
+
+        config = BinarizationConfig(
+            method=method,
+            partition=partition,
+            groups=groups,
+            block_size=block_size,
+            iterations=iterations,
+            split_on=split_on,
+            compensation=compensation,
+            damping=damping,
+        )
+        with ProgressDisplay() as display:
+            summary = run(
+                model,
+                out,
+                config=config,
+                calibration=calibration,
+                windows=windows,
+                window_length=window_length,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                evaluate=evaluate,
+                on_event=display,
+            )
+        if json:
+            print_json(summary.to_dict())
+            return
+        facts = {
+            "checkpoint": str(summary.path),
+            "true bits a weight": f"{summary.true_bits_per_weight:.3f}",
+            "nominal bits a weight": f"{summary.nominal_bits_per_weight:.3f}",
+            "mean output error": f"{summary.output_error:.4f}",
+            "size on disk": format_bytes(summary.bytes_on_disk),
+            "time": f"{summary.seconds:.0f} s",
+            "peak memory": format_bytes(summary.peak_memory_bytes),
+        }
+        if summary.perplexity is not None:
+            facts[f"perplexity, {evaluate}"] = f"{summary.perplexity:.2f}"
+        print_facts(facts)
+        typer.echo(f'\nTry it: arbllm generate {summary.path} "Once upon a time"')

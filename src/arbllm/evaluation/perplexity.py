@@ -1,0 +1,148 @@
+"""Perplexity by the protocol that quantization papers share: one long text, cut into windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from arbllm.errors import ModelError, TextError
+
+LOGIT_BYTES = 64 * 2**20
+PROBE_TOKENS = 8
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity.
+
+    Attributes:
+        perplexity: exp of the mean negative log likelihood over all predicted tokens.
+        windows: windows evaluated.
+        context: tokens of a window; all but the first are predicted.
+        seconds: wall-clock time.
+    """
+
+    perplexity: float
+    windows: int
+    context: int
+    seconds: float
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    context: int = 2048,
+    *,
+    max_windows: int | None = None,
+    on_window: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a causal language model on a tokenised text.
+
+    The text is cut into windows of `context` tokens, the incomplete last one is dropped, and each window is predicted
+    on its own: from its first token alone up to all but its last. The logits of a window are computed in pieces of the
+    sequence where the model allows it (see `split_head`), since 2048 x 128k float32 logits are a gigabyte.
+
+    Args:
+        model: any Hugging Face causal LM, dense or packed, in its evaluation dtype and on its device.
+        tokens: int64 (T,), the whole text tokenised once.
+        context: tokens of a window, at least 2.
+        max_windows: stop after this many windows; None for all.
+        on_window: called after each window with (windows done, windows in all, perplexity so far).
+
+    Raises:
+        TextError: the text holds no whole window, or `context` or `max_windows` is out of range.
+        ModelError: the model cannot take so long a context, or its logits are not finite.
+    """
+    windows = _windows(model, tokens, context, max_windows)
+    start = time.perf_counter()
+    model.eval()
+    head = split_head(model)
+    total = 0.0
+    for done, window in enumerate(windows, start=1):
+        total += negative_log_likelihood(model, window.to(model.device), head)
+        if not math.isfinite(total):
+            raise ModelError(f"the model's logits are not finite (window {done}); evaluate in float32 or bfloat16")
+        if on_window:
+            on_window(done, len(windows), _exp(total / (done * (context - 1))))
+    mean = total / (len(windows) * (context - 1))
+    return Perplexity(_exp(mean), len(windows), context, time.perf_counter() - start)
+
+
+def negative_log_likelihood(model: PreTrainedModel, window: Tensor, head: Head | None = None) -> float:
+    """Summed negative log likelihood, in nats, of the tokens of `window` after its first.
+
+    Args:
+        model: a causal LM.
+        window: int64 (L,) on the model's device.
+        head: turns the decoder's hidden states (1, l, d) into logits (1, l, V); None lets the model do all at once.
+    """
+    inputs, targets = window[None, :-1], window[1:]
+    if head is None:
+        logits = model(input_ids=inputs, use_cache=False).logits[0]
+        return _cross_entropy(logits, targets)
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+    piece = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
+    return sum(
+        _cross_entropy(head(hidden[:, start : start + piece])[0], targets[start : start + piece])
+        for start in range(0, targets.numel(), piece)
+    )
+
+
+@torch.inference_mode()
+def split_head(model: PreTrainedModel) -> Head | None:
+    """The model's output head, if its logits are just head(decoder's last hidden state).
+
+    Whether they are is tried out on a few tokens: some architectures scale or cap their logits afterwards.
+
+    Returns:
+        The head, or None where the whole model must run to get logits.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or model.base_model is model:
+        return None
+    probe = torch.arange(PROBE_TOKENS, device=model.device)[None] % _vocabulary(model)
+    hidden = getattr(model.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
+        return None
+    expected = model(input_ids=probe, use_cache=False).logits
+    return head if torch.equal(head(hidden), expected) else None
+
+
+def _windows(model: PreTrainedModel, tokens: Tensor, context: int, max_windows: int | None) -> Tensor:
+    """The windows (N, context) of a text."""
+    if context < 2:
+        raise TextError(f"a context of {context} tokens predicts nothing; it must be at least 2")
+    if max_windows is not None and max_windows < 1:
+        raise TextError(f"max-windows must be at least 1, not {max_windows}")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and context > longest:
+        raise ModelError(
+            f"the model takes at most {longest} tokens at once; choose a context of at most that, not {context}"
+        )
+    count = tokens.numel() // context
+    if count == 0:
+        raise TextError(f"the text has {tokens.numel()} tokens, less than one window of {context}; lower the context")
+    count = min(count, max_windows or count)
+    return tokens[: count * context].view(count, context)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> float:
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _exp(mean: float) -> float:
+    """exp, infinite instead of an OverflowError for a model that has collapsed."""
+    return math.exp(mean) if mean < 700 else math.inf

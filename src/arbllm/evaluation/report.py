@@ -1,0 +1,114 @@
+"""What a packed checkpoint holds, read from its headers alone: everything that `arbllm inspect` shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arbllm.format.accounting import ModelSize, matrix_size
+from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One packed linear.
+
+    Attributes:
+        name: its full name in the model.
+        rows: output features.
+        columns: input features.
+        salient: columns with two signs a weight.
+        nominal_bits: signs a weight.
+        true_bits: stored bits a weight.
+        output_error: tr(D H D^T) / tr(W H W^T) when it was quantized; None where the checkpoint does not tell.
+        bytes: stored bytes.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    salient: int
+    nominal_bits: float
+    true_bits: float
+    output_error: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A packed checkpoint.
+
+    Attributes:
+        path: its directory.
+        binarization: method and options, as in config.json.
+        calibration: text, windows, window length and seed, as in config.json.
+        linears: the packed linears, in the order of the model.
+        size: bytes of linears, embeddings and the rest.
+        bytes_on_disk: bytes of the weight files.
+    """
+
+    path: Path
+    binarization: dict[str, Any]
+    calibration: dict[str, Any]
+    linears: list[LinearReport]
+    size: ModelSize
+    bytes_on_disk: int
+
+    @property
+    def output_error(self) -> float | None:
+        """Mean output error of the linears; None where the checkpoint does not tell."""
+        errors = [linear.output_error for linear in self.linears if linear.output_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        packed = self.size.linears
+        return {
+            "path": str(self.path),
+            "binarization": self.binarization,
+            "calibration": self.calibration,
+            "true_bits_per_weight": packed.true_bits,
+            "nominal_bits_per_weight": packed.nominal_bits,
+            "output_error": self.output_error,
+            "weights": packed.weights,
+            "linear_bytes": packed.nbytes,
+            "linear_bytes_by_part": packed.parts,
+            "embedding_bytes": self.size.embeddings,
+            "other_bytes": self.size.rest,
+            "bytes_on_disk": self.bytes_on_disk,
+            "linears": [asdict(linear) for linear in self.linears],
+        }
+
+
+def report(path: Path, *, contents: bool = True) -> CheckpointReport:
+    """Describe a packed checkpoint.
+
+    Args:
+        path: its directory.
+        contents: also read every tensor and compare its checksum.
+
+    Raises:
+        CheckpointError: not a packed checkpoint, or damaged; names the file and the tensor.
+    """
+    checkpoint = open_checkpoint(path)
+    if contents:
+        checkpoint.verify_contents()
+    statistics = checkpoint.quantization.get("statistics", {})
+    linears = []
+    for name, layout in checkpoint.layouts.items():
+        size = matrix_size(layout)
+        error = statistics.get(name, {}).get("output_error")
+        linears.append(
+            LinearReport(
+                name, layout.rows, layout.columns, layout.salient, size.nominal_bits, size.true_bits, error, size.nbytes
+            )
+        )
+    return CheckpointReport(
+        path,
+        checkpoint.quantization.get("binarization", {}),
+        checkpoint.quantization.get("calibration", {}),
+        linears,
+        checkpoint.size,
+        bytes_on_disk(path),
+    )

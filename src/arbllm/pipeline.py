@@ -1,0 +1,258 @@
+"""A model by name in, a packed checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import arbllm
+from arbllm.card import CardFacts, model_card
+from arbllm.config import BinarizationConfig
+from arbllm.device import choose_device
+from arbllm.disk import check_disk_space
+from arbllm.errors import ConfigError
+from arbllm.evaluation.evaluate import Evaluation
+from arbllm.evaluation.evaluate import evaluate as evaluate_model
+from arbllm.evaluation.measure import measure
+from arbllm.format.accounting import StorageSize, matrix_size, total_size
+from arbllm.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, bytes_on_disk, output_directory
+from arbllm.format.layout import Layout
+from arbllm.integrations.transformers import mark_packed
+from arbllm.model.events import Event, LinearQuantized, OnEvent
+from arbllm.model.quantize import quantize_model
+from arbllm.model.source import open_model
+from arbllm.model.walk import find_blocks
+from arbllm.nn import BinaryLinear
+from arbllm.progress import JsonLinesLog
+from arbllm.text import calibration_windows
+
+LOG_FILE = "quantization_log.jsonl"
+CARD_FILE = "README.md"
+MOST_SALIENT = 50
+
+
+@dataclass(frozen=True)
+class QuantizationSummary:
+    """What a finished job made, and what it cost.
+
+    Attributes:
+        path: the checkpoint.
+        linears: linears binarized.
+        weights: their weights.
+        true_bits_per_weight: stored bits a weight of them.
+        nominal_bits_per_weight: signs a weight of them.
+        output_error: mean over them of tr(D H D^T) / tr(W H W^T).
+        bytes_on_disk: size of the checkpoint's weight files.
+        linear_bytes: of it, the packed linears.
+        dense_bytes: what the model's tensors took before, in the dtype that it was stored in.
+        dense_linear_bytes: of it, the linears.
+        seconds: wall-clock time, from opening the model to the finished checkpoint; an evaluation not counted.
+        peak_memory_bytes: greatest resident memory of the process meanwhile.
+        peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
+        perplexity: of the checkpoint on the text asked for; None where none was.
+    """
+
+    path: Path
+    linears: int
+    weights: int
+    true_bits_per_weight: float
+    nominal_bits_per_weight: float
+    output_error: float
+    bytes_on_disk: int
+    linear_bytes: int
+    dense_bytes: int
+    dense_linear_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None = None
+    perplexity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without those that do not apply."""
+        return {key: value for key, value in (asdict(self) | {"path": str(self.path)}).items() if value is not None}
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    config: BinarizationConfig | None = None,
+    calibration: str = "c4",
+    windows: int = 128,
+    window_length: int = 2048,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    evaluate: str | None = None,
+    on_event: OnEvent | None = None,
+) -> QuantizationSummary:
+    """Binarize a model and write it as a packed checkpoint.
+
+    >>> arbllm.quantize("HuggingFaceTB/SmolLM2-135M", "smollm2-packed", calibration="builtin", windows=16)
+    >>> model = arbllm.load("smollm2-packed")
+
+    `out` receives the weights, the tokenizer, a model card and `quantization_log.jsonl`, one line for each event
+    (see `arbllm.model.events`). It appears whole or not at all.
+
+    Args:
+        model: a hub id, a local directory or a `.gguf` file.
+        out: the directory to write.
+        config: method and options.
+        calibration: c4, wikitext2, ptb, a text file, or `builtin`, which needs no network.
+        windows: calibration windows.
+        window_length: tokens of a window.
+        seed: of the choice of windows.
+        device: where to compute, one decoder block at a time; None for the GPU where there is one.
+        dtype: to open the model in; `auto` as it is stored.
+        trust_remote_code: run model code that comes with the checkpoint.
+        overwrite: replace an existing `out`.
+        evaluate: afterwards, measure the checkpoint's perplexity on this text, for the model card.
+        on_event: told of every step as it happens.
+
+    Raises:
+        ArbllmError: the model, the text, the options or the disk do not allow it; found before the work begins where
+            that can be known.
+    """
+    model, out, config = str(model), Path(out), config or BinarizationConfig()
+    place = choose_device(device)
+    if Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise ConfigError(f"{out} is the model itself; choose another output directory")
+    facts: dict[str, str | int] = {
+        "text": _shown(calibration),
+        "windows": windows,
+        "window_length": window_length,
+        "seed": seed,
+    }
+    with output_directory(out, overwrite) as work:
+        with measure() as measured:
+            opened, tokenizer = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
+            check_disk_space(_largest_size(opened, config), work)
+            dense_bytes, dense_linear_bytes = _dense_sizes(opened)
+            with JsonLinesLog(work / LOG_FILE) as log:
+                results = quantize_model(opened, tokens, config, device=place, on_event=_both(log, on_event))
+            mark_packed(opened, quantization_config(opened, config, results, facts))
+            opened.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        size = _packed_size(opened)
+        del opened
+        score = evaluate_model(str(work), evaluate, device=device) if evaluate else None
+        summary = QuantizationSummary(
+            path=out,
+            linears=len(results),
+            weights=size.weights,
+            true_bits_per_weight=size.true_bits,
+            nominal_bits_per_weight=size.nominal_bits,
+            output_error=sum(result.output_error for result in results) / len(results),
+            bytes_on_disk=bytes_on_disk(work),
+            linear_bytes=size.nbytes,
+            dense_bytes=dense_bytes,
+            dense_linear_bytes=dense_linear_bytes,
+            perplexity=score.perplexity if score else None,
+            **asdict(measured),
+        )
+        (work / CARD_FILE).write_text(_card(model, summary, config, facts, score), encoding="utf-8")
+    return summary
+
+
+def quantization_config(
+    model: PreTrainedModel,
+    config: BinarizationConfig,
+    results: list[LinearQuantized],
+    calibration: Mapping[str, str | int],
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a model whose linears have been binarized; see docs/format.md."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "arbllm_version": arbllm.__version__,
+        "binarization": config.to_dict(),
+        "linears": {
+            name: layer.layout.to_dict() | {"bias": layer.bias is not None, "transposed": layer.transposed}
+            for name, layer in layers.items()
+        },
+        "statistics": {
+            result.name: {"output_error": result.output_error, "weight_error": result.weight_error}
+            for result in results
+        },
+        "calibration": dict(calibration),
+    }
+
+
+def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
+    """Bytes that the checkpoint of a dense model can take at most."""
+    weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
+    packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
+    dense_bytes, dense_linear_bytes = _dense_sizes(model)
+    return dense_bytes - dense_linear_bytes + packed
+
+
+def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
+    """The most that a weight (n, m) can take: every block with its full share of salient columns, means and scales."""
+    rows, columns = weight.shape
+    blocks = -(-columns // config.block_size)
+    return Layout(
+        rows=rows,
+        columns=columns,
+        block_size=config.block_size,
+        groups=config.groups,
+        salient_groups=config.groups,
+        salient=min(columns, MOST_SALIENT * blocks),
+        row_scale_slots=3 * config.groups * blocks,
+        row_mean_slots=2 * config.groups * blocks,
+        column_scaled=True,
+    )
+
+
+def _dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of all tensors of a dense model (shared ones once), and of the linears that will be binarized."""
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+
+
+def _packed_size(model: PreTrainedModel) -> StorageSize:
+    return total_size(module.layout for module in model.modules() if isinstance(module, BinaryLinear))
+
+
+def _card(
+    source: str,
+    summary: QuantizationSummary,
+    config: BinarizationConfig,
+    calibration: Mapping[str, str | int],
+    score: Evaluation | None,
+) -> str:
+    facts = CardFacts(
+        name=summary.path.absolute().name,
+        source=source,
+        version=arbllm.__version__,
+        config=config,
+        calibration=calibration,
+        true_bits=summary.true_bits_per_weight,
+        nominal_bits=summary.nominal_bits_per_weight,
+        bytes_on_disk=summary.bytes_on_disk,
+        output_error=summary.output_error,
+        perplexity={_shown(score.text): (score.perplexity, score.context)} if score else {},
+    )
+    return model_card(facts)
+
+
+def _both(first: Callable[[Event], None], second: OnEvent | None) -> OnEvent:
+    def emit(event: Event) -> None:
+        first(event)
+        if second:
+            second(event)
+
+    return emit
+
+
+def _shown(text: str) -> str:
+    """A text as checkpoints name it: a file by its name alone."""
+    return Path(text).name if Path(text).is_file() else text

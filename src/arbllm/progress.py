@@ -1,0 +1,162 @@
+"""What a quantization job tells its user while it runs, and the log that it leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from arbllm.evaluation.measure import peak_memory_bytes
+from arbllm.model.events import BlockFinished, BlockStarted, Event, JobStarted, LinearQuantized
+
+
+class JsonLinesLog:
+    """Writes every event as one line of JSON, flushed at once, so that a log can be followed while it grows.
+
+    Each line is the event's `to_dict()` with `elapsed`, seconds since the log was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = time.perf_counter()
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+    def __call__(self, event: Event) -> None:
+        """Append one event."""
+        assert self._file, "enter the log before writing to it"
+        line = {**event.to_dict(), "elapsed": round(time.perf_counter() - self._start, 3)}
+        print(json.dumps(line), file=self._file, flush=True)
+
+
+class Tally:
+    """Running totals of a job.
+
+    Attributes:
+        weights: weights quantized so far.
+        total: weights of the whole job.
+        bits: their stored bits.
+        error: sum of the relative output errors of the linears so far.
+        linears: linears quantized so far.
+    """
+
+    def __init__(self) -> None:
+        self.weights = self.total = self.linears = 0
+        self.bits = self.error = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, event: LinearQuantized) -> None:
+        """Count one linear."""
+        weights = event.rows * event.columns
+        self.weights += weights
+        self.bits += event.true_bits * weights
+        self.error += event.output_error
+        self.linears += 1
+
+    @property
+    def true_bits(self) -> float:
+        """Stored bits per weight so far."""
+        return self.bits / max(self.weights, 1)
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative output error of the linears so far."""
+        return self.error / max(self.linears, 1)
+
+    def seconds_left(self) -> float | None:
+        """Time left if the rest takes as long per weight; None before the first linear."""
+        if not self.weights:
+            return None
+        return (time.perf_counter() - self._start) * (self.total - self.weights) / self.weights
+
+
+class ProgressDisplay:
+    """Shows a job on stderr: a live display on a terminal, one line a block elsewhere.
+
+    >>> with ProgressDisplay() as display:
+    ...     arbllm.quantize(model, out, on_event=display)
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.tally = Tally()
+        self._block = Tally()
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]block"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("first block", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case JobStarted():
+                self.tally = Tally()
+                self.tally.total = event.weights
+                self._progress.update(self._task, total=event.blocks)
+                self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights / 1e6:.1f} M weights")
+            case BlockStarted():
+                self._block = Tally()
+                self._describe("calibrating")
+            case LinearQuantized():
+                self.tally.add(event)
+                self._block.add(event)
+                name = event.name.split(f".{event.block}.", 1)[-1]
+                self._describe(f"{name} error {event.output_error:.4f} {event.true_bits:.2f} bits")
+            case BlockFinished():
+                self._progress.advance(self._task)
+                self._say(self._block_line(event))
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, style="dim" if self._live else None)
+
+    def _describe(self, text: str) -> None:
+        left = self.tally.seconds_left()
+        parts = [text, f"{_clock(left)} left" if left is not None else "", f"{peak_memory_bytes() / 1e9:.1f} GB"]
+        self._progress.update(self._task, description=" · ".join(part for part in parts if part))
+
+    def _block_line(self, event: BlockFinished) -> str:
+        block, left = self._block, self.tally.seconds_left()
+        return (
+            f"block {event.block + 1}/{event.blocks}: mean output error {block.mean_error:.4f}, "
+            f"{block.true_bits:.2f} true bits, {event.seconds:.1f} s, peak {event.peak_memory_bytes / 1e9:.2f} GB"
+            + (f", {_clock(left)} left" if left else "")
+        )
+
+
+def _clock(seconds: float) -> str:
+    """2:03 or 1:02:03."""
+    text = str(timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text

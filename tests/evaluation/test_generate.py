@@ -1,0 +1,39 @@
+import pytest
+
+from arbllm.errors import ConfigError
+from arbllm.evaluation.generate import generate
+from tests.tiny import byte_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(eos_token_id=None)
+
+
+def test_streams_the_greedy_continuation(model):
+    tokenizer = byte_tokenizer()
+    inputs = tokenizer("Hello", return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, 5:]
+    pieces: list[str] = []
+    text = generate(model, tokenizer, "Hello", max_new_tokens=12, on_text=pieces.append)
+    assert text == "".join(pieces) == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_drawing_depends_on_the_seed_alone(model):
+    first, again, other = (
+        generate(model, byte_tokenizer(), "Hello", max_new_tokens=12, temperature=5.0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        ("Hello", {"max_new_tokens": 0}, "at least 1"),
+        ("Hello", {"temperature": -1.0}, "0 or more"),
+    ],
+)
+def test_unusable_arguments(model, prompt, options, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, byte_tokenizer(), prompt, **options)

@@ -1,0 +1,50 @@
+"""A model and a tokenizer small enough to quantize in a test."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 257
+END = 256
+
+
+def tiny_llama(layers: int = 2, **changes) -> PreTrainedModel:
+    """A random LLaMA of two layers of width 32 over the bytes of `byte_tokenizer`."""
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, and an end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def save_tiny(directory: Path, **changes) -> Path:
+    """The model and its tokenizer as a Hugging Face checkpoint."""
+    tiny_llama(**changes).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory

@@ -4,13 +4,16 @@
 >>> arbllm.quantize("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-packed")
 >>> model = arbllm.load("smollm2-packed")
 
-The names below are imported when first used, so that `import arbllm` stays cheap.
+The names below are imported when first used, so that `import arbllm` stays cheap; all that it does is to let
+`transformers.AutoModelForCausalLM.from_pretrained` read packed checkpoints.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from arbllm.integrations import register_with_transformers
 
 if TYPE_CHECKING:
     from arbllm.config import BinarizationConfig
@@ -57,3 +60,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+register_with_transformers()

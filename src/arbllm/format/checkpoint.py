@@ -1,0 +1,350 @@
+"""Packed checkpoints on disk: what must be in them, checksums, and directories that appear whole or not at all.
+
+`docs/format.md` describes the files byte by byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from arbllm.errors import ArbllmError, CheckpointError
+from arbllm.format.accounting import ModelSize, model_size
+from arbllm.format.layout import Layout
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "arbllm"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CHECKSUMS_KEY = "arbllm.checksums"
+LINEARS_KEY = "arbllm.linears"
+MODULE_OPTIONS = ("bias", "transposed")
+
+_DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
+_DAMAGED = "the file is damaged: download or copy the checkpoint again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, as the file's header describes it.
+
+    Attributes:
+        file: where it lies.
+        dtype: as safetensors names it: `U8`, `F16`, `BF16`, ...
+        shape: its shape.
+        start: offset of its first byte in the file.
+        end: offset after its last byte.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A packed checkpoint whose structure was found sound; no tensor was read yet.
+
+    Attributes:
+        quantization: `quantization_config` of config.json.
+        layouts: layout of every packed linear by module name.
+        tensors: every stored tensor by name, packed and dense.
+        checksums: checksum of every stored tensor by name.
+    """
+
+    quantization: Mapping[str, Any]
+    layouts: Mapping[str, Layout]
+    tensors: Mapping[str, StoredTensor]
+    checksums: Mapping[str, str]
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def size(self) -> ModelSize:
+        """What it stores, in bytes."""
+        return model_size(self.layouts, {name: (stored.shape, stored.nbytes) for name, stored in self.tensors.items()})
+
+    def verify_contents(self) -> None:
+        """Read every tensor and compare its checksum.
+
+        Raises:
+            CheckpointError: a tensor is not what was written; names file and tensor.
+        """
+        for file in self.files:
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in (name for name, stored in self.tensors.items() if stored.file == file):
+                        if checksum(reader.get_tensor(name)) != self.checksums[name]:
+                            raise CheckpointError(f"{file}: tensor {name} does not match its checksum; {_DAMAGED}")
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: not readable ({error}); {_DAMAGED}") from error
+
+
+def checksum(tensor: Tensor) -> str:
+    """XxHash (xxh3, 64 bits) of a tensor's bytes in row-major order, 16 hexadecimal digits."""
+    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_hexdigest(octets.numpy().data)
+
+
+def file_metadata(tensors: Mapping[str, Tensor], linears: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata for the safetensors files of a checkpoint, the same in each.
+
+    Args:
+        tensors: all tensors by the names that they get in the files.
+        linears: `quantization_config["linears"]`.
+    """
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    return {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: _text_checksum(linears)}
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Read config.json and the headers of a checkpoint directory, and check that all that must be there is.
+
+    Raises:
+        CheckpointError: not an arbllm checkpoint, from a later version, or damaged; names file and tensor.
+    """
+    path = Path(path)
+    config = _read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
+    return check_structure(_weight_files(path), quantization)
+
+
+def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> Checkpoint:
+    """Check the headers of safetensors files against `quantization_config`.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen or without checksum, a file is unreadable, or the version is
+            later than this; names file and tensor.
+    """
+    check_version(quantization)
+    tensors: dict[str, StoredTensor] = {}
+    checksums: dict[str, str] = {}
+    for file in files:
+        metadata, stored = _read_header(file)
+        checksums |= _read_checksums(file, metadata, quantization.get("linears"))
+        tensors |= stored
+    where = files[0] if len(files) == 1 else files[0].parent
+    for name in sorted(checksums.keys() - tensors.keys()):
+        raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
+    for name in sorted(tensors.keys() - checksums.keys()):
+        raise CheckpointError(f"{tensors[name].file}: tensor {name} has no checksum; it was not written by arbllm")
+    layouts = linear_layouts(quantization)
+    for module, layout in layouts.items():
+        _check_tensors(where, module, layout, tensors)
+    return Checkpoint(quantization, layouts, tensors, checksums)
+
+
+def verify(path: Path | str) -> None:
+    """Check a checkpoint directory whole: structure, then the checksum of every tensor.
+
+    Raises:
+        CheckpointError: what is wrong, naming file and tensor.
+    """
+    open_checkpoint(path).verify_contents()
+
+
+def check_version(quantization: Mapping[str, Any]) -> None:
+    """Refuse a format version that this release cannot read.
+
+    Raises:
+        CheckpointError: the version is later, or none.
+    """
+    version = quantization.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"config.json: format_version must be a positive whole number, not {version!r}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"config.json: the checkpoint has format version {version}, this release of arbllm reads up to "
+            f"{FORMAT_VERSION}; upgrade with: pip install --upgrade arbllm"
+        )
+
+
+def linear_layouts(quantization: Mapping[str, Any]) -> dict[str, Layout]:
+    """Layout of every packed linear by module name.
+
+    Raises:
+        CheckpointError: there are none, or one is unreadable; names the module.
+    """
+    linears = quantization.get("linears")
+    if not isinstance(linears, dict) or not linears:
+        raise CheckpointError("config.json: the quantization_config lists no packed linears")
+    sizes = {
+        module: {key: value for key, value in options.items() if key not in MODULE_OPTIONS}
+        for module, options in linears.items()
+    }
+    return {module: Layout.from_dict(values, module) for module, values in sizes.items()}
+
+
+def bytes_on_disk(path: Path | str) -> int:
+    """Bytes of a model's weight files: of a directory the safetensors (or .bin) files, of a file itself."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    files = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+@contextmanager
+def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to write in that becomes `out` when the block ends well, and vanishes when it does not.
+
+    It lies beside `out`, on the same disk, and takes the place of an existing `out` (`overwrite`, or an empty one) only
+    in the end.
+
+    Raises:
+        ArbllmError: `out` holds something and `overwrite` is not set, or is a file; its parent cannot be written; the
+            disk is full.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not out.is_dir():
+        raise ArbllmError(f"{out} is a file; choose another output directory")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ArbllmError(f"{out} exists and is not empty; choose another output directory, or pass --overwrite")
+    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        _replace(out, work)
+    except Exception as error:
+        if _disk_is_full(error):
+            raise ArbllmError(
+                f"{out}: no space left on the disk; free some, or choose an output directory on another disk"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise ArbllmError(
+                f"{out}: cannot be written ({error.strerror}); choose another output directory"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(out: Path, work: Path) -> None:
+    """Put `work` in the place of `out`; should that fail, the old `out` stays."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_suffix(".old")
+    out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether an error comes of a full disk; safetensors tells so in words alone."""
+    full = {errno.ENOSPC, errno.EDQUOT}
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return isinstance(error, SafetensorError) and any(f"os error {code}" in str(error) for code in full)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory: one, or the shards that the index lists."""
+    if (path / WEIGHTS_FILE).exists():
+        return [path / WEIGHTS_FILE]
+    if not (path / INDEX_FILE).exists():
+        raise CheckpointError(f"{path / WEIGHTS_FILE}: missing; download or copy the checkpoint again")
+    names = set(_read_json(path / INDEX_FILE).get("weight_map", {}).values())
+    if not names:
+        raise CheckpointError(f"{path / INDEX_FILE}: lists no files; {_DAMAGED}")
+    return sorted(path / name for name in names)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise CheckpointError(f"{file}: missing; is {file.parent} a packed checkpoint?")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); {_DAMAGED}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: not a JSON object; {_DAMAGED}")
+    return values
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Metadata and tensors of a safetensors file: 8 bytes of length, a header in JSON, then the tensors."""
+    if not file.exists():
+        raise CheckpointError(f"{file}: missing; download or copy the checkpoint again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = 8 + int.from_bytes(stream.read(8), "little")
+        if first > size:
+            raise CheckpointError(f"{file}: cut off inside its header; {_DAMAGED}")
+        text = stream.read(first - 8)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), *(first + o for o in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its header is not readable; {_DAMAGED}") from error
+    for name, stored in tensors.items():
+        if stored.end > size:
+            raise CheckpointError(f"{file}: cut off before the end of tensor {name}; {_DAMAGED}")
+    return metadata, tensors
+
+
+def _read_checksums(file: Path, metadata: Mapping[str, str], linears: Any) -> dict[str, str]:
+    """The checksums in a file's metadata, after checking that config.json is the one written with the file."""
+    if CHECKSUMS_KEY not in metadata or LINEARS_KEY not in metadata:
+        raise CheckpointError(f"{file}: has no checksums; it was not written by arbllm, or is damaged")
+    if _text_checksum(linears) != metadata[LINEARS_KEY]:
+        raise CheckpointError(f"config.json: its linears are not those that {file} was written with; {_DAMAGED}")
+    try:
+        return dict(json.loads(metadata[CHECKSUMS_KEY]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: its checksums are not readable; {_DAMAGED}") from error
+
+
+def _check_tensors(where: Path, module: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
+    """Check the tensors of one packed linear."""
+    for key, (dtype, shape) in layout.tensors().items():
+        name = f"{module}.{key}"
+        if name not in tensors:
+            raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
+        found = tensors[name]
+        if (found.dtype, found.shape) != (_DTYPES[dtype], shape):
+            raise CheckpointError(
+                f"{found.file}: tensor {name} should be {_DTYPES[dtype]} {list(shape)}, "
+                f"but is {found.dtype} {list(found.shape)}; {_DAMAGED}"
+            )
+
+
+def _canonical(values: Any) -> str:
+    """JSON without spaces, keys sorted: the same text for the same values."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def _text_checksum(values: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(_canonical(values).encode())

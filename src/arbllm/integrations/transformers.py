@@ -1,0 +1,237 @@
+"""Packed checkpoints in transformers: `save_pretrained` writes them, `from_pretrained` reads and verifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+# transformers may still be importing itself (see arbllm.integrations): take here only what is there by then.
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from arbllm import __version__
+from arbllm.errors import CheckpointError
+from arbllm.format.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    Checkpoint,
+    check_structure,
+    check_version,
+    checksum,
+    file_metadata,
+    open_checkpoint,
+)
+from arbllm.nn import BinaryLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a packed checkpoint, verifying every byte of it.
+
+    >>> model = arbllm.load("smollm2-packed")
+
+    Args:
+        path: a directory, or the id of a repository on the hub.
+        dtype: of the dense tensors, such as embeddings and norms; None takes the checkpoint's. Packed tensors keep theirs.
+        device: where the model goes; None is the CPU.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Returns:
+        An ordinary transformers causal LM, in evaluation mode, with `BinaryLinear` in the place of packed linears.
+
+    Raises:
+        CheckpointError: not a packed checkpoint, from a later version, damaged, or not loaded whole; names the tensor.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    if Path(path).exists():
+        open_checkpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            device_map=None if device is None else {"": device},
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: neither a directory here nor a repository that the hub gives: {error}"
+        ) from error
+    for name in sorted(report["missing_keys"]):
+        raise CheckpointError(f"{path}: the model needs tensor {name}, which the checkpoint does not have")
+    return model
+
+
+def register() -> None:
+    """Make the classes below known to transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(ArbllmConfig)
+        register_quantizer(QUANT_METHOD)(ArbllmQuantizer)
+
+
+def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] | ArbllmConfig) -> None:
+    """Make `model.save_pretrained` write a packed checkpoint.
+
+    Args:
+        model: a model with `BinaryLinear` modules, as `arbllm.model.quantize` leaves it.
+        quantization_config: what config.json shall tell: `binarization`, `statistics`, `calibration`. The list of
+            linears is taken from the model itself.
+    """
+    register()
+    config = quantization_config
+    if not isinstance(config, ArbllmConfig):
+        config = ArbllmConfig.from_dict(dict(config))
+    config.linears = packed_linears(model)
+    model.hf_quantizer = ArbllmQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config.quantization_config = config
+
+
+def packed_linears(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Layout and options of every `BinaryLinear` by module name: `linears` of the quantization config."""
+    return {
+        name: {**module.layout.to_dict(), "bias": module.bias is not None, "transposed": module.transposed}
+        for name, module in model.named_modules()
+        if isinstance(module, BinaryLinear)
+    }
+
+
+class ArbllmConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json.
+
+    Attributes:
+        binarization: method and options, `BinarizationConfig.to_dict`.
+        linears: module name -> `Layout.to_dict` with `bias` and `transposed`.
+        statistics: module name -> `output_error` and `weight_error`.
+        calibration: the text that the Hessians come from: its name, windows, window length, seed.
+        format_version: of the packed tensors, see docs/format.md.
+        arbllm_version: the release that wrote the checkpoint.
+    """
+
+    def __init__(
+        self,
+        binarization: Mapping[str, Any] | None = None,
+        linears: Mapping[str, Any] | None = None,
+        statistics: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        arbllm_version: str = __version__,
+        **further: Any,
+    ) -> None:
+        """Take the values of config.json; those of later releases that did not change the format are kept.
+
+        Raises:
+            CheckpointError: the format version is later than this release reads.
+        """
+        check_version({"format_version": format_version})
+        self.__dict__.update(deepcopy(further))
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.arbllm_version = arbllm_version
+        self.binarization = dict(deepcopy(binarization or {}))
+        self.linears = dict(deepcopy(linears or {}))
+        self.statistics = dict(deepcopy(statistics or {}))
+        self.calibration = dict(deepcopy(calibration or {}))
+
+
+class ArbllmQuantizer(HfQuantizer):
+    """Puts `BinaryLinear` in place of the packed linears before weights are loaded, and verifies what is loaded."""
+
+    requires_calibration = True
+    quantization_config: ArbllmConfig
+    _checkpoint: Checkpoint
+    _modules: dict[str, str]
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+    def is_serializable(self, **_: Any) -> bool:
+        """`save_pretrained` writes the packed form."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        """Verify the files, then make room for their packed tensors.
+
+        Raises:
+            CheckpointError: the files are damaged, or do not fit the model.
+        """
+        if not checkpoint_files:
+            raise CheckpointError("a packed model is loaded from its files: pass their directory to from_pretrained")
+        self._checkpoint = check_structure(
+            [Path(file) for file in checkpoint_files], self.quantization_config.to_dict()
+        )
+        self._checkpoint.verify_contents()
+        self._modules = {}
+        for name, layout in self._checkpoint.layouts.items():
+            place, dense = _find_module(model, name)
+            options = self.quantization_config.linears[name]
+            weight = dense.get_parameter("weight")
+            shape = tuple(weight.T.shape if options["transposed"] else weight.shape)
+            if shape != (layout.rows, layout.columns):
+                raise CheckpointError(
+                    f"config.json: {name} is {list(shape)} in the model, but {[layout.rows, layout.columns]} as packed"
+                )
+            packed = BinaryLinear(layout, options["bias"], options["transposed"], "meta", weight.dtype)
+            model.set_submodule(place, packed)
+            self._modules[name] = place
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """See that every packed tensor in the model is the one in the file: transformers only warns where one is not.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        for name, place in self._modules.items():
+            module = model.get_submodule(place)
+            for key, tensor in module.matrix.tensors().items():
+                offloaded = tensor.is_meta
+                if not offloaded and checksum(tensor) != self._checkpoint.checksums[f"{name}.{key}"]:
+                    file = self._checkpoint.tensors[f"{name}.{key}"].file
+                    raise CheckpointError(f"{file}: tensor {name}.{key} did not reach the model as it is stored")
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Metadata of the files that `save_pretrained` is about to write: checksums of all their tensors."""
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        self.quantization_config.linears = packed_linears(model)
+        # Files hold the names of the modules, whatever names the model's dense checkpoint had.
+        model._weight_conversions = []
+        tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        for name in model._keys_to_ignore_on_save or ():
+            tensors.pop(name, None)
+        return None, file_metadata(tensors, self.quantization_config.linears)
+
+
+def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
+    """A packed linear's place in the model, which may be the model without its head (`AutoModel`), or have one more."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    for place in (name, name.removeprefix(prefix), prefix + name):
+        if place in modules:
+            return place, modules[place]
+    raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(model).__name__}")

@@ -1,7 +1,7 @@
 """What happens while a model is quantized, as plain records for a display or a log.
 
-A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear and one
-`BlockFinished`. Blocks are numbered from 0.
+A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear
+and one `BlockFinished`. Blocks are numbered from 0.
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""The loop over decoder blocks: capture, solve, propagate, pack."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from arbllm.config import BinarizationConfig
+from arbllm.errors import ModelError
+from arbllm.evaluation.measure import peak_memory_bytes
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
+from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
+from arbllm.nn import BinaryLinear
+from arbllm.solver import factorize, quantize_matrix
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    windows: Tensor,
+    config: BinarizationConfig | None = None,
+    *,
+    device: torch.device | str | None = None,
+    on_event: OnEvent | None = None,
+) -> list[LinearQuantized]:
+    """Binarize every linear of every decoder block, in place; embeddings, norms and head stay as they are.
+
+    >>> quantize_model(model, calibration_windows("builtin", tokenizer, windows=16))
+
+    Blocks are taken in order. Each is calibrated on what the quantized blocks before it produce, so later blocks can
+    make up for the errors of earlier ones; one block's activations and Hessians are in memory at a time. On a CPU, a
+    block stored in half precision is computed in float32.
+
+    Args:
+        model: a causal language model; it is put in evaluation mode. After an error it is left partly quantized.
+        windows: calibration tokens, int64 (N, L).
+        config: method and options.
+        device: where to compute, one block at a time; None for where the model is.
+        on_event: told of every step as it happens (see `arbllm.model.events`).
+
+    Returns:
+        One record per linear, in the order in which they were solved.
+
+    Raises:
+        ModelError: the model does not fit this procedure, the windows do not fit the model, or a weight or an
+            activation is not finite; the message names the layer.
+    """
+    config = config or BinarizationConfig()
+    emit = on_event or _ignore
+    blocks = find_blocks(model)
+    check_weights(blocks)
+    _check_windows(model, windows)
+    device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
+    emit(_job_started(blocks))
+    model.eval()
+    hidden, calls = capture_inputs(model, blocks, windows, device)
+    results: list[LinearQuantized] = []
+    for block, call in zip(blocks, calls, strict=True):
+        results += _BlockJob(model, block, len(blocks), device, config, emit).run(call, hidden)
+    return results
+
+
+@dataclass(frozen=True)
+class _BlockJob:
+    """One decoder block's share of the work."""
+
+    model: PreTrainedModel
+    block: DecoderBlock
+    blocks: int
+    device: torch.device
+    config: BinarizationConfig
+    emit: OnEvent
+
+    def run(self, call: BlockCall, hidden: Tensor) -> list[LinearQuantized]:
+        """Quantize the block, and turn its inputs `hidden` (N, L, d) into its outputs in place, except for the last."""
+        self.emit(BlockStarted(self.block.index, self.blocks))
+        home = self.block.linears[0].weight.device
+        call = call.to(self.device)
+        laps = [self._now()]
+        with resident(self.block.module, self.device):
+            groups = gather_hessians(self.block, call, hidden)
+            laps.append(self._now())
+            matrices, results = self._solve(groups)
+            laps.append(self._now())
+            if self.block.index + 1 < self.blocks:
+                for linear, matrix in matrices.items():
+                    linear.set_weight(matrix.dequantize(linear.weight.dtype))
+                propagate(self.block, call, hidden)
+            laps.append(self._now())
+            for linear, matrix in matrices.items():
+                packed = BinaryLinear.from_matrix(
+                    matrix.map(lambda tensor: tensor.to(home)), linear.module.bias, linear.transposed
+                )
+                replace_module(self.model, linear.name, packed)
+        start, captured, solved, propagated = laps
+        self.emit(
+            BlockFinished(
+                self.block.index,
+                self.blocks,
+                seconds=self._now() - start,
+                capture_seconds=captured - start,
+                solve_seconds=solved - captured,
+                propagate_seconds=propagated - solved,
+                peak_memory_bytes=self._peak_memory(),
+            )
+        )
+        return results
+
+    def _solve(self, groups: list[InputGroup]) -> tuple[dict[Linear, BinaryMatrix], list[LinearQuantized]]:
+        """Binarize all linears, those with the same input by one factorisation; frees the Hessians as it goes."""
+        matrices: dict[Linear, BinaryMatrix] = {}
+        results: list[LinearQuantized] = []
+        while groups:
+            group = groups.pop(0)
+            start = self._now()
+            with _named(group.linears[0].name):
+                factor = factorize(group.hessian, self.config.damping)
+            share = (self._now() - start) / len(group.linears)
+            for linear in group.linears:
+                start = self._now() - share
+                with _named(linear.name):
+                    matrix = quantize_matrix(linear.weight, group.hessian, self.config, factor=factor)
+                matrices[linear] = matrix
+                results.append(self._record(linear, matrix, self._now() - start))
+                self.emit(results[-1])
+        return matrices, results
+
+    def _record(self, linear: Linear, matrix: BinaryMatrix, seconds: float) -> LinearQuantized:
+        assert matrix.report, "the solver always reports"
+        return LinearQuantized(
+            self.block.index,
+            self.blocks,
+            linear.name,
+            *matrix.shape,
+            output_error=matrix.report.output_error,
+            weight_error=matrix.report.weight_error,
+            nominal_bits=matrix.nominal_bits,
+            true_bits=matrix.true_bits,
+            bytes=matrix.nbytes,
+            damping=matrix.report.damping,
+            seconds=seconds,
+        )
+
+    def _now(self) -> float:
+        """Wall-clock seconds, once the device has done what was asked of it so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory_bytes()
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _job_started(blocks: list[DecoderBlock]) -> JobStarted:
+    linears = [linear for block in blocks for linear in block.linears]
+    return JobStarted(len(blocks), len(linears), sum(linear.weight.numel() for linear in linears))
+
+
+def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
+    """Refuse windows that would fail deep inside the model.
+
+    Raises:
+        ModelError: no windows, windows longer than the model's positions, or token numbers that it does not have.
+    """
+    if windows.ndim != 2 or not windows.numel():
+        raise ModelError(f"calibration windows must be a matrix of tokens (windows, length), not {list(windows.shape)}")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and windows.shape[1] > positions:
+        raise ModelError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; "
+            f"choose --window-length {positions} or less"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= vocabulary or int(windows.min()) < 0:
+        raise ModelError(
+            f"the text has token number {int(windows.max())}, but the model knows {vocabulary} tokens; "
+            "use the model's own tokenizer"
+        )
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Put the layer's name before the solver's errors and warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except ModelError as error:
+            raise ModelError(f"{layer}: {error}") from error
+    for warning in caught:
+        warnings.warn(f"{layer}: {warning.message}", warning.category, stacklevel=3)

@@ -1,0 +1,163 @@
+"""Open a model and its tokenizer: from the hub, a local directory (dense or packed), or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from arbllm.errors import ConfigError, ModelError
+from arbllm.hub import hub_is_reachable
+from arbllm.integrations.transformers import load, register
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def open_model(
+    name_or_path: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    >>> model, tokenizer = open_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+    Args:
+        name_or_path: a hub id, a local directory (a dense checkpoint or one that arbllm wrote), or a `.gguf` file.
+        dtype: `float32`, `float16`, `bfloat16`; `auto` for the dtype that is stored, float16 for GGUF.
+        device: where to put the model.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ConfigError: the dtype is unknown.
+        ModelError: there is no such model, it is not a causal language model, it is damaged, or it has no tokenizer.
+        CheckpointError: a checkpoint that arbllm wrote is damaged.
+    """
+    # The tokenizer first: it is quick to find out that there is none.
+    tokenizer = open_tokenizer(name_or_path, trust_remote_code)
+    return open_model_only(name_or_path, dtype, device, trust_remote_code), tokenizer
+
+
+def open_model_only(
+    name_or_path: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of `open_model`, without a tokenizer."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    register()
+    path = Path(name_or_path).expanduser()
+    if _is_packed(path):
+        return load(path, dtype=DTYPES.get(dtype), device=device).eval()
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        options |= {"dtype": DTYPES.get(dtype, torch.float16), **_gguf_options()}
+    model, report = _from_pretrained(AutoModelForCausalLM, "model", name_or_path, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{name_or_path}: {sorted(report['missing_keys'])[0]} is not in the checkpoint; it is incomplete, or not a "
+            "causal language model"
+        )
+    if path.suffix == ".gguf":
+        # The weights are dense by now, but the model would refuse to be saved.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(device).eval()
+
+
+def open_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `open_model`.
+
+    Raises:
+        ModelError: there is no such model, or it has no tokenizer.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name_or_path, trust_remote_code=trust_remote_code)
+    if not tokenizer("a")["input_ids"]:  # without files, transformers makes an empty tokenizer of the model's kind
+        raise ModelError(f"{name_or_path}: has no tokenizer; put the model's tokenizer files beside its weights")
+    return tokenizer
+
+
+def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, with its many ways to fail told in one line.
+
+    Args:
+        auto: one of transformers' auto classes.
+        part: what it opens, for the message.
+        name_or_path: see `open_model`.
+        options: of `from_pretrained`.
+
+    Raises:
+        ModelError: names the model and what is wrong with it.
+    """
+    location = _locate(name_or_path)
+    try:
+        return auto.from_pretrained(**location, **options)
+    except Exception as error:  # configuration, weights, tokenizer and remote code fail in any way that they know
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(f"{name_or_path}: not a causal language model that transformers knows") from error
+        if location["local_files_only"] and not Path(name_or_path).expanduser().exists():
+            raise ModelError(
+                f"{name_or_path}: no such file or directory; as the name of a model on the hub it is not in the local "
+                "cache, and the hub cannot be reached. Give the path of a local model"
+            ) from error
+        raise ModelError(f"{name_or_path}: its {part} cannot be opened ({_first_line(error)})") from error
+
+
+def _locate(name_or_path: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where the model lies.
+
+    Raises:
+        ModelError: a path that leads nowhere, to a directory without a model, or to a file of another kind.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name_or_path}: has no config.json, so it is not the directory of a model{_gguf_hint(path)}"
+            )
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name_or_path}: not a .gguf file; give the model's directory, a .gguf file or a hub id")
+        return {
+            "pretrained_model_name_or_path": str(path.parent),
+            "gguf_file": path.name,
+            "local_files_only": True,
+        }
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{name_or_path}: no such file or directory, and not the name of a model on the hub"
+        ) from error
+    if path.suffix == ".gguf":
+        raise ModelError(f"{name_or_path}: no such file")
+    return {"pretrained_model_name_or_path": name_or_path, "local_files_only": not hub_is_reachable()}
+
+
+def _gguf_hint(directory: Path) -> str:
+    files = sorted(directory.glob("*.gguf"))
+    return f"; give its file instead: {files[0]}" if files else ""
+
+
+def _gguf_options() -> dict[str, Any]:
+    """Ask for dense weights, where transformers is new enough to keep GGUF blocks packed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether `path` is a checkpoint that arbllm wrote."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "arbllm")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,134 @@
+"""Find the decoder blocks of a causal language model, and their linears, by structure rather than by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from arbllm.errors import ModelError
+from arbllm.nn import BinaryLinear
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a decoder block.
+
+    Attributes:
+        name: full name in the model, as `named_modules` gives it.
+        module: an `nn.Linear`, or a `Conv1D` of transformers.
+        transposed: whether the module stores its weight as inputs by outputs (`Conv1D`).
+    """
+
+    name: str
+    module: nn.Linear | Conv1D
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as outputs by inputs, (n, m): a view."""
+        stored = self.module.weight.detach()
+        return stored.T if self.transposed else stored
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Replace the weight's values by `weight`, (n, m)."""
+        self.module.weight.data = weight.T.contiguous() if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """A decoder block and its linears in order of appearance.
+
+    Attributes:
+        index: its place in the model, from 0.
+        name: full name in the model.
+        module: the block.
+        linears: what there is to binarize.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: tuple[Linear, ...]
+
+
+def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
+    """The decoder blocks: the list of modules that holds more linear weights than any other, nested ones aside.
+
+    Embeddings, norms, head and whatever else lies outside that list are not touched.
+
+    Raises:
+        ModelError: the model is an encoder-decoder, is quantized already, has no such list, or holds weights that
+            are not loaded; the message names what was found.
+    """
+    _refuse_other_kinds(model)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # A list comes before the lists inside its modules and holds at least as many weights, so the outermost one wins.
+    name, blocks = max(lists, key=lambda found: _linear_weights(found[1]), default=("", nn.ModuleList()))
+    if not _linear_weights(blocks):
+        found = ", ".join(
+            f"{name} ({len(module)} x {type(module[0]).__name__})" for name, module in lists if len(module)
+        )
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers (lists of modules in it: "
+            f"{found or 'none'}); only causal language models made of such blocks can be binarized"
+        )
+    return [
+        DecoderBlock(index, f"{name}.{index}", block, tuple(_linears(f"{name}.{index}", block)))
+        for index, block in enumerate(blocks)
+    ]
+
+
+def check_weights(blocks: list[DecoderBlock]) -> None:
+    """Look at every linear before any work is done.
+
+    Raises:
+        ModelError: a weight is not in memory, not a matrix of floats, or has NaN or infinite entries; names the layer.
+    """
+    for linear in (linear for block in blocks for linear in block.linears):
+        weight = linear.weight
+        if weight.is_meta:
+            raise ModelError(f"{linear.name}: its weight is not in memory; load the model without offloading")
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ModelError(
+                f"{linear.name}: its weight is {weight.dtype} of shape {list(weight.shape)}, not a matrix of floats; "
+                "start from the unquantized model"
+            )
+        if not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{linear.name}: its weight has NaN or infinite entries; the model file is damaged, or its dtype is "
+                "too narrow (try --dtype float32)"
+            )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _refuse_other_kinds(model: PreTrainedModel) -> None:
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder; only causal language models can be binarized")
+    if any(isinstance(module, BinaryLinear) for module in model.modules()):
+        raise ModelError(f"{kind} is binarized already; start from the original model")
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(model.config.quantization_config, "quant_method", "another method")
+        raise ModelError(
+            f"{kind} is quantized already ({getattr(method, 'value', method)}); start from the original model"
+        )
+
+
+def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:
+    for name, module in block.named_modules(prefix=prefix):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield Linear(name, module, transposed=isinstance(module, Conv1D))
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(linear.module.weight.numel() for linear in _linears("", module))

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+from arbllm.errors import ModelError
+from arbllm.model.walk import check_weights, find_blocks, replace_module
+from arbllm.nn import BinaryLinear
+from tests.helpers import random_matrix
+from tests.model.tiny_models import MODELS, tiny_model
+
+# Linears of one block, as the architectures are known to have them.
+LINEARS = {
+    "opt": ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"],
+    "llama": [f"self_attn.{letter}_proj" for letter in "qkvo"]
+    + [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
+    "phi3": ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "gpt-neox": ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "falcon": [
+        "self_attention.query_key_value",
+        "self_attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_blocks_and_linears_are_found(name):
+    model = tiny_model(name)
+    blocks = find_blocks(model)
+    assert [block.index for block in blocks] == [0, 1, 2]
+    family = "llama" if name in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3") else name
+    family = next(known for known in (family, *LINEARS) if known in LINEARS and family.startswith(known))
+    for block in blocks:
+        assert model.get_submodule(block.name) is block.module
+        names = [linear.name.removeprefix(block.name + ".") for linear in block.linears]
+        assert sorted(names) == sorted(LINEARS[family])
+    found = {linear.module for block in blocks for linear in block.linears}
+    left = {
+        key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module not in found
+    }
+    projections = {"model.decoder.project_in", "model.decoder.project_out"} if name == "opt-350m" else set()
+    assert (
+        left
+        == {next(key for key, module in model.named_modules() if module is model.get_output_embeddings())} | projections
+    )
+
+
+def test_weights_are_outputs_by_inputs():
+    linear = find_blocks(tiny_model("gpt2"))[0].linears[0]
+    assert linear.transposed
+    assert linear.weight.shape == (96, 32)
+    assert linear.weight.data_ptr() == linear.module.weight.data_ptr()
+    linear.set_weight(torch.arange(96.0 * 32).view(96, 32))
+    assert linear.module.weight[1, 0] == 1
+    assert torch.equal(linear.weight, torch.arange(96.0 * 32).view(96, 32))
+
+
+def test_a_linear_is_replaced_by_name():
+    model = tiny_model("llama")
+    replace_module(model, "model.layers.1.mlp.down_proj", nn.Identity())
+    assert isinstance(model.model.layers[1].mlp.down_proj, nn.Identity)
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=10)
+    with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        find_blocks(T5ForConditionalGeneration(config))
+
+
+def test_a_model_without_blocks_of_linears_is_refused_with_what_was_found():
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+    with pytest.raises(ModelError, match=r"model\.layers \(2 x LayerNorm\)"):
+        find_blocks(model)
+
+
+def test_a_binarized_model_is_refused():
+    model = tiny_model("llama")
+    replace_module(model, "model.layers.1.mlp.down_proj", BinaryLinear.from_matrix(random_matrix(32, 56)))
+    with pytest.raises(ModelError, match="binarized already"):
+        find_blocks(model)
+
+
+def test_a_model_quantized_by_others_is_refused():
+    model = tiny_model("llama")
+    model.hf_quantizer = object()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ModelError, match="quantized already"):
+        find_blocks(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_layer_with_a_bad_weight_is_named(value):
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = value
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.up_proj: .*NaN"):
+        check_weights(find_blocks(model))
+
+
+def test_weights_that_are_not_in_memory_or_not_floats_are_named():
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.q_proj.to("meta")
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj: .*offloading"):
+        check_weights(find_blocks(model))
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(
+        torch.zeros(32, 4, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj: .*unquantized"):
+        check_weights(find_blocks(model))

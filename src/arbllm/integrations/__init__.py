@@ -48,4 +48,4 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 def _register() -> None:
-    import_module("arbllm.integrations.transformers").register()
+    import_module("arbllm.integrations.transformers")

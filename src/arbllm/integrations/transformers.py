@@ -1,4 +1,7 @@
-"""Packed checkpoints in transformers: `save_pretrained` writes them, `from_pretrained` reads and verifies them."""
+"""Packed checkpoints in transformers: `save_pretrained` writes them, `from_pretrained` reads and verifies them.
+
+Importing this module registers the format with transformers; `import arbllm` sees to it (see `arbllm.integrations`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-# transformers may still be importing itself (see arbllm.integrations): take here only what is there by then.
+# transformers may still be importing itself at this point: take here only what is there by then.
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -46,7 +49,7 @@ def load(
 
     Args:
         path: a directory, or the id of a repository on the hub.
-        dtype: of the dense tensors, such as embeddings and norms; None takes the checkpoint's. Packed tensors keep theirs.
+        dtype: of the dense tensors, such as embeddings; None takes the checkpoint's. Packed tensors keep theirs.
         device: where the model goes; None is the CPU.
         trust_remote_code: run model code that comes with the checkpoint.
 
@@ -58,7 +61,6 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    register()
     if Path(path).exists():
         open_checkpoint(path)
     try:
@@ -73,19 +75,11 @@ def load(
             output_loading_info=True,
         )
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: neither a directory here nor a repository that the hub gives: {error}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: neither a directory here nor one that the hub gives ({reason})") from error
     for name in sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: the model needs tensor {name}, which the checkpoint does not have")
     return model
-
-
-def register() -> None:
-    """Make the classes below known to transformers; a second call does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(ArbllmConfig)
-        register_quantizer(QUANT_METHOD)(ArbllmQuantizer)
 
 
 def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] | ArbllmConfig) -> None:
@@ -96,7 +90,6 @@ def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] |
         quantization_config: what config.json shall tell: `binarization`, `statistics`, `calibration`. The list of
             linears is taken from the model itself.
     """
-    register()
     config = quantization_config
     if not isinstance(config, ArbllmConfig):
         config = ArbllmConfig.from_dict(dict(config))
@@ -235,3 +228,13 @@ def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
         if place in modules:
             return place, modules[place]
     raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(model).__name__}")
+
+
+def register() -> None:
+    """Make the format known to transformers, as importing this module has done; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(ArbllmConfig)
+        register_quantizer(QUANT_METHOD)(ArbllmQuantizer)
+
+
+register()

@@ -1,13 +1,18 @@
-"""Random packed matrices for tests that need no solver."""
+"""Random packed matrices and models for tests that need no solver."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from arbllm.config import BinarizationConfig
 from arbllm.format.bitplanes import pack
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.integrations.transformers import mark_packed
+from arbllm.nn import BinaryLinear
 
 
 def random_matrix(
@@ -68,6 +73,27 @@ def random_matrix(
         tensors["column_bitmap"] = pack(column_bitmap)
         tensors["second_signs"] = pack(bits(rows, salient))
     return BinaryMatrix.from_tensors(layout, tensors)
+
+
+def pack_randomly(model: PreTrainedModel, salient: int = 3, block_size: int = 16) -> PreTrainedModel:
+    """Put a random `BinaryLinear` in place of every linear but the head, and mark the model as packed; in place."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    for seed, (name, module) in enumerate(linears):
+        if module is model.get_output_embeddings():
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.T.shape if transposed else module.weight.shape
+        matrix = random_matrix(rows, columns, salient=salient, block_size=block_size, seed=seed)
+        model.set_submodule(name, BinaryLinear.from_matrix(matrix, module.bias, transposed))
+    mark_packed(
+        model,
+        {
+            "binarization": BinarizationConfig(block_size=block_size).to_dict(),
+            "statistics": {name: {"output_error": 0.1, "weight_error": 0.2} for name, _ in linears},
+            "calibration": {"text": "random", "windows": 0, "window_length": 0, "seed": 0},
+        },
+    )
+    return model
 
 
 def _slots(column_bitmap: Tensor, block_size: int, regular_width: int, salient_width: int) -> int:

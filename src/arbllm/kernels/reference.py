@@ -26,4 +26,4 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     y = x.new_empty(len(rows), matrix.layout.rows)
     for tile, weight in matrix.tiles(dtype):
         y[:, tile] = rows @ weight.T
-    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y.view(*x.shape[:-1], matrix.layout.rows)

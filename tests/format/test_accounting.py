@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from arbllm.format.accounting import StorageSize, matrix_size, model_size, total_size
+from arbllm.format.layout import Layout
+from tests.helpers import random_matrix
+
+# Embedding and head of LLaMA-7B, 32,000 tokens, and the linears of its 32 decoder blocks: (rows, columns).
+VOCABULARY, WIDTH, HIDDEN, DEPTH = 32_000, 4096, 11_008, 32
+LINEARS = [*4 * [(WIDTH, WIDTH)], (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
+
+
+def layout(rows, columns, salient_groups, column_scaled):
+    """As the paper counts: two groups, blocks of 128, 9 % of the columns salient, some in every block."""
+    blocks = -(-columns // 128)
+    return Layout(
+        rows=rows,
+        columns=columns,
+        block_size=128,
+        groups=2,
+        salient_groups=salient_groups,
+        salient=round(0.09 * columns),
+        row_scale_slots=blocks * (2 + 2 * salient_groups),
+        row_mean_slots=0 if column_scaled else blocks * (2 + salient_groups),
+        column_scaled=column_scaled,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "salient_groups", "column_scaled", "true_bits", "gigabytes"),
+    [
+        ("billm", 1, False, 2.97, 2.93),
+        ("arb-x + cgb", 2, False, 3.34, 3.23),
+        ("arb-rc, column+group", 1, True, 2.60, 2.63),
+        ("arb-rc + cgb", 2, True, 2.85, 2.83),
+    ],
+)
+def test_published_size_of_llama_7b(name, salient_groups, column_scaled, true_bits, gigabytes):
+    layouts = {
+        f"{block}.{index}": layout(rows, columns, salient_groups, column_scaled)
+        for block in range(DEPTH)
+        for index, (rows, columns) in enumerate(LINEARS)
+    }
+    embedding = ((VOCABULARY, WIDTH), 2 * VOCABULARY * WIDTH)
+    norm = ((WIDTH,), 2 * WIDTH)
+    shapes = {"embed": embedding, "head": embedding, **{f"norm.{index}": norm for index in range(2 * DEPTH + 1)}}
+    size = model_size(layouts, shapes)
+    assert size.linears.true_bits == pytest.approx(true_bits, abs=0.01)
+    assert size.linears.nominal_bits == pytest.approx(1.09, abs=0.001)
+    assert size.nbytes / 1e9 == pytest.approx(gigabytes, abs=0.01)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("salient", [0, 7, 45])
+@pytest.mark.parametrize("row_means", [False, True])
+@pytest.mark.parametrize("column_scaled", [False, True])
+def test_size_is_that_of_the_tensors(groups, salient, row_means, column_scaled):
+    matrix = random_matrix(
+        9, 45, groups=groups, salient=salient, block_size=16, row_means=row_means, column_scaled=column_scaled
+    )
+    size = matrix_size(matrix.layout)
+    assert size.nbytes == matrix.nbytes
+    assert size.true_bits == matrix.true_bits
+    assert size.nominal_bits == pytest.approx(matrix.nominal_bits)
+    assert sum(size.bits_per_weight.values()) == pytest.approx(size.true_bits)
+
+
+def test_parts_of_one_matrix():
+    size = matrix_size(
+        random_matrix(6, 40, groups=4, salient_groups=2, salient=8, block_size=40, row_means=True).layout
+    )
+    assert size.parts == {
+        "signs": 6 * 5,
+        "group_bitmap": 6 * 2 * 5,
+        "column_bitmap": 5,
+        "second_signs": 6 * 1,
+        "row_scales": 2 * 6 * (4 + 2 * 2),
+        "row_means": 2 * 6 * (4 + 2),
+        "column_scales": 2 * (4 * 32 + 2 * 2 * 8),
+    }
+
+
+def test_totals_weigh_matrices_by_their_weights():
+    layouts = [random_matrix(8, 64, salient=4).layout, random_matrix(64, 640, salient=64).layout]
+    total = total_size(layouts)
+    assert total.weights == 8 * 64 + 64 * 640
+    assert total.nbytes == sum(matrix_size(layout).nbytes for layout in layouts)
+    assert total.nominal_bits == 1 + (8 * 4 + 64 * 64) / total.weights
+
+
+def test_nothing_packed_has_no_bits():
+    assert total_size([]) == StorageSize()
+    assert total_size([]).true_bits == total_size([]).nominal_bits == 0
+
+
+def test_dense_tensors_are_counted_apart():
+    matrix = random_matrix(8, 64, salient=4)
+    tensors = {f"proj.{name}": tensor for name, tensor in matrix.tensors().items()}
+    tensors |= {"proj.bias": torch.zeros(8), "embed.weight": torch.zeros(10, 64).half(), "norm.weight": torch.zeros(64)}
+    size = model_size({"proj": matrix.layout}, {name: (tuple(t.shape), t.nbytes) for name, t in tensors.items()})
+    assert size.linears.nbytes == matrix.nbytes
+    assert size.embeddings == 2 * 10 * 64
+    assert size.rest == 4 * (8 + 64)
+    assert size.nbytes == sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arbllm.format import matrix as matrix_module
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels.reference import matmul
+from tests.helpers import random_matrix
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@st.composite
+def matrices(draw):
+    columns = draw(st.integers(1, 70))
+    return random_matrix(
+        draw(st.integers(1, 40)),
+        columns,
+        groups=draw(st.sampled_from([1, 2, 4])),
+        salient_groups=draw(st.sampled_from([1, 2, 4])),
+        salient=draw(st.integers(0, columns)),
+        block_size=draw(st.sampled_from([8, 13, 32, 128])),
+        row_means=draw(st.booleans()),
+        column_scaled=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@given(matrix=matrices(), tokens=st.integers(0, 5), dtype=st.sampled_from(list(TOLERANCE)))
+def test_equals_the_product_with_the_dense_weight(matrix, tokens, dtype):
+    x = torch.randn(tokens, matrix.layout.columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    y = matmul(x, matrix)
+    expected = x.double() @ matrix.dequantize().double().T
+    assert y.dtype == dtype
+    scale = (x.double().abs() @ matrix.dequantize().double().abs().T).clamp(min=1e-6)
+    assert ((y.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+def test_float64_input_is_not_rounded_to_float32():
+    matrix, x = random_matrix(20, 30, salient=4), torch.randn(3, 30, dtype=torch.float64)
+    torch.testing.assert_close(matmul(x, matrix), x @ matrix.dequantize(torch.float64).T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3), (2, 0, 3), (2, 1, 3, 2)])
+def test_any_leading_dimensions(shape):
+    matrix, x = random_matrix(20, 30, salient=4), torch.randn(*shape, 30)
+    y = matmul(x, matrix)
+    assert y.shape == (*shape, 20)
+    torch.testing.assert_close(y, x @ matrix.dequantize().T)
+
+
+def test_any_strides():
+    matrix = random_matrix(20, 30, salient=4)
+    x = torch.randn(30, 4, 6).permute(2, 1, 0)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(matmul(x, matrix), matmul(x.contiguous(), matrix))
+    expanded = torch.randn(1, 30).expand(5, 30)
+    torch.testing.assert_close(matmul(expanded, matrix), matmul(expanded.contiguous(), matrix))
+
+
+def test_gradient_reaches_the_input():
+    matrix, x = random_matrix(20, 30, salient=4), torch.randn(3, 30, requires_grad=True)
+    matmul(x, matrix).sum().backward()
+    torch.testing.assert_close(x.grad, matrix.dequantize().sum(0).expand(3, 30))
+
+
+def test_the_dense_weight_never_exists_whole(monkeypatch):
+    rows = 3 * matrix_module.ROW_TILE + 5
+    matrix = random_matrix(rows, 24, salient=3)
+    largest = []
+    original = BinaryMatrix._rows
+
+    def watched(self, tile, columns):
+        dense = original(self, tile, columns)
+        largest.append(len(dense))
+        return dense
+
+    monkeypatch.setattr(BinaryMatrix, "_rows", watched)
+    y = matmul(torch.randn(2, 24), matrix)
+    assert y.shape == (2, rows)
+    assert sum(largest) == rows
+    assert max(largest) == matrix_module.ROW_TILE

@@ -21,6 +21,7 @@ from arbllm.errors import ModelError
 from arbllm.model.walk import DecoderBlock, Linear
 
 HIDDEN_STATES = "hidden_states"
+STRIPS = 4
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class _InputRecorder:
         for linear in self._linears:
             members[self._leaders[linear]].append(linear)
         return [
-            InputGroup(tuple(members[leader]), total.mul_(2 / self._tokens[leader]))
+            InputGroup(tuple(members[leader]), _mirror_upper(total).mul_(2 / self._tokens[leader]))
             for leader, total in self._sums.items()
         ]
 
@@ -219,8 +220,27 @@ class _InputRecorder:
         if linear not in self._sums:
             self._sums[linear] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self._tokens[linear] = 0
-        self._sums[linear].addmm_(rows.T, rows)
+        _add_upper(self._sums[linear], rows)
         self._tokens[linear] += rows.shape[0]
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Add x x^T of every row x of `rows` (N, m) to `total` (m, m): at and above the diagonal, the rest is a by-product.
+
+    A product of two matrices does not know that its result is symmetric; strips down to the diagonal save most of the
+    lower half.
+    """
+    columns = total.shape[0]
+    height = -(-columns // STRIPS)
+    for start in range(0, columns, height):
+        stop = min(start + height, columns)
+        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def _mirror_upper(total: Tensor) -> Tensor:
+    """Fill in what lies below the diagonal, in place."""
+    lower = total.triu(1).T
+    return total.triu_().add_(lower)
 
 
 class _StopForwardError(Exception):

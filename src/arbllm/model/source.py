@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from arbllm.errors import ConfigError, ModelError
+from arbllm.errors import ArbllmError, ConfigError, ModelError
+from arbllm.format.checkpoint import QUANT_METHOD
 from arbllm.hub import hub_is_reachable
-from arbllm.integrations.transformers import load, register
+from arbllm.integrations.transformers import load
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,10 +46,9 @@ def open_model_only(
     """The model of `open_model`, without a tokenizer."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
-    register()
     path = Path(name_or_path).expanduser()
     if _is_packed(path):
-        return load(path, dtype=DTYPES.get(dtype), device=device).eval()
+        return load(path, dtype=DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         options |= {"dtype": DTYPES.get(dtype, torch.float16), **_gguf_options()}
@@ -58,8 +58,8 @@ def open_model_only(
             f"{name_or_path}: {sorted(report['missing_keys'])[0]} is not in the checkpoint; it is incomplete, or not a "
             "causal language model"
         )
-    if path.suffix == ".gguf":
-        # The weights are dense by now, but the model would refuse to be saved.
+    if path.suffix == ".gguf" and getattr(model, "hf_quantizer", None) is not None:
+        # The weights are dense by now, but with this left in place the model would refuse to be saved.
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(device).eval()
 
@@ -91,6 +91,8 @@ def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) ->
     location = _locate(name_or_path)
     try:
         return auto.from_pretrained(**location, **options)
+    except ArbllmError:
+        raise
     except Exception as error:  # configuration, weights, tokenizer and remote code fail in any way that they know
         if "Unrecognized configuration class" in str(error):
             raise ModelError(f"{name_or_path}: not a causal language model that transformers knows") from error
@@ -154,7 +156,7 @@ def _is_packed(path: Path) -> bool:
     """Whether `path` is a checkpoint that arbllm wrote."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "arbllm")
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

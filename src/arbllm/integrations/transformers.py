@@ -189,6 +189,7 @@ class ArbllmQuantizer(HfQuantizer):
                     f"config.json: {name} is {list(shape)} in the model, but {[layout.rows, layout.columns]} as packed"
                 )
             packed = BinaryLinear(layout, options["bias"], options["transposed"], "meta", weight.dtype)
+            packed.weight = _stand_in()
             model.set_submodule(place, packed)
             self._modules[name] = place
 
@@ -200,6 +201,7 @@ class ArbllmQuantizer(HfQuantizer):
         """
         for name, place in self._modules.items():
             module = model.get_submodule(place)
+            del module.weight
             for key, tensor in module.matrix.tensors().items():
                 offloaded = tensor.is_meta
                 if not offloaded and checksum(tensor) != self._checkpoint.checksums[f"{name}.{key}"]:
@@ -218,6 +220,16 @@ class ArbllmQuantizer(HfQuantizer):
         for name in model._keys_to_ignore_on_save or ():
             tensors.pop(name, None)
         return None, file_metadata(tensors, self.quantization_config.linears)
+
+
+def _stand_in() -> torch.Tensor:
+    """What stands for the dense weight while a model is loaded: an empty tensor that counts as initialized.
+
+    Some models (GPT-2) initialize the weights of their linears by name, whether they were loaded or not.
+    """
+    weight = torch.empty(0, device="meta")
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
 
 
 def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

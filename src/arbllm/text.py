@@ -5,7 +5,7 @@
 | `c4` | hub, `allenai/c4`, first shard of `en` | documents, joined by a space for evaluation |
 | `wikitext2` | hub, `Salesforce/wikitext`, `wikitext-2-raw-v1` | rows joined by a blank line |
 | `ptb` | hub, `ptb-text-only/ptb_text_only` | sentences joined by a space |
-| `builtin` | `pydoc_data.topics`, the language reference in every CPython | every fifth topic is kept for evaluation |
+| `builtin` | `pydoc_data.topics`, the language reference in every CPython | its last fifth is kept for evaluation |
 | a path ending in `.raw` | the file, cut into rows as the hub cuts WikiText | rows joined by a blank line |
 | any other path | the file as it is | |
 
@@ -35,7 +35,7 @@ NAMES = ("c4", "wikitext2", "ptb", "builtin")
 C4_DOCUMENTS = 1100
 C4_EVALUATION_TOKENS = 256 * 2048
 C4_TRIES_PER_WINDOW = 10_000
-HELD_OUT_EVERY = 5
+BUILTIN_TRAIN_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -230,10 +230,11 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
 def _builtin_text(split: Split) -> str:
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    held_out = names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    chosen = held_out if split == "test" else [name for name in names if name not in held_out]
-    return "\n\n".join(topics[name] for name in chosen)
+    # Long topics repeat short ones: without the repetitions, no paragraph is in both splits.
+    paragraphs = (part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n"))
+    text = "\n\n".join(dict.fromkeys(part for part in paragraphs if part))
+    boundary = text.index("\n\n", int(BUILTIN_TRAIN_SHARE * len(text)))
+    return text[boundary + 2 :] if split == "test" else text[:boundary]
 
 
 def _file_text(name: str) -> str:

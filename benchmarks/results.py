@@ -5,8 +5,8 @@
     python benchmarks/results.py --table                 only the table, from the rows that are there
 
 Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON under out/results, so that an
-interrupted run goes on where it stopped. The text is WikiText-2 (raw): `wiki.valid.raw` for calibration, `wiki.test.raw`
-for evaluation, looked for under $ARBLLM_DATA or ../shared/data.
+interrupted run goes on where it stopped. The text is WikiText-2 (raw), `wiki.valid.raw` to calibrate on and
+`wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ _PAGE = """\
 
 SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} windows of {context} tokens:
 the whole text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of
-{context} tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two groups,
-blocks of 128 columns, 15 iterations, and otherwise the defaults.
+{context} tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two
+groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 
 {table}
 
-Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored (signs,
-bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the head, stay in
-16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over linears of
-tr(D H Dᵀ) / tr(W H Wᵀ). Time and peak memory are of `arbllm quantize` on {machine}.
+Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored
+(signs, bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the
+head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
+linears of tr(D H Dᵀ) / tr(W H Wᵀ). Time and peak memory are of `arbllm quantize` on {machine}.
 
-`make results` writes this page; it needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in `$ARBLLM_DATA/wikitext2`.
+`make results` writes this page; it needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in
+`$ARBLLM_DATA/wikitext2`.
 Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 """
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from arbllm.device import choose_device, evaluation_dtype
-from arbllm.errors import ConfigError
+from arbllm.device import check_disk_space, choose_device, evaluation_dtype, peak_memory_bytes
+from arbllm.errors import ArbllmError, ConfigError
 
 
 def test_names_and_default():
@@ -22,3 +22,13 @@ def test_a_device_that_is_not_there(name):
 )
 def test_evaluation_is_in_float32_on_the_cpu_unless_told_otherwise(dtype, device, expected):
     assert evaluation_dtype(dtype, torch.device(device)) == expected
+
+
+def test_peak_memory_is_plausible():
+    assert 10 * 2**20 < peak_memory_bytes() < 2**40
+
+
+def test_room_on_the_disk(tmp_path):
+    check_disk_space(1000, tmp_path)
+    with pytest.raises(ArbllmError, match="can take 9,000,000,000,000 MB"):
+        check_disk_space(9 * 10**18, tmp_path)

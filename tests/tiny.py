@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import arbllm
+
 VOCABULARY = 257
 END = 256
 
@@ -48,3 +50,11 @@ def save_tiny(directory: Path, **changes) -> Path:
     tiny_llama(**changes).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def pack_tiny(directory: Path, **changes) -> Path:
+    """The model quantized on the built-in text: `directory`/packed, beside its source `directory`/dense."""
+    save_tiny(directory / "dense", **changes)
+    options = {"calibration": "builtin", "windows": 4, "window_length": 64, "device": "cpu"}
+    arbllm.quantize(directory / "dense", directory / "packed", **options)
+    return directory / "packed"

@@ -102,6 +102,8 @@ def model_card(facts: CardFacts) -> str:
 
 def _named(path: str) -> str:
     """A hub id as it is, a local path by its last part: where it lay on somebody's disk is nobody's business."""
+    if path == "builtin":
+        return "the built-in text"
     return path if _is_hub_id(path) else Path(path).name
 
 

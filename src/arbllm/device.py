@@ -1,10 +1,17 @@
-"""Where to compute, and in what."""
+"""The machine: where to compute and in what, how much memory that took, how much room the disk has."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
+
 import torch
 
-from arbllm.errors import ConfigError
+from arbllm.errors import ArbllmError, ConfigError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -31,6 +38,52 @@ def choose_device(name: str | None = None) -> torch.device:
 def evaluation_dtype(dtype: str, device: torch.device) -> str:
     """`auto` means float32 on a CPU, where half precision is slow and coarse, and the stored dtype elsewhere."""
     return "float32" if dtype == "auto" and device.type == "cpu" else dtype
+
+
+def check_disk_space(needed: int, directory: Path) -> None:
+    """Refuse to begin what would not fit.
+
+    Args:
+        needed: bytes to write, at most.
+        directory: an existing directory on the disk in question.
+
+    Raises:
+        ArbllmError: the disk has less room.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ArbllmError(
+            f"no space left on the disk: the checkpoint can take {needed / 1e6:,.0f} MB, {directory.parent} has "
+            f"{free / 1e6:,.0f} MB free; free some, or choose an output directory on another disk"
+        )
+
+
+def reset_peak_memory() -> None:
+    """Let the system forget the peak so far; does nothing where it cannot."""
+    try:
+        _CLEAR_PEAK.write_text("5")  # 5 resets the high-water mark alone, see proc(5)
+    except OSError:
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, in bytes, since the last reset; 0 where the system does not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return _lifetime_peak()
+
+
+def _lifetime_peak() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from arbllm.disk import check_disk_space
+from arbllm.device import check_disk_space
 from arbllm.errors import ConfigError
 from arbllm.format.checkpoint import open_checkpoint, output_directory
 from arbllm.model.source import open_model

@@ -7,29 +7,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
-from arbllm.device import choose_device
-from arbllm.disk import check_disk_space
+from arbllm.device import check_disk_space, choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
-from arbllm.evaluation.evaluate import Evaluation
-from arbllm.evaluation.evaluate import evaluate as evaluate_model
 from arbllm.evaluation.measure import measure
+from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.accounting import StorageSize, matrix_size, total_size
-from arbllm.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, bytes_on_disk, output_directory
+from arbllm.format.checkpoint import bytes_on_disk, output_directory
 from arbllm.format.layout import Layout
 from arbllm.integrations.transformers import mark_packed
-from arbllm.model.events import Event, LinearQuantized, OnEvent
+from arbllm.model.events import Event, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.progress import JsonLinesLog
-from arbllm.text import calibration_windows
+from arbllm.text import calibration_windows, evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
@@ -134,16 +133,21 @@ def quantize(
         with measure() as measured:
             opened, tokenizer = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
+            held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
             check_disk_space(_largest_size(opened, config), work)
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
             with JsonLinesLog(work / LOG_FILE) as log:
                 results = quantize_model(opened, tokens, config, device=place, on_event=_both(log, on_event))
-            mark_packed(opened, quantization_config(opened, config, results, facts))
+            statistics = {
+                result.name: {"output_error": result.output_error, "weight_error": result.weight_error}
+                for result in results
+            }
+            mark_packed(opened, {"binarization": config.to_dict(), "statistics": statistics, "calibration": facts})
             opened.save_pretrained(work)
             tokenizer.save_pretrained(work)
         size = _packed_size(opened)
         del opened
-        score = evaluate_model(str(work), evaluate, device=device) if evaluate else None
+        score = _evaluate(work, held_out, place) if held_out is not None else None
         summary = QuantizationSummary(
             path=out,
             linears=len(results),
@@ -158,33 +162,8 @@ def quantize(
             perplexity=score.perplexity if score else None,
             **asdict(measured),
         )
-        (work / CARD_FILE).write_text(_card(model, summary, config, facts, score), encoding="utf-8")
+        (work / CARD_FILE).write_text(_card(model, summary, config, facts, evaluate, score), encoding="utf-8")
     return summary
-
-
-def quantization_config(
-    model: PreTrainedModel,
-    config: BinarizationConfig,
-    results: list[LinearQuantized],
-    calibration: Mapping[str, str | int],
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a model whose linears have been binarized; see docs/format.md."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "arbllm_version": arbllm.__version__,
-        "binarization": config.to_dict(),
-        "linears": {
-            name: layer.layout.to_dict() | {"bias": layer.bias is not None, "transposed": layer.transposed}
-            for name, layer in layers.items()
-        },
-        "statistics": {
-            result.name: {"output_error": result.output_error, "weight_error": result.weight_error}
-            for result in results
-        },
-        "calibration": dict(calibration),
-    }
 
 
 def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
@@ -218,6 +197,17 @@ def _dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
     return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
 
 
+def _held_out(model: PreTrainedModel, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The windows to evaluate on in the end; text that does not allow it is better refused in the beginning."""
+    return cut_windows(model, evaluation_tokens(text, tokenizer), min(DEFAULT_CONTEXT, longest_context(model)))
+
+
+def _evaluate(checkpoint: Path, held_out: Tensor, device: torch.device) -> Perplexity:
+    """Perplexity of the checkpoint as it lies on the disk, on windows (N, L)."""
+    model, _ = open_model(str(checkpoint), dtype=evaluation_dtype("auto", device), device=device)
+    return perplexity(model, held_out.flatten(), held_out.shape[1])
+
+
 def _packed_size(model: PreTrainedModel) -> StorageSize:
     return total_size(module.layout for module in model.modules() if isinstance(module, BinaryLinear))
 
@@ -227,7 +217,8 @@ def _card(
     summary: QuantizationSummary,
     config: BinarizationConfig,
     calibration: Mapping[str, str | int],
-    score: Evaluation | None,
+    text: str | None,
+    score: Perplexity | None,
 ) -> str:
     facts = CardFacts(
         name=summary.path.absolute().name,
@@ -239,7 +230,7 @@ def _card(
         nominal_bits=summary.nominal_bits_per_weight,
         bytes_on_disk=summary.bytes_on_disk,
         output_error=summary.output_error,
-        perplexity={_shown(score.text): (score.perplexity, score.context)} if score else {},
+        perplexity={_shown(text): (score.perplexity, score.context)} if text and score else {},
     )
     return model_card(facts)
 

@@ -12,7 +12,7 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from arbllm.evaluation.measure import peak_memory_bytes
+from arbllm.device import peak_memory_bytes
 from arbllm.model.events import BlockFinished, BlockStarted, Event, JobStarted, LinearQuantized
 
 
@@ -126,7 +126,7 @@ class ProgressDisplay:
                 self.tally = Tally()
                 self.tally.total = event.weights
                 self._progress.update(self._task, total=event.blocks)
-                self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights / 1e6:.1f} M weights")
+                self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights:,} weights")
             case BlockStarted():
                 self._block = Tally()
                 self._describe("calibrating")

@@ -13,7 +13,7 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="A packed checkpoint, as quantize wrote it.")],
-    dense: Annotated[Path, typer.Argument(help="The directory to write.")],
+    dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The directory to write.")],
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     json: Json = False,

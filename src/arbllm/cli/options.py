@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A hub id, a local directory (dense or packed), or a .gguf file.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a local directory (dense or packed), or a .gguf file.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU where there is one, else the CPU")
 ]

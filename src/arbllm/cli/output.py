@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from arbllm.errors import ArbllmError
 
 ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+PIPE_WIDTH = 200
 
 
 def stdout() -> Console:
-    """Where results go."""
-    return Console()
+    """Where results go; tables keep their full width when they are piped somewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def stderr() -> Console:
@@ -95,6 +98,7 @@ def _plain(value: Any) -> Any:
 
 def _quieten_libraries() -> None:
     """No progress bars, warnings or log lines of other libraries between ours; arbllm's own warnings stay."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
     import transformers
     from huggingface_hub.utils import disable_progress_bars
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
+from arbllm.device import peak_memory_bytes, reset_peak_memory
 
 
 @dataclass
@@ -57,31 +54,3 @@ def measure() -> Iterator[Measurement]:
         measurement.peak_memory_bytes = peak_memory_bytes()
         if on_gpu:
             measurement.peak_device_memory_bytes = torch.cuda.max_memory_allocated()
-
-
-def reset_peak_memory() -> None:
-    """Let the system forget the peak so far; does nothing where it cannot."""
-    try:
-        _CLEAR_PEAK.write_text("5")  # 5 resets the high-water mark alone, see proc(5)
-    except OSError:
-        return
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, in bytes, since the last reset; 0 where the system does not tell."""
-    try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return _lifetime_peak()
-
-
-def _lifetime_peak() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

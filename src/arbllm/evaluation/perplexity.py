@@ -15,6 +15,7 @@ from arbllm.errors import ModelError, TextError
 
 LOGIT_BYTES = 64 * 2**20
 PROBE_TOKENS = 8
+DEFAULT_CONTEXT = 2048
 
 Head = Callable[[Tensor], Tensor]
 
@@ -40,7 +41,7 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel,
     tokens: Tensor,
-    context: int = 2048,
+    context: int = DEFAULT_CONTEXT,
     *,
     max_windows: int | None = None,
     on_window: Callable[[int, int, float], None] | None = None,
@@ -62,7 +63,7 @@ def perplexity(
         TextError: the text holds no whole window, or `context` or `max_windows` is out of range.
         ModelError: the model cannot take so long a context, or its logits are not finite.
     """
-    windows = _windows(model, tokens, context, max_windows)
+    windows = cut_windows(model, tokens, context, max_windows)
     start = time.perf_counter()
     model.eval()
     head = split_head(model)
@@ -117,22 +118,37 @@ def split_head(model: PreTrainedModel) -> Head | None:
     return head if torch.equal(head(hidden), expected) else None
 
 
-def _windows(model: PreTrainedModel, tokens: Tensor, context: int, max_windows: int | None) -> Tensor:
-    """The windows (N, context) of a text."""
+def cut_windows(model: PreTrainedModel, tokens: Tensor, context: int, max_windows: int | None = None) -> Tensor:
+    """Cut a text into windows that do not overlap, after checking that the model can be evaluated on them.
+
+    Args:
+        model: the model to evaluate.
+        tokens: int64 (T,).
+        context: tokens of a window.
+        max_windows: windows at most; None for all.
+
+    Returns:
+        int64 (N, context).
+
+    Raises:
+        TextError, ModelError: see `perplexity`.
+    """
     if context < 2:
         raise TextError(f"a context of {context} tokens predicts nothing; it must be at least 2")
     if max_windows is not None and max_windows < 1:
         raise TextError(f"max-windows must be at least 1, not {max_windows}")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and context > longest:
-        raise ModelError(
-            f"the model takes at most {longest} tokens at once; choose a context of at most that, not {context}"
-        )
+    if context > (longest := longest_context(model, context)):
+        raise ModelError(f"the model takes at most {longest} tokens at once; choose --context {longest} or less")
     count = tokens.numel() // context
     if count == 0:
         raise TextError(f"the text has {tokens.numel()} tokens, less than one window of {context}; lower the context")
     count = min(count, max_windows or count)
     return tokens[: count * context].view(count, context)
+
+
+def longest_context(model: PreTrainedModel, otherwise: int = DEFAULT_CONTEXT) -> int:
+    """Tokens that the model takes at once, or `otherwise` where it does not tell."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or otherwise
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> float:

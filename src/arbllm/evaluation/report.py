@@ -43,7 +43,7 @@ class CheckpointReport:
         path: its directory.
         binarization: method and options, as in config.json.
         calibration: text, windows, window length and seed, as in config.json.
-        linears: the packed linears, in the order of the model.
+        linears: the packed linears, block by block.
         size: bytes of linears, embeddings and the rest.
         bytes_on_disk: bytes of the weight files.
     """
@@ -96,7 +96,7 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
         checkpoint.verify_contents()
     statistics = checkpoint.quantization.get("statistics", {})
     linears = []
-    for name, layout in checkpoint.layouts.items():
+    for name, layout in sorted(checkpoint.layouts.items(), key=lambda item: _natural_order(item[0])):
         size = matrix_size(layout)
         error = statistics.get(name, {}).get("output_error")
         linears.append(
@@ -112,3 +112,8 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
         checkpoint.size,
         bytes_on_disk(path),
     )
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from arbllm.config import BinarizationConfig
+from arbllm.device import peak_memory_bytes
 from arbllm.errors import ModelError
-from arbllm.evaluation.measure import peak_memory_bytes
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent

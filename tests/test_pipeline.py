@@ -1,0 +1,146 @@
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import arbllm
+from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
+from arbllm.format.checkpoint import bytes_on_disk, verify
+from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
+from arbllm.nn import BinaryLinear
+from tests.tiny import save_tiny
+
+OPTIONS = {"calibration": "builtin", "windows": 4, "window_length": 64, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def job(dense, tmp_path_factory):
+    """(summary, events) of a job that was evaluated, too."""
+    events: list[Event] = []
+    out = tmp_path_factory.mktemp("out") / "packed"
+    summary = arbllm.quantize(dense, out, **OPTIONS, evaluate="builtin", on_event=events.append)
+    return summary, events
+
+
+def test_the_checkpoint_loads_and_computes_what_the_summary_says(job):
+    summary, _ = job
+    model = arbllm.load(summary.path)
+    layers = [module for module in model.modules() if isinstance(module, BinaryLinear)]
+    assert len(layers) == summary.linears == 14
+    assert sum(layer.layout.weights for layer in layers) == summary.weights
+    assert 8 * sum(layer.matrix.nbytes for layer in layers) / summary.weights == summary.true_bits_per_weight
+    assert summary.bytes_on_disk == bytes_on_disk(summary.path)
+    assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_sizes_before(job, dense):
+    summary, _ = job
+    assert summary.dense_linear_bytes == 4 * summary.weights
+    assert summary.dense_bytes == pytest.approx(bytes_on_disk(dense), rel=0.05)  # the file has a header, too
+
+
+def test_the_directory_has_all_that_users_need(job):
+    summary, _ = job
+    names = {path.name for path in summary.path.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "quantization_log.jsonl", "tokenizer.json"} <= names
+    verify(summary.path)
+
+
+def test_config_tells_how_it_was_made(job):
+    config = json.loads((job[0].path / "config.json").read_text())["quantization_config"]
+    assert config["binarization"] == arbllm.BinarizationConfig().to_dict()
+    assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 0}
+    assert config["statistics"].keys() == config["linears"].keys()
+
+
+def test_the_log_has_every_event(job):
+    summary, events = job
+    lines = [json.loads(line) for line in (summary.path / "quantization_log.jsonl").read_text().splitlines()]
+    assert [{**line, "elapsed": 0} for line in lines] == [{**event.to_dict(), "elapsed": 0} for event in events]
+    kinds = [type(event) for event in events]
+    assert (kinds.count(JobStarted), kinds.count(BlockFinished), kinds.count(LinearQuantized)) == (1, 2, 14)
+
+
+def test_the_card_has_the_measured_perplexity(job):
+    summary, _ = job
+    assert f"{summary.perplexity:.2f} at a context of 128" in (summary.path / "README.md").read_text()
+
+
+def test_the_model_behind_the_card_is_the_one_on_disk(job):
+    summary, _ = job
+    loaded = AutoModelForCausalLM.from_pretrained(summary.path)
+    assert any(isinstance(module, BinaryLinear) for module in loaded.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"calibration": "no such file"}, TextError, "no such file"),
+        ({"windows": 10**6}, TextError, "windows"),
+        ({"window_length": 129, "windows": 1}, ModelError, "128"),
+        ({"dtype": "int3"}, ConfigError, "int3"),
+        ({"device": "cuda:99"}, ConfigError, "cuda:99"),
+        ({"evaluate": "no such file"}, TextError, "no such file"),
+    ],
+)
+def test_what_cannot_be_done_leaves_nothing_behind(dense, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        arbllm.quantize(dense, tmp_path / "packed", **{**OPTIONS, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_kept_unless_told_otherwise(dense, tmp_path):
+    out = tmp_path / "packed"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    with pytest.raises(ArbllmError, match="--overwrite"):
+        arbllm.quantize(dense, out, **OPTIONS)
+    assert (out / "precious").read_text() == "kept"
+    arbllm.quantize(dense, out, **OPTIONS, overwrite=True)
+    assert not (out / "precious").exists()
+    verify(out)
+
+
+def test_the_model_is_not_its_own_output(dense):
+    with pytest.raises(ConfigError, match="is the model itself"):
+        arbllm.quantize(dense, dense, **OPTIONS, overwrite=True)
+
+
+def test_a_full_disk_is_noticed_before_the_work(dense, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    events: list[Event] = []
+    with pytest.raises(ArbllmError, match="no space left"):
+        arbllm.quantize(dense, tmp_path / "packed", **OPTIONS, on_event=events.append)
+    assert events == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["billm", "arb", "arb-x", "arb-rc"])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_the_room_asked_for_suffices(dense, tmp_path, monkeypatch, method, groups):
+    asked: list[int] = []
+    monkeypatch.setattr("arbllm.pipeline.check_disk_space", lambda needed, _: asked.append(needed))
+    config = arbllm.BinarizationConfig(method=method, groups=groups, block_size=16)
+    summary = arbllm.quantize(dense, tmp_path / "packed", config=config, **OPTIONS)
+    headers = 32_000
+    assert asked[0] + headers > summary.bytes_on_disk
+
+
+def test_a_weight_that_is_not_a_number_is_named(tmp_path):
+    save_tiny(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        arbllm.quantize(tmp_path / "dense", tmp_path / "packed", **OPTIONS)
+    assert not (tmp_path / "packed").exists()

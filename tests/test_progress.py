@@ -1,0 +1,79 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
+from arbllm.progress import JsonLinesLog, ProgressDisplay, _clock
+
+
+def linear(name: str, rows: int, error: float, bits: float) -> LinearQuantized:
+    sizes = {"rows": rows, "columns": 10, "bytes": 1}
+    figures = {"output_error": error, "weight_error": 0.1, "nominal_bits": 1.0, "true_bits": bits}
+    return LinearQuantized(0, 2, f"model.layers.0.{name}", **sizes, **figures, damping=0.01, seconds=1.0)
+
+
+EVENTS = [
+    JobStarted(blocks=2, linears=4, weights=80),
+    BlockStarted(0, 2),
+    linear("self_attn.q_proj", 10, 0.02, 2.0),
+    linear("mlp.up_proj", 30, 0.04, 4.0),
+    BlockFinished(0, 2, 4.0, 1.0, 2.0, 1.0, peak_memory_bytes=1_500_000_000),
+]
+
+
+def play(terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
+    with ProgressDisplay(console) as display:
+        for event in EVENTS:
+            display(event)
+        display._progress.refresh()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_a_line_a_block():
+    lines = play(terminal=False).splitlines()
+    assert len(lines) == 2
+    assert "4 linears in 2 blocks" in lines[0]
+    # Mean of the errors, mean of the bits weighted by weights.
+    assert lines[1].startswith("block 1/2: mean output error 0.0300, 3.50 true bits, 4.0 s, peak 1.50 GB")
+    assert lines[1].endswith("left")
+
+
+def test_on_a_terminal_the_linear_its_error_bits_time_and_memory():
+    shown = play(terminal=True)
+    assert "mlp.up_proj" in shown
+    assert "0.0400" in shown
+    assert "4.00 bits" in shown
+    assert "left" in shown
+    assert "GB" in shown
+
+
+def test_a_second_job_starts_from_zero():
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    for event in [*EVENTS, EVENTS[0]]:
+        display(event)
+    assert (display.tally.weights, display.tally.total, display.tally.true_bits) == (0, 80, 0.0)
+    assert display.tally.seconds_left() is None
+
+
+def test_the_log_can_be_followed_while_it_grows(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with JsonLinesLog(path) as log:
+        for count, event in enumerate(EVENTS, start=1):
+            log(event)
+            lines = path.read_text().splitlines()
+            assert len(lines) == count
+            line = json.loads(lines[-1])
+            assert line.pop("elapsed") >= 0
+            assert line == event.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0:00"), (9, "0:09"), (61, "1:01"), (754, "12:34"), (3600, "1:00:00"), (36061, "10:01:01")],
+)
+def test_clock(seconds, shown):
+    assert _clock(seconds) == shown

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from arbllm.errors import CheckpointError
+from arbllm.format import matrix as matrix_module
+from arbllm.format.matrix import BinaryMatrix, slots
+from tests.helpers import random_matrix
+
+MATRIX = random_matrix(37, 45, groups=4, salient=7, block_size=16, row_means=True)
+
+
+def test_rows_and_tiles_are_parts_of_the_whole():
+    dense = MATRIX.dequantize()
+    assert torch.equal(MATRIX.dequantize_rows(5, 20), dense[5:20])
+    tiles = list(MATRIX.tiles(rows=10))
+    assert [(tile.start, tile.stop) for tile, _ in tiles] == [(0, 10), (10, 20), (20, 30), (30, 37)]
+    assert torch.equal(torch.cat([weight for _, weight in tiles]), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dtype_is_rounded_to_in_the_end(dtype):
+    assert torch.equal(MATRIX.dequantize(dtype), MATRIX.dequantize().to(dtype))
+    assert torch.equal(MATRIX.dequantize_rows(0, 9, dtype), MATRIX.dequantize_rows(0, 9).to(dtype))
+
+
+def test_dequantizing_leaves_the_matrix_as_it_is():
+    before = {name: tensor.clone() for name, tensor in MATRIX.tensors().items()}
+    assert torch.equal(MATRIX.dequantize(), MATRIX.dequantize())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in MATRIX.tensors().items())
+
+
+def test_more_rows_than_a_tile():
+    matrix = random_matrix(matrix_module.ROW_TILE + 3, 20, salient=2)
+    assert torch.equal(matrix.dequantize()[-3:], matrix.dequantize_rows(matrix_module.ROW_TILE, matrix.layout.rows))
+
+
+def test_slots_skip_what_a_block_lacks():
+    """Blocks of 2: regular only, both, salient only, regular only."""
+    salient = torch.tensor([0, 0, 1, 0, 1, 1, 0]).bool()
+    regular_starts, salient_starts = slots(salient, 2, 4, 6)
+    assert regular_starts[[0, 1, 3]].tolist() == [0, 4, 20]
+    assert salient_starts[[1, 2]].tolist() == [8, 14]
+
+
+def test_tensors_round_trip():
+    again = BinaryMatrix.from_tensors(MATRIX.layout, MATRIX.tensors())
+    assert torch.equal(again.dequantize(), MATRIX.dequantize())
+    assert list(again.tensors()) == list(MATRIX.layout.tensors())
+    assert again.nbytes == sum(tensor.nbytes for tensor in MATRIX.tensors().values())
+    assert again.true_bits == 8 * again.nbytes / (37 * 45)
+    assert again.nominal_bits == 1 + 7 / 45
+    assert again.error_history == ()
+
+
+def test_map_changes_every_tensor():
+    moved = MATRIX.map(lambda tensor: tensor.to("meta"))
+    assert all(tensor.is_meta for tensor in moved.tensors().values())
+
+
+@pytest.mark.parametrize("name", list(MATRIX.tensors()))
+def test_wrong_tensors_are_named(name):
+    tensors = MATRIX.tensors()
+    with pytest.raises(CheckpointError, match=rf"layer\.{name}: missing"):
+        BinaryMatrix.from_tensors(MATRIX.layout, {key: t for key, t in tensors.items() if key != name}, "layer")
+    for wrong in (tensors[name].to(torch.int32), tensors[name][:-1]):
+        with pytest.raises(CheckpointError, match=rf"layer\.{name}: expected .* found"):
+            BinaryMatrix.from_tensors(MATRIX.layout, {**tensors, name: wrong}, "layer")
+    with pytest.raises(CheckpointError, match=r"layer\.weight: this tensor does not belong"):
+        BinaryMatrix.from_tensors(MATRIX.layout, {**tensors, "weight": tensors["signs"]}, "layer")

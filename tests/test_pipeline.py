@@ -25,8 +25,10 @@ def dense(tmp_path_factory):
 def job(dense, tmp_path_factory):
     """(summary, events) of a job that was evaluated, too."""
     events: list[Event] = []
-    out = tmp_path_factory.mktemp("out") / "packed"
-    summary = arbllm.quantize(dense, out, **OPTIONS, evaluate="builtin", on_event=events.append)
+    directory = tmp_path_factory.mktemp("out")
+    text = directory / "held_out.txt"
+    text.write_text("word " * 60)
+    summary = arbllm.quantize(dense, directory / "packed", **OPTIONS, evaluate=str(text), on_event=events.append)
     return summary, events
 
 
@@ -71,7 +73,10 @@ def test_the_log_has_every_event(job):
 
 def test_the_card_has_the_measured_perplexity(job):
     summary, _ = job
-    assert f"{summary.perplexity:.2f} at a context of 128" in (summary.path / "README.md").read_text()
+    assert (
+        f"| perplexity, held_out.txt | {summary.perplexity:.2f} at a context of 128 |"
+        in (summary.path / "README.md").read_text()
+    )
 
 
 def test_the_model_behind_the_card_is_the_one_on_disk(job):

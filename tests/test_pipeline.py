@@ -129,8 +129,7 @@ def test_a_full_disk_is_noticed_before_the_work(dense, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["billm", "arb", "arb-x", "arb-rc"])
-@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize(("method", "groups"), [("arb", 4), ("arb-rc", 2), ("arb-rc", 4)])
 def test_the_room_asked_for_suffices(dense, tmp_path, monkeypatch, method, groups):
     asked: list[int] = []
     monkeypatch.setattr("arbllm.pipeline.check_disk_space", lambda needed, _: asked.append(needed))

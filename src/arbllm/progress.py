@@ -111,7 +111,7 @@ class ProgressDisplay:
         self._task = self._progress.add_task("first block", total=None)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        # The live display starts with the job: until then, downloads show progress of their own.
         return self
 
     def __exit__(
@@ -126,6 +126,7 @@ class ProgressDisplay:
                 self.tally = Tally()
                 self.tally.total = event.weights
                 self._progress.update(self._task, total=event.blocks)
+                self._progress.start()
                 self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights:,} weights")
             case BlockStarted():
                 self._block = Tally()
@@ -138,6 +139,8 @@ class ProgressDisplay:
             case BlockFinished():
                 self._progress.advance(self._task)
                 self._say(self._block_line(event))
+                if event.block + 1 == event.blocks:
+                    self._progress.stop()
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, style="dim" if self._live else None)

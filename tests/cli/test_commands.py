@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,25 @@ def test_an_unexpected_error_is_one_line_too(packed, monkeypatch):
     monkeypatch.setattr("arbllm.evaluation.report.report", explode)
     assert fail("inspect", packed) == "error: RuntimeError: line one line two (--debug shows where)"
     assert isinstance(run("inspect", packed, "--debug").exception, RuntimeError)
+
+
+def test_a_warning_is_one_line_and_other_libraries_are_quiet(packed, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn_explicit("raised the damping", UserWarning, "solver.py", 1, module="arbllm.solver")
+        warnings.warn_explicit("of no interest", UserWarning, "other.py", 1, module="other")
+        raise arbllm.CheckpointError("stop")
+
+    monkeypatch.setattr("arbllm.evaluation.report.report", warn)
+    assert run("inspect", packed).stderr == "warning: raised the damping\nerror: stop\n"
+
+
+def test_an_interrupted_command(packed, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("arbllm.evaluation.report.report", interrupt)
+    result = run("inspect", packed)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 def test_an_infinite_perplexity_is_null_in_json(packed, monkeypatch):

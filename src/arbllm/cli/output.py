@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import warnings
@@ -36,25 +35,31 @@ def stderr() -> Console:
 
 @contextmanager
 def command(debug: bool) -> Iterator[None]:
-    """Run the body of a command: other libraries kept quiet, an error shown as one line and exit code 2.
+    """Run the body of a command: other libraries kept quiet, a warning or an error shown as one line, exit code 2.
 
     Args:
         debug: let errors through, with their traceback, and other libraries talk.
     """
-    if not debug:
-        _quieten_libraries()
-    try:
+    if debug:
         yield
+        return
+    _quieten_libraries()
+    try:
+        with _readable_warnings():
+            yield
     except typer.Exit:
         raise
     except KeyboardInterrupt:
         stderr().print("interrupted")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
     except Exception as error:
-        if debug:
-            raise
-        stderr().print(f"[bold red]error:[/] {escape(_one_line(error))}", highlight=False, soft_wrap=True)
+        say("[bold red]error:[/]", _one_line(error))
         raise typer.Exit(ERROR_EXIT_CODE) from None
+
+
+def say(label: str, text: str) -> None:
+    """One line on stderr, however long: a label, which may have markup, and a text."""
+    stderr().print(label, escape(text), highlight=False, soft_wrap=True)
 
 
 def print_json(values: Mapping[str, Any]) -> None:
@@ -96,14 +101,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _quieten_libraries() -> None:
-    """No progress bars, warnings or log lines of other libraries between ours; arbllm's own warnings stay."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
-    import transformers
-    from huggingface_hub.utils import disable_progress_bars
+@contextmanager
+def _readable_warnings() -> Iterator[None]:
+    """Show arbllm's own warnings as one line each, and no others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"arbllm\.")
+        warnings.showwarning = lambda message, *_: say("[yellow]warning:[/]", str(message))
+        yield
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"^(?!arbllm)")
+
+def _quieten_libraries() -> None:
+    """No log lines of other libraries between ours, and their progress bars on a terminal alone.
+
+    By environment variables, since a command that does not need a library shall not import it to keep it quiet.
+    """
+    for library in ("TRANSFORMERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if not stderr().is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

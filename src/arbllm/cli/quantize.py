@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
-from arbllm.cli.output import command, format_bytes, print_facts, print_json
+from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
 FIDELITY = "Fidelity to the paper"
 
@@ -76,6 +76,7 @@ def quantize(
             compensation=compensation,
             damping=damping,
         )
+        say("opening", model)
         with ProgressDisplay() as display:
             summary = run(
                 model,

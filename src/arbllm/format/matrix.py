@@ -13,7 +13,8 @@ from arbllm.errors import CheckpointError
 from arbllm.format.bitplanes import unpack, unpack_values
 from arbllm.format.layout import Layout
 
-ROW_TILE = 256
+TILE_WEIGHTS = 2**19
+"""Weights that are unpacked at a time: 2 MB in float32, which the caches of a core hold."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,12 @@ class BinaryMatrix:
         """Rows [start, stop) of the dense weight, computed in float32 and rounded to `dtype`."""
         return self._rows(slice(start, stop), self._columns()).to(dtype)
 
-    def tiles(self, dtype: torch.dtype = torch.float32, rows: int = ROW_TILE) -> Iterator[tuple[slice, Tensor]]:
-        """The dense weight, `rows` rows at a time: pairs of a slice of the rows and their values (rows, m)."""
+    def tiles(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight, `rows` rows at a time: pairs of a slice of the rows and their values (rows, m).
+
+        Without `rows`, as many as make `TILE_WEIGHTS` weights.
+        """
+        rows = rows or max(1, TILE_WEIGHTS // self.layout.columns)
         columns = self._columns()
         for start in range(0, self.layout.rows, rows):
             tile = slice(start, min(start + rows, self.layout.rows))

@@ -19,7 +19,7 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
         matrix: the packed W (n, m), on the device of x.
 
     Returns:
-        (..., n) in the dtype of x. Dense rows of W exist `format.matrix.ROW_TILE` at a time.
+        (..., n) in the dtype of x. Of the dense W, `format.matrix.TILE_WEIGHTS` weights exist at a time.
     """
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def data(file: Path) -> bytes:
     """What follows the header, in which safetensors orders the metadata by chance."""
     octets = file.read_bytes()
     return octets[8 + int.from_bytes(octets[:8], "little") :]
+
+
+def flip_last_byte(directory: Path, name: str) -> None:
+    stored = open_checkpoint(directory).tensors[name]
+    octets = bytearray(stored.file.read_bytes())
+    octets[stored.end - 1] ^= 1
+    stored.file.write_bytes(octets)
 
 
 def dense_twin(model):
@@ -206,10 +214,7 @@ def test_the_model_without_its_head(model, saved, tmp_path):
     "name", ["model.layers.1.mlp.down_proj.signs", "model.layers.0.self_attn.q_proj.row_scales", "model.norm.weight"]
 )
 def test_a_flipped_byte_is_refused(spoiled, reader, name):
-    stored = open_checkpoint(spoiled).tensors[name]
-    octets = bytearray(stored.file.read_bytes())
-    octets[stored.end - 1] ^= 1
-    stored.file.write_bytes(octets)
+    flip_last_byte(spoiled, name)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {name} does not match"):
         reader(spoiled)
 
@@ -269,6 +274,20 @@ def test_fewer_layers_than_were_packed_are_refused(spoiled, reader):
     file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
     with pytest.raises(CheckpointError, match=r"the packed linear model\.layers\.1\.\S+ is not in a LlamaForCausalLM"):
         reader(spoiled)
+
+
+def test_a_repository_of_the_hub_is_verified_too(model, saved, tmp_path):
+    """Files that the hub's client has cached are found by the repository's id."""
+    repository = tmp_path / "models--someone--packed"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(saved, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    assert_same(from_pretrained("someone/packed", **options), model)
+    flip_last_byte(snapshot, "model.norm.weight")
+    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight does not match"):
+        from_pretrained("someone/packed", **options)
 
 
 def test_truncated_and_missing_files_are_refused(spoiled):

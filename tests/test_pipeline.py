@@ -105,6 +105,7 @@ def test_what_cannot_be_done_leaves_nothing_behind(dense, tmp_path, changes, err
 def test_an_existing_directory_is_kept_unless_told_otherwise(dense, tmp_path):
     out = tmp_path / "packed"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     (out / "precious").write_text("kept")
     with pytest.raises(ArbllmError, match="--overwrite"):
         arbllm.quantize(dense, out, **OPTIONS)

@@ -262,15 +262,31 @@ def test_an_empty_directory_is_taken(tmp_path):
 def test_overwrite_replaces_in_the_end_only(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "config.json").write_text("old")
     with pytest.raises(ValueError, match="no"), output_directory(out, overwrite=True):
         raise ValueError("no")
-    assert names(out) == ["old"]
+    assert names(out) == ["config.json"]
     with output_directory(out, overwrite=True) as work:
         (work / "new").write_text("new")
-        assert names(out) == ["old"]
+        assert names(out) == ["config.json"]
     assert names(out) == ["new"]
     assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_does_not_replace_what_is_no_model(tmp_path):
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(ArbllmError, match="holds files, but no model"), output_directory(tmp_path, overwrite=True):
+        pytest.fail("work was begun")
+    assert names(tmp_path) == ["letters.txt"]
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ArbllmError, match=r"out: cannot be made \(Not a directory\)"),
+        output_directory(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("work was begun")
 
 
 def test_a_file_is_no_output_directory(tmp_path):

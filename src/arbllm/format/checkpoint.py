@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import xxhash
@@ -212,35 +212,46 @@ def bytes_on_disk(path: Path | str) -> int:
 def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
     """A directory to write in that becomes `out` when the block ends well, and vanishes when it does not.
 
-    It lies beside `out`, on the same disk, and takes the place of an existing `out` (`overwrite`, or an empty one) only
-    in the end.
+    It lies beside `out`, on the same disk, and takes the place of an existing `out` only in the end.
+
+    Args:
+        out: the directory to be; an empty one may exist.
+        overwrite: replace an `out` that holds a model (a config.json), but nothing else: a slip of the finger must not
+            cost a home directory.
 
     Raises:
-        ArbllmError: `out` holds something and `overwrite` is not set, or is a file; its parent cannot be written; the
-            disk is full.
+        ArbllmError: `out` exists and may not be replaced, or cannot be made; the disk is full.
     """
-    out = Path(out).absolute()
-    if out.exists() and not out.is_dir():
-        raise ArbllmError(f"{out} is a file; choose another output directory")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ArbllmError(f"{out} exists and is not empty; choose another output directory, or pass --overwrite")
-    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    out = Path(out).resolve()
+    _check_replaceable(out, overwrite)
+    work = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
     try:
         work.mkdir(parents=True)
+    except OSError as error:
+        raise ArbllmError(f"{out}: cannot be made ({error.strerror}); choose another output directory") from error
+    try:
         yield work
         _replace(out, work)
     except Exception as error:
-        if _disk_is_full(error):
-            raise ArbllmError(
-                f"{out}: no space left on the disk; free some, or choose an output directory on another disk"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise ArbllmError(
-                f"{out}: cannot be written ({error.strerror}); choose another output directory"
-            ) from error
-        raise
+        if not _disk_is_full(error):
+            raise
+        raise ArbllmError(
+            f"{out}: no space left on the disk; free some, or choose an output directory on another disk"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse an `out` that holds what may not be lost."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ArbllmError(f"{out} is a file; choose another output directory")
+    if any(out.iterdir()) and not overwrite:
+        raise ArbllmError(f"{out} exists and is not empty; choose another output directory, or pass --overwrite")
+    if any(out.iterdir()) and not (out / "config.json").exists():
+        raise ArbllmError(f"{out} holds files, but no model: --overwrite does not replace it; choose another directory")
 
 
 def _replace(out: Path, work: Path) -> None:

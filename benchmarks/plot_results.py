@@ -1,12 +1,11 @@
 """The picture in the README, docs/results.svg: perplexity against true bits, from the rows that results.py left.
 
-python benchmarks/plot_results.py
+python benchmarks/plot_results.py [--max-windows N]
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import matplotlib as mpl
 
@@ -21,8 +20,8 @@ COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "
 def main() -> None:
     """Read the rows, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="where results.py keeps its rows")
-    rows = load_rows(parser.parse_args().out)
+    parser.add_argument("--max-windows", type=int, help="draw the rows evaluated on the first so many windows")
+    rows = load_rows(parser.parse_args().max_windows)
     mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for row, figures in rows.items():

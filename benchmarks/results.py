@@ -2,10 +2,11 @@
 
     python benchmarks/results.py                         all rows that are not there yet, then the table
     python benchmarks/results.py --row arb-rc            one row
+    python benchmarks/results.py --max-windows 50        evaluate on the first 50 windows alone
     python benchmarks/results.py --table                 only the table, from the rows that are there
 
-Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON under out/results, so that an
-interrupted run goes on where it stopped. The text is WikiText-2 (raw), `wiki.valid.raw` to calibrate on and
+Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON in docs/results, so that an
+interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw), `wiki.valid.raw` to calibrate on and
 `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
 """
 
@@ -26,6 +27,8 @@ from commands import arbllm, demonstration_model
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("ARBLLM_DATA", ROOT.parent / "shared" / "data")) / "wikitext2"
 PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "results"
+CHECKPOINTS = ROOT / "out" / "results"
 FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
 ROWS = (FULL, *METHODS)
@@ -34,8 +37,8 @@ WINDOWS, CONTEXT = 16, 2048
 _PAGE = """\
 # Results
 
-SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} windows of {context} tokens:
-the whole text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of
+SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} of {context} tokens:
+the text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of
 {context} tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two
 groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 
@@ -57,15 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; all by default")
     parser.add_argument("--table", action="store_true", help="only write the page from the rows that are there")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "results", help="where rows are kept")
-    parser.add_argument("--max-windows", type=int, help="a quick look: evaluate so many windows, write no page")
+    parser.add_argument("--max-windows", type=int, help="evaluate on the first so many windows; the page says so")
     options = parser.parse_args()
     if not options.table:
         check_data()
         for row in options.row or ROWS:
-            run_row(row, options.out, options.max_windows)
-    if options.max_windows is None:
-        write_page(options.out)
+            run_row(row, options.max_windows)
+    write_page(options.max_windows)
 
 
 def check_data() -> None:
@@ -75,21 +76,32 @@ def check_data() -> None:
             sys.exit(f"{DATA / name} is missing: set ARBLLM_DATA to the directory that holds wikitext2/{name}")
 
 
-def run_row(row: str, out: Path, max_windows: int | None) -> None:
+def run_row(row: str, max_windows: int | None) -> None:
     """Quantize and evaluate one row, as far as that has not been done."""
-    out.mkdir(parents=True, exist_ok=True)
+    if evaluation_file(row, max_windows).exists():
+        return
+    FIGURES.mkdir(parents=True, exist_ok=True)
     model = demonstration_model()
     if row != FULL:
-        model = out / row
-        once(out / f"{row}.quantize.json", lambda: quantize(row, model))
+        model = CHECKPOINTS / row
+        if not model.exists():
+            quantization_file(row).unlink(missing_ok=True)
+        once(quantization_file(row), lambda: quantize(row, model))
     limit = () if max_windows is None else ("--max-windows", str(max_windows))
-    suffix = "" if max_windows is None else f"-{max_windows}"
-    text = DATA / "wiki.test.raw"
-    result = once(
-        out / f"{row}.eval{suffix}.json",
-        lambda: arbllm("eval", model, "--text", text, "--context", str(CONTEXT), *limit),
-    )
+    words = ("eval", model, "--text", DATA / "wiki.test.raw", "--context", str(CONTEXT), *limit)
+    result = once(evaluation_file(row, max_windows), lambda: arbllm(*words))
     print(f"{row}: perplexity {result['perplexity'] or float('inf'):.2f}")
+
+
+def quantization_file(row: str) -> Path:
+    """Where the figures of `arbllm quantize` are kept."""
+    return FIGURES / f"{row.replace(' ', '-')}.quantize.json"
+
+
+def evaluation_file(row: str, max_windows: int | None) -> Path:
+    """Where the figures of `arbllm eval` are kept, on the whole text or on its first windows."""
+    suffix = "" if max_windows is None else f"-{max_windows}"
+    return FIGURES / f"{row.replace(' ', '-')}.eval{suffix}.json"
 
 
 def quantize(method: str, out: Path) -> dict[str, Any]:
@@ -110,21 +122,21 @@ def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def load_rows(out: Path) -> dict[str, dict[str, Any]]:
+def load_rows(max_windows: int | None = None) -> dict[str, dict[str, Any]]:
     """Row name -> its figures: those of `eval`, with those of `quantize` under that key. Missing rows are left out."""
     rows = {}
     for row in ROWS:
-        measured = out / f"{row}.eval.json"
+        measured = evaluation_file(row, max_windows)
         if measured.exists():
             rows[row] = json.loads(measured.read_text())
-            quantized = out / f"{row}.quantize.json"
+            quantized = quantization_file(row)
             rows[row]["quantize"] = json.loads(quantized.read_text()) if quantized.exists() else {}
     return rows
 
 
-def write_page(out: Path) -> None:
+def write_page(max_windows: int | None = None) -> None:
     """Write docs/results.md from the rows that are there."""
-    rows = load_rows(out)
+    rows = load_rows(max_windows)
     if FULL not in rows or len(rows) < 2:
         sys.exit("the page needs the row 'full precision' and one more")
     one = next(figures for row, figures in rows.items() if row != FULL)
@@ -132,7 +144,7 @@ def write_page(out: Path) -> None:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(
         _PAGE.format(
-            windows=one["windows"],
+            windows=f"{one['windows']} windows" if max_windows is None else f"the first {one['windows']} windows",
             context=CONTEXT,
             calibration=WINDOWS,
             table=table(rows),

@@ -6,8 +6,8 @@
     python benchmarks/results.py --table                 only the table, from the rows that are there
 
 Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON in docs/results, so that an
-interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw), `wiki.valid.raw` to calibrate on and
-`wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
+interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw),
+`wiki.valid.raw` to calibrate on and `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
 """
 
 from __future__ import annotations

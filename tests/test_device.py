@@ -30,5 +30,5 @@ def test_peak_memory_is_plausible():
 
 def test_room_on_the_disk(tmp_path):
     check_disk_space(1000, tmp_path)
-    with pytest.raises(ArbllmError, match="can take 9,000,000,000,000 MB"):
+    with pytest.raises(ArbllmError, match="can take 9,000,000,000,000,000,000 bytes"):
         check_disk_space(9 * 10**18, tmp_path)

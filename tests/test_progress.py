@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
-from arbllm.progress import JsonLinesLog, ProgressDisplay, _clock
+from arbllm.progress import JsonLinesLog, ProgressDisplay, WindowDisplay, _clock
 
 
 def linear(name: str, rows: int, error: float, bits: float) -> LinearQuantized:
@@ -69,6 +69,24 @@ def test_the_log_can_be_followed_while_it_grows(tmp_path):
             line = json.loads(lines[-1])
             assert line.pop("elapsed") >= 0
             assert line == event.to_dict()
+
+
+@pytest.mark.parametrize(("windows", "expected"), [(3, [1, 2, 3]), (25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25])])
+def test_evaluation_without_a_terminal_is_a_line_a_tenth(windows, expected):
+    file = io.StringIO()
+    with WindowDisplay(Console(file=file)) as display:
+        for done in range(1, windows + 1):
+            display(done, windows, 12.345)
+    assert file.getvalue().splitlines() == [f"window {done}/{windows}: perplexity 12.35" for done in expected]
+
+
+def test_evaluation_on_a_terminal_is_a_bar():
+    file = io.StringIO()
+    with WindowDisplay(Console(file=file, force_terminal=True, width=120, color_system=None)) as display:
+        display(2, 8, 12.5)
+        display._progress.refresh()
+    assert "2/8" in file.getvalue()
+    assert "perplexity 12.50" in file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,11 @@ def choose_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here; `cpu` always can ({_first_line(error)})") from error
+        raise ConfigError(
+            f"device {name!r} is not known or not there; choose cpu, or cuda where there is a GPU"
+        ) from error
     if device.type == "meta":
-        raise ConfigError("device 'meta' holds no numbers; choose `cpu` or `cuda`")
+        raise ConfigError("device 'meta' holds no numbers; choose cpu, or cuda where there is a GPU")
     return device
 
 
@@ -53,8 +55,8 @@ def check_disk_space(needed: int, directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ArbllmError(
-            f"no space left on the disk: the checkpoint can take {needed / 1e6:,.0f} MB, {directory.parent} has "
-            f"{free / 1e6:,.0f} MB free; free some, or choose an output directory on another disk"
+            f"no space left on the disk: the checkpoint can take {needed:,} bytes, {directory.parent} has {free:,} "
+            "free; free some, or choose an output directory on another disk"
         )
 
 
@@ -84,7 +86,3 @@ def _lifetime_peak() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

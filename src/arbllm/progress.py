@@ -10,7 +10,15 @@ from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from arbllm.device import peak_memory_bytes
 from arbllm.model.events import BlockFinished, BlockStarted, Event, JobStarted, LinearQuantized
@@ -157,6 +165,39 @@ class ProgressDisplay:
             f"{block.true_bits:.2f} true bits, {event.seconds:.1f} s, peak {event.peak_memory_bytes / 1e9:.2f} GB"
             + (f", {_clock(left)} left" if left else "")
         )
+
+
+class WindowDisplay:
+    """Shows an evaluation on stderr: a bar on a terminal, a line for each tenth of the windows elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]window"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int, perplexity: float) -> None:
+        """Show that `done` of `total` windows are evaluated, and the perplexity so far."""
+        self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, description=f"perplexity {perplexity:.2f}")
+        if not self.console.is_terminal and (done * 10 // total) > ((done - 1) * 10 // total):
+            self.console.print(f"window {done}/{total}: perplexity {perplexity:.2f}", highlight=False)
 
 
 def _clock(seconds: float) -> str:

@@ -285,7 +285,22 @@ def test_as_a_process(packed):
     done = process("eval", packed, "--text", "builtin", "--context", "64", "--max-windows", "2", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["windows"] == 2
-    assert done.stderr.strip() == ""
+    lines = [line.split(":")[0] for line in done.stderr.splitlines()]
+    assert lines == [f"opening {packed}", "window 1/2", "window 2/2"]
+
+
+def test_a_terminated_process_cleans_up(packed, tmp_path):
+    words = ("quantize", packed.parent / "dense", tmp_path / "out", *TEXT, "--iterations", 10**9, "--windows", 100)
+    command = [sys.executable, "-m", "arbllm", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr
+        assert "opening" in running.stderr.readline()
+        assert "linears" in running.stderr.readline()
+        assert list(tmp_path.iterdir()) != []
+        running.terminate()
+        assert running.stderr.read().splitlines()[-1] == "interrupted"
+    assert running.returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_as_a_process(tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
-from arbllm.cli.output import command, format_bytes, print_facts, print_json, stderr
+from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
 
 def evaluate(
@@ -36,13 +36,11 @@ def evaluate(
     `arbllm eval model.gguf --text builtin --context 1024 --json`
     """
     with command(debug):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         from arbllm.evaluation.evaluate import evaluate as run
+        from arbllm.progress import WindowDisplay
 
-        columns = (TextColumn("window"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeRemainingColumn(), console=stderr(), transient=True) as progress:
-            task = progress.add_task("loading", total=None)
+        say("opening", model)
+        with WindowDisplay() as display:
             result = run(
                 model,
                 text,
@@ -51,9 +49,7 @@ def evaluate(
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                on_window=lambda done, total, value: progress.update(
-                    task, completed=done, total=total, description=f"perplexity {value:.2f}"
-                ),
+                on_window=display,
             )
         if json:
             print_json(result.to_dict())

@@ -67,7 +67,7 @@ class LinearQuantized(_Record):
         true_bits: stored bits per weight, everything included.
         bytes: stored bytes, without the bias.
         damping: the damping factor that made the Hessian positive definite.
-        seconds: time in the solver, with this linear's share of the factorisation.
+        seconds: time in the solver. Several linears of a block may be solved at the same time.
     """
 
     event: ClassVar[str] = "linear_quantized"

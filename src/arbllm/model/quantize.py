@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_h
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.nn import BinaryLinear
-from arbllm.solver import factorize, quantize_matrix
+from arbllm.solver import Factor, factorize, quantize_matrix
 
 
 def quantize_model(
@@ -47,7 +48,7 @@ def quantize_model(
         on_event: told of every step as it happens (see `arbllm.model.events`).
 
     Returns:
-        One record per linear, in the order in which they were solved.
+        One record per linear, in the model's order.
 
     Raises:
         ModelError: the model does not fit this procedure, the windows do not fit the model, or a weight or an
@@ -63,8 +64,9 @@ def quantize_model(
     model.eval()
     hidden, calls = capture_inputs(model, blocks, windows, device)
     results: list[LinearQuantized] = []
-    for block, call in zip(blocks, calls, strict=True):
-        results += _BlockJob(model, block, len(blocks), device, config, emit).run(call, hidden)
+    with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
+        for block, call in zip(blocks, calls, strict=True):
+            results += _BlockJob(model, block, len(blocks), device, config, emit, pool).run(call, hidden)
     return results
 
 
@@ -78,6 +80,7 @@ class _BlockJob:
     device: torch.device
     config: BinarizationConfig
     emit: OnEvent
+    pool: Executor
 
     def run(self, call: BlockCall, hidden: Tensor) -> list[LinearQuantized]:
         """Quantize the block, and turn its inputs `hidden` (N, L, d) into its outputs in place, except for the last."""
@@ -88,50 +91,55 @@ class _BlockJob:
         with resident(self.block.module, self.device):
             groups = gather_hessians(self.block, call, hidden)
             laps.append(self._now())
-            matrices, results = self._solve(groups)
+            solved = self._solve(groups)
             laps.append(self._now())
             if self.block.index + 1 < self.blocks:
-                for linear, matrix in matrices.items():
+                for linear, matrix, _ in solved:
                     linear.set_weight(matrix.dequantize(linear.weight.dtype))
                 propagate(self.block, call, hidden)
             laps.append(self._now())
-            for linear, matrix in matrices.items():
+            for linear, matrix, _ in solved:
                 packed = BinaryLinear.from_matrix(
                     matrix.map(lambda tensor: tensor.to(home)), linear.module.bias, linear.transposed
                 )
                 replace_module(self.model, linear.name, packed)
-        start, captured, solved, propagated = laps
+        start, captured, finished, propagated = laps
         self.emit(
             BlockFinished(
                 self.block.index,
                 self.blocks,
                 seconds=self._now() - start,
                 capture_seconds=captured - start,
-                solve_seconds=solved - captured,
-                propagate_seconds=propagated - solved,
+                solve_seconds=finished - captured,
+                propagate_seconds=propagated - finished,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
-        return results
+        return [record for _, _, record in solved]
 
-    def _solve(self, groups: list[InputGroup]) -> tuple[dict[Linear, BinaryMatrix], list[LinearQuantized]]:
-        """Binarize all linears, those with the same input by one factorisation; frees the Hessians as it goes."""
-        matrices: dict[Linear, BinaryMatrix] = {}
-        results: list[LinearQuantized] = []
-        while groups:
-            group = groups.pop(0)
-            start = self._now()
+    def _solve(self, groups: list[InputGroup]) -> list[tuple[Linear, BinaryMatrix, LinearQuantized]]:
+        """Binarize all linears, those with the same input by one factorisation; emits them in the block's order."""
+        factors: dict[Linear, Factor] = {}
+        for group in groups:
             with _named(group.linears[0].name):
-                factor = factorize(group.hessian, self.config.damping)
-            share = (self._now() - start) / len(group.linears)
-            for linear in group.linears:
-                start = self._now() - share
-                with _named(linear.name):
-                    matrix = quantize_matrix(linear.weight, group.hessian, self.config, factor=factor)
-                matrices[linear] = matrix
-                results.append(self._record(linear, matrix, self._now() - start))
-                self.emit(results[-1])
-        return matrices, results
+                factors |= dict.fromkeys(group.linears, factorize(group.hessian, self.config.damping))
+        largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
+        futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
+        solved = []
+        for linear in self.block.linears:
+            matrix, seconds = futures[linear].result()
+            record = self._record(linear, matrix, seconds)
+            self.emit(record)
+            solved.append((linear, matrix, record))
+        return solved
+
+    def _solve_linear(self, linear: Linear, factor: Factor) -> tuple[BinaryMatrix, float]:
+        start = self._now()
+        try:
+            matrix = quantize_matrix(linear.weight, factor.hessian, self.config, factor=factor)
+        except ModelError as error:
+            raise ModelError(f"{linear.name}: {error}") from error
+        return matrix, self._now() - start
 
     def _record(self, linear: Linear, matrix: BinaryMatrix, seconds: float) -> LinearQuantized:
         assert matrix.report, "the solver always reports"
@@ -188,6 +196,23 @@ def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
             f"the text has token number {int(windows.max())}, but the model knows {vocabulary} tokens; "
             "use the model's own tokenizer"
         )
+
+
+@contextmanager
+def _solver_pool(linears: int) -> Iterator[Executor]:
+    """Threads that solve linears side by side and divide PyTorch's threads among them.
+
+    The solver's many small steps gain little from several threads, and on a busy machine lose far more in waiting for
+    one another.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, linears)
+    share = threads // workers
+    try:
+        with ThreadPoolExecutor(workers, "arbllm-solver", torch.set_num_threads, (share,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """The demonstration: SmolLM2-135M binarized with arb-rc in a few minutes, and compared with the original.
 
+    python benchmarks/demo.py [--out demo] [--readme]
+
 Everything it needs is installed by `make install`; nothing is downloaded. It calibrates on the built-in text, the
 language reference that every Python carries, and measures perplexity on the part of that text which calibration never
-sees.
+sees. With `--readme` the table and the samples also replace those in README.md.
 """
 
 from __future__ import annotations
@@ -12,55 +14,58 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands import arbllm, demonstration_model
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from commands import arbllm, demonstration_model
-
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "The Python programming language is"
-CALIBRATION_WINDOWS, CONTEXT = 16, 1024
-EVALUATION_WINDOWS = 16
+README = ROOT / "README.md"
+BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
+PROMPT = "Python is a programming language that"
+WINDOWS, CONTEXT = 16, 1024
+NEW_TOKENS = 40
+
+Row = tuple[str, str, str]
 
 
 def main() -> None:
     """Quantize, evaluate both models, let both write, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="where the packed checkpoint goes")
-    packed = parser.parse_args().out
+    parser.add_argument("--readme", action="store_true", help="put table and samples into README.md")
+    options = parser.parse_args()
     start = time.perf_counter()
-    dense = demonstration_model()
-    job = arbllm(
-        "quantize", dense, packed, "--method", "arb-rc", "--calibration", "builtin",
-        "--windows", str(CALIBRATION_WINDOWS), "--window-length", str(CONTEXT), "--overwrite",
-    )  # fmt: skip
-    scores = {name: evaluate(model) for name, model in (("original", dense), ("binarized", packed))}
-    console = Console()
-    console.print(comparison(job, scores))
-    for name, model in (("original", dense), ("binarized", packed)):
-        text = arbllm("generate", model, PROMPT, "--max-new-tokens", "60")["text"]
-        console.print(Panel(f"[bold]{PROMPT}[/]{text}", title=f"{name} writes", title_align="left", width=100))
-    console.print(
-        f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. The packed checkpoint: {packed}", highlight=False
-    )
+    original, binarized = demonstration_model(), options.out
+    job = quantize(original, binarized)
+    rows = comparison(job, evaluate(original), evaluate(binarized))
+    samples = {"original": write(original), "binarized": write(binarized)}
+    show(rows, samples)
+    print(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. The packed checkpoint: {binarized}")
+    if options.readme:
+        update_readme(rows, samples)
+
+
+def quantize(model: Path, out: Path) -> dict[str, Any]:
+    """Binarize with the defaults, arb-rc with the column-group bitmap, on the built-in text."""
+    calibration = ("--calibration", "builtin", "--windows", str(WINDOWS), "--window-length", str(CONTEXT))
+    return arbllm("quantize", model, out, "--method", "arb-rc", *calibration, "--overwrite")
 
 
 def evaluate(model: Path) -> dict[str, Any]:
     """Perplexity on the held-out part of the built-in text."""
-    return arbllm(
-        "eval", model, "--text", "builtin", "--context", str(CONTEXT), "--max-windows", str(EVALUATION_WINDOWS)
-    )
+    return arbllm("eval", model, "--text", "builtin", "--context", str(CONTEXT), "--max-windows", str(WINDOWS))
 
 
-def comparison(job: dict[str, Any], scores: dict[str, dict[str, Any]]) -> Table:
-    """The table of both models."""
-    original, binarized = scores["original"], scores["binarized"]
-    table = Table(title="SmolLM2-135M-Instruct, before and after", title_justify="left")
-    table.add_column("")
-    table.add_column("original", justify="right")
-    table.add_column("binarized", justify="right")
-    for name, before, after in (
+def write(model: Path) -> str:
+    """What the model makes of the prompt."""
+    return arbllm("generate", model, PROMPT, "--max-new-tokens", str(NEW_TOKENS))["text"]
+
+
+def comparison(job: dict[str, Any], original: dict[str, Any], binarized: dict[str, Any]) -> list[Row]:
+    """What is compared: a name, the original's figure, the binarized model's."""
+    return [
         ("perplexity, held-out text", f"{original['perplexity']:.2f}", f"{binarized['perplexity']:.2f}"),
         ("bytes", f"{job['dense_bytes']:,}", f"{job['bytes_on_disk']:,}"),
         ("bytes of the linear layers", f"{job['dense_linear_bytes']:,}", f"{job['linear_bytes']:,}"),
@@ -68,10 +73,34 @@ def comparison(job: dict[str, Any], scores: dict[str, dict[str, Any]]) -> Table:
         ("nominal bits a weight", "16", f"{job['nominal_bits_per_weight']:.2f}"),
         ("seconds to quantize", "", f"{job['seconds']:.0f}"),
         ("seconds to evaluate", f"{original['seconds']:.0f}", f"{binarized['seconds']:.0f}"),
-        ("peak memory to quantize, GB", "", f"{job['peak_memory_bytes'] / 1e9:.2f}"),
-    ):
-        table.add_row(name, before, after)
-    return table
+        ("peak memory to quantize", "", f"{job['peak_memory_bytes'] / 1e9:.2f} GB"),
+    ]
+
+
+def show(rows: list[Row], samples: dict[str, str]) -> None:
+    """The table and the samples on the terminal."""
+    console = Console()
+    table = Table("", "original", "binarized", title="SmolLM2-135M-Instruct", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    for name, text in samples.items():
+        content = f"[bold]{escape(PROMPT)}[/]{escape(text)}"
+        console.print(Panel(content, title=f"the {name} model", title_align="left", width=100))
+
+
+def update_readme(rows: list[Row], samples: dict[str, str]) -> None:
+    """Replace what stands between the two marks in README.md."""
+    lines = ["| SmolLM2-135M-Instruct | original | binarized |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
+    for name, text in samples.items():
+        lines += ["", f"The {name} model: **{PROMPT}** {' '.join(text.split())}"]
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")
+    print("updated README.md")
 
 
 if __name__ == "__main__":

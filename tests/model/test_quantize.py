@@ -1,4 +1,5 @@
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_the_storage_dtype_stays(name, dtype):
     assert {module.row_scales.dtype for module in packed} == {torch.float16}
     assert any(module.bias is not None and module.bias.dtype == dtype for module in packed)
     assert torch.isfinite(model(random_windows()).logits).all()
+
+
+def test_dense_weights_are_freed_block_by_block():
+    model = tiny_model("llama")
+    modules = [[weakref.ref(linear.module) for linear in block.linears] for block in find_blocks(model)]
+    alive = []
+
+    def count(event: object) -> None:
+        if isinstance(event, BlockStarted):
+            alive.append([sum(module() is not None for module in block) for block in modules])
+
+    quantize_model(model, random_windows(), CONFIG, on_event=count)
+    assert alive == [[7, 7, 7], [0, 7, 7], [0, 0, 7]]
 
 
 def test_the_last_block_is_not_propagated(monkeypatch):

@@ -64,9 +64,11 @@ def quantize_model(
     model.eval()
     hidden, calls = capture_inputs(model, blocks, windows, device)
     results: list[LinearQuantized] = []
+    total = len(blocks)
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
-        for block, call in zip(blocks, calls, strict=True):
-            results += _BlockJob(model, block, len(blocks), device, config, emit, pool).run(call, hidden)
+        for call in calls:
+            # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
+            results += _BlockJob(model, blocks.pop(0), total, device, config, emit, pool).run(call, hidden)
     return results
 
 

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commands import arbllm, demonstration_model
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+
+from commands import arbllm, demonstration_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -16,7 +16,6 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -109,9 +108,8 @@ class ProgressDisplay:
             SpinnerColumn(),
             TextColumn("[bold]block"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
             console=self.console,
             transient=True,
             disable=not self._live,
@@ -143,9 +141,10 @@ class ProgressDisplay:
                 self.tally.add(event)
                 self._block.add(event)
                 name = event.name.split(f".{event.block}.", 1)[-1]
+                done = event.blocks * self.tally.weights / max(self.tally.total, 1)
+                self._progress.update(self._task, completed=done)
                 self._describe(f"{name} error {event.output_error:.4f} {event.true_bits:.2f} bits")
             case BlockFinished():
-                self._progress.advance(self._task)
                 self._say(self._block_line(event))
                 if event.block + 1 == event.blocks:
                     self._progress.stop()
@@ -175,7 +174,7 @@ class WindowDisplay:
         self._progress = Progress(
             TextColumn("[bold]window"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self.console,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from arbllm.errors import ModelError
@@ -112,3 +112,16 @@ def test_weights_that_are_not_in_memory_or_not_floats_are_named():
     )
     with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj: .*unquantized"):
         check_weights(find_blocks(model))
+
+
+def test_a_block_that_would_stay_mostly_dense_is_refused():
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=8,
+    )
+    with pytest.raises(ModelError, match=r"model\.layers\.0: most of its weights .*mlp\.experts\.gate_up_proj"):
+        check_weights(find_blocks(MixtralForCausalLM(config)))

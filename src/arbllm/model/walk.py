@@ -84,11 +84,14 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
 
 
 def check_weights(blocks: list[DecoderBlock]) -> None:
-    """Look at every linear before any work is done.
+    """Look at every block and linear before any work is done.
 
     Raises:
+        ModelError: most weights of a block are not in linears; names the largest of them.
         ModelError: a weight is not in memory, not a matrix of floats, or has NaN or infinite entries; names the layer.
     """
+    for block in blocks:
+        _check_share(block)
     for linear in (linear for block in blocks for linear in block.linears):
         weight = linear.weight
         if weight.is_meta:
@@ -121,6 +124,22 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
         method = getattr(model.config.quantization_config, "quant_method", "another method")
         raise ModelError(
             f"{kind} is quantized already ({getattr(method, 'value', method)}); start from the original model"
+        )
+
+
+def _check_share(block: DecoderBlock) -> None:
+    """Refuse a block that would stay mostly dense, such as one whose experts are fused into one tensor.
+
+    Raises:
+        ModelError: names the largest parameter outside its linears.
+    """
+    linears = {linear.module.weight for linear in block.linears}
+    others = {name: parameter for name, parameter in block.module.named_parameters() if parameter not in linears}
+    if sum(other.numel() for other in others.values()) > sum(weight.numel() for weight in linears):
+        largest = max(others, key=lambda name: others[name].numel())
+        raise ModelError(
+            f"{block.name}: most of its weights are not in linear layers, the largest being {largest} "
+            f"{list(others[largest].shape)}; such an architecture (fused experts, for example) is not supported"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from arbllm.format.accounting import StorageSize, matrix_size, total_size
 from arbllm.format.checkpoint import bytes_on_disk, output_directory
 from arbllm.format.layout import Layout
 from arbllm.integrations.transformers import mark_packed
-from arbllm.model.events import Event, OnEvent
+from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model
 from arbllm.model.walk import find_blocks
@@ -138,13 +139,7 @@ def quantize(
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
             with JsonLinesLog(work / LOG_FILE) as log:
                 results = quantize_model(opened, tokens, config, device=place, on_event=_both(log, on_event))
-            statistics = {
-                result.name: {"output_error": result.output_error, "weight_error": result.weight_error}
-                for result in results
-            }
-            mark_packed(opened, {"binarization": config.to_dict(), "statistics": statistics, "calibration": facts})
-            opened.save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            _save(opened, tokenizer, work, config, results, facts)
         size = _packed_size(opened)
         del opened
         score = _evaluate(work, held_out, place) if held_out is not None else None
@@ -154,7 +149,7 @@ def quantize(
             weights=size.weights,
             true_bits_per_weight=size.true_bits,
             nominal_bits_per_weight=size.nominal_bits,
-            output_error=sum(result.output_error for result in results) / len(results),
+            output_error=mean(result.output_error for result in results),
             bytes_on_disk=bytes_on_disk(work),
             linear_bytes=size.nbytes,
             dense_bytes=dense_bytes,
@@ -164,6 +159,24 @@ def quantize(
         )
         (work / CARD_FILE).write_text(_card(model, summary, config, facts, evaluate, score), encoding="utf-8")
     return summary
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    config: BinarizationConfig,
+    results: list[LinearQuantized],
+    calibration: Mapping[str, str | int],
+) -> None:
+    """Write weights, config.json and tokenizer."""
+    statistics = {
+        result.name: {"output_error": result.output_error, "weight_error": result.weight_error} for result in results
+    }
+    facts = {"binarization": config.to_dict(), "statistics": statistics, "calibration": dict(calibration)}
+    mark_packed(model, facts)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:

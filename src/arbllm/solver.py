@@ -112,6 +112,7 @@ def _solve(original: Tensor, factor: Factor, config: BinarizationConfig) -> tupl
     remaining = original.clone()
     remaining[:, factor.dead] = 0
     reconstruction = torch.empty_like(remaining)
+    method = get_method(config.method)
     fits = []
     for start in range(0, remaining.shape[1], config.block_size):
         end = min(start + config.block_size, remaining.shape[1])
@@ -120,7 +121,8 @@ def _solve(original: Tensor, factor: Factor, config: BinarizationConfig) -> tupl
             weight,
             (weight / triangle.diagonal()).square(),
             factor.hessian[start:end, start:end],
-            get_method(config.method),
+            method,
+            metric=torch.cholesky_inverse(triangle, upper=True) if method.refine else None,
             partition=config.partition,
             groups=config.groups,
             iterations=config.iterations,

@@ -25,6 +25,7 @@ def binarize_block(
     gram: Tensor,
     method: Method,
     *,
+    metric: Tensor | None = None,
     partition: str = "cgb",
     groups: int = 2,
     iterations: int = 15,
@@ -37,6 +38,7 @@ def binarize_block(
         saliency: s_ij = W_ij^2 / U_jj^2, float32 (n, K).
         gram: S, the block's X^T X up to a factor, float32 (K, K).
         method: how zones are fitted.
+        metric: P = (U_bb^T U_bb)^-1, float32 (K, K), for methods that refine the block as a whole.
         partition: see `arbllm.BinarizationConfig`; likewise groups, iterations and split_on.
         groups: groups of a divided part, 2 or 4.
         iterations: T.
@@ -58,17 +60,25 @@ def binarize_block(
         if columns.numel() == 0:
             continue
         values, inner = weight[:, columns], gram[columns][:, columns] if method.calibrated else None
-        codes = None
-        if divided[order] and split_on == "weight":
-            codes = split_by_weight(values, groups, method.has_means)
-        elif divided[order]:
+        if not divided[order]:
+            masks = [torch.ones_like(values, dtype=torch.bool)]
+        elif split_on == "weight":
+            masks = _masks(split_by_weight(values, groups, method.has_means), groups)
+        else:
             blanked = weight.shape[0] * (width - columns.numel()) if order == 1 else 0
-            codes = split_by_saliency(saliency[:, columns], groups, blanked)
-        masks = [torch.ones_like(values, dtype=torch.bool)] if codes is None else [codes == g for g in range(groups)]
+            masks = _masks(split_by_saliency(saliency[:, columns], groups, blanked), groups)
         fits = [method.fit(values, mask, order, iterations, inner) for mask in masks]
         parts[order] = Part(columns, tuple(fit.zone for fit in fits))
         histories += [fit.errors for fit in fits]
-    return BlockFit(Block(width, parts.get(1), parts.get(2)), _summed(histories))
+    block = Block(width, parts.get(1), parts.get(2))
+    if method.refine is not None and metric is not None:
+        return BlockFit(*method.refine(weight, block, metric, iterations))
+    return BlockFit(block, _summed(histories))
+
+
+def _masks(codes: Tensor, groups: int) -> list[Tensor]:
+    """One mask a group from group numbers (n, k)."""
+    return [codes == group for group in range(groups)]
 
 
 def _summed(histories: list[tuple[float, ...]]) -> tuple[float, ...]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from arbllm.binarize.alternating import fit_arb, fit_plain
+from arbllm.binarize.block import Block
 from arbllm.binarize.calibrated import fit_arb_x
+from arbllm.binarize.joint import refine_jointly
 from arbllm.binarize.row_column import fit_arb_rc
 from arbllm.binarize.steps import Fit
 from arbllm.errors import ConfigError
@@ -16,7 +18,7 @@ from arbllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Method:
-    """How the parameters of one zone are found.
+    """How the parameters of one zone are found, and optionally how a whole block is refined.
 
     Attributes:
         name: as users type it.
@@ -25,6 +27,8 @@ class Method:
         has_means: zones carry row means.
         has_column_scales: terms carry column scales.
         calibrated: `fit` needs `gram`, the block's S = X^T X.
+        refine: ``refine(weight (n, K), block, metric (K, K), rounds) -> (block, errors)`` once all zones are fitted, or
+            None; the metric is P = (U_bb^T U_bb)^-1.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Method:
     has_means: bool = True
     has_column_scales: bool = False
     calibrated: bool = False
+    refine: Callable[[Tensor, Block, Tensor, int], tuple[Block, tuple[float, ...]]] | None = None
 
 
 METHODS = {
@@ -42,6 +47,14 @@ METHODS = {
         Method("arb", "alternating refined row means and scales", fit_arb),
         Method("arb-x", "ARB refined on calibration data", fit_arb_x, calibrated=True),
         Method("arb-rc", "alternating refined row and column scales", fit_arb_rc, False, True),
+        Method(
+            "arb-rcx",
+            "ARB-RC, all scales, signs and groups refined jointly on calibration data",
+            fit_arb_rc,
+            False,
+            True,
+            refine=refine_jointly,
+        ),
     )
 }
 

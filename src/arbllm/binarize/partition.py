@@ -171,16 +171,16 @@ class _Prefix:
 
     def errors(self, inner: Span, outer: Span) -> Tensor:
         """Summed plain error of the weights inside `outer` but not `inner`, for each of T thresholds. Float32 (T)."""
-        spans = ((outer[0], inner[0]), (inner[1], outer[1]))
-        count = sum(stop - start for start, stop in spans)
-        squares = sum(_between(self.squares, span) for span in spans)
-        left, right = (_between(self.sums, span) for span in spans)
+        lower, upper = (outer[0], inner[0]), (inner[1], outer[1])
+        count = lower[1] - lower[0] + upper[1] - upper[0]
+        squares = _between(self.squares, lower) + _between(self.squares, upper)
+        left, right = _between(self.sums, lower), _between(self.sums, upper)
         safe = count.clamp(min=1)
         if not self.centered:
             return (squares - (right - left).square() / safe).sum(0)
         means = (left + right) / safe
         middle = torch.searchsorted(self.ordered, means)
-        deviation = sum(self._deviation(span, middle, means) for span in spans)
+        deviation = self._deviation(lower, middle, means) + self._deviation(upper, middle, means)
         return (squares - count * means.square() - deviation.square() / safe).sum(0)
 
     def _deviation(self, span: Span, middle: Tensor, means: Tensor) -> Tensor:

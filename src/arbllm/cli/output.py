@@ -67,9 +67,9 @@ def print_json(values: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(_plain(values), indent=2, allow_nan=False))
 
 
-def print_facts(facts: Mapping[str, str], title: str | None = None) -> None:
+def print_facts(facts: Mapping[str, str]) -> None:
     """A table of two columns on stdout."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
     for name, value in facts.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -97,7 +98,8 @@ def update_readme(rows: list[Row], samples: dict[str, str]) -> None:
     lines = ["| SmolLM2-135M-Instruct | original | binarized |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
     for name, text in samples.items():
-        lines += ["", f"The {name} model: **{PROMPT}** {' '.join(text.split())}"]
+        paragraphs = [fill(line, 110) for line in f"{PROMPT}{text}".splitlines()]
+        lines += ["", f"The {name} model continues *{PROMPT}*:", "", "```text", *paragraphs, "```"]
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
     README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")

@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from tests.data import needs
 
 import arbllm
 from arbllm.config import PARTITIONS, BinarizationConfig
 from arbllm.errors import ConfigError, ModelError
 from arbllm.solver import factorize, quantize_matrix
+from tests.data import needs
 
 REFERENCE_CASES = {
     "braq": ("billm", "column+group"),

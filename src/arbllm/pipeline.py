@@ -25,7 +25,7 @@ from arbllm.format.layout import Layout
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
-from arbllm.model.source import open_model
+from arbllm.model.source import open_model, open_model_only, open_tokenizer
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.progress import JsonLinesLog
@@ -132,8 +132,9 @@ def quantize(
     }
     with output_directory(out, overwrite) as work:
         with measure() as measured:
-            opened, tokenizer = open_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            tokenizer = open_tokenizer(model, trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
+            opened = open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
             check_disk_space(_largest_size(opened, config), work)
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)

@@ -16,7 +16,9 @@ FIDELITY = "Fidelity to the paper"
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    method: Annotated[str, typer.Option(help="billm, arb, arb-x or arb-rc.")] = "arb-rc",
+    method: Annotated[
+        str, typer.Option(help="billm, arb, arb-x, arb-rc, or arb-rcx, which goes beyond the paper.")
+    ] = "arb-rc",
     calibration: Annotated[
         str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
     ] = "c4",

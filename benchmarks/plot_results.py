@@ -36,6 +36,7 @@ def main() -> None:
                       (figures["true_bits_per_weight"], figures["perplexity"]), (14, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.margins(0.25)
     axes.set_xlabel("true bits per weight of the linear layers, everything stored included")
     axes.set_ylabel("perplexity, WikiText-2 test")

@@ -33,6 +33,7 @@ FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
 ROWS = (FULL, *METHODS)
 WINDOWS, CONTEXT = 16, 2048
+PATHS = ("model", "path", "text")
 
 _PAGE = """\
 # Results
@@ -47,9 +48,10 @@ groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored
 (signs, bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the
 head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
-linears of tr(D H Dᵀ) / tr(W H Wᵀ). Time and peak memory are of `arbllm quantize` on {machine}.
+linears of tr(D H Dᵀ) / tr(W H Wᵀ). Peak memory is that of `arbllm quantize` on {machine}, the model's loading included.
 
-`make results` writes this page; it needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in
+`python benchmarks/results.py{option}` writes this page ([figures](results)); `make results` does so for the whole test
+text. It needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in
 `$ARBLLM_DATA/wikitext2`.
 Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 """
@@ -117,7 +119,8 @@ def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     versions = {package: version(package) for package in ("arbllm", "torch", "transformers")}
-    result = work() | {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions}
+    figures = {name: value for name, value in work().items() if name not in PATHS}
+    result = figures | {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions}
     path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -150,6 +153,7 @@ def write_page(max_windows: int | None = None) -> None:
             table=table(rows),
             rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
             machine=job["machine"],
+            option="" if max_windows is None else f" --max-windows {max_windows}",
             **one["versions"],
         )
     )
@@ -158,22 +162,18 @@ def write_page(max_windows: int | None = None) -> None:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as a table in Markdown."""
-    head = ("", "nominal bits", "true bits", "MB", "perplexity", "ratio", "output error", "minutes", "peak GB")
+    head = ("", "nominal bits", "true bits", "MB", "perplexity", "ratio", "output error", "peak GB")
     lines = [head, ("---", *("---:",) * (len(head) - 1))]
     full = rows[FULL]["perplexity"]
     dense = next(figures["quantize"]["dense_bytes"] for row, figures in rows.items() if row != FULL)
     for row, figures in rows.items():
         perplexity, job = figures["perplexity"] or float("inf"), figures["quantize"]
         sizes = ("16", "16", f"{dense / 1e6:.1f}")
-        costs = ("", "", "")
+        costs = ("", "")
         if job:
             bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
             sizes = (*bits, f"{job['bytes_on_disk'] / 1e6:.1f}")
-            costs = (
-                f"{job['output_error']:.4f}",
-                f"{job['seconds'] / 60:.1f}",
-                f"{job['peak_memory_bytes'] / 1e9:.2f}",
-            )
+            costs = (f"{job['output_error']:.4f}", f"{job['peak_memory_bytes'] / 1e9:.2f}")
         lines.append((row, *sizes, f"{perplexity:.2f}", f"{perplexity / full:.2f}", *costs))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

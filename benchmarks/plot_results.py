@@ -37,6 +37,7 @@ def main() -> None:
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.25)
     axes.set_xlabel("true bits per weight of the linear layers, everything stored included")
     axes.set_ylabel("perplexity, WikiText-2 test")

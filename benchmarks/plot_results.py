@@ -31,14 +31,14 @@ def main() -> None:
                           xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")  # fmt: skip
             continue
         size = figures["quantize"]["bytes_on_disk"] / 1e6
-        axes.scatter(figures["true_bits_per_weight"], figures["perplexity"], s=4 * size, color=COLOURS[row], zorder=2)
-        axes.annotate(f"{row}, {figures['perplexity']:.1f}\n{size:.0f} MB",
-                      (figures["true_bits_per_weight"], figures["perplexity"]), (14, 0),
+        axes.scatter(figures["true_bits_per_weight"], figures["perplexity"], s=size, color=COLOURS[row], zorder=2)
+        axes.annotate(f"{row}, {figures['perplexity']:.1f} ({size:.0f} MB)",
+                      (figures["true_bits_per_weight"], figures["perplexity"]), (9, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.margins(0.25)
+    axes.set_yticks((20, 50, 100, 200, 500), labels=("20", "50", "100", "200", "500"))
+    axes.minorticks_off()
+    axes.margins(x=0.4, y=0.25)
     axes.set_xlabel("true bits per weight of the linear layers, everything stored included")
     axes.set_ylabel("perplexity, WikiText-2 test")
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ import argparse
 
 import matplotlib as mpl
 
-from results import FULL, ROOT, load_rows
+from results import FULL, ROOT, TEXT_WINDOWS, load_rows
 
 mpl.use("svg")
 from matplotlib import pyplot
@@ -20,7 +20,7 @@ COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "
 def main() -> None:
     """Read the rows, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-windows", type=int, help="draw the rows evaluated on the first so many windows")
+    parser.add_argument("--max-windows", type=int, default=TEXT_WINDOWS, help="rows over so many windows of the text")
     rows = load_rows(parser.parse_args().max_windows)
     mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")

@@ -2,11 +2,11 @@
 
     python benchmarks/results.py                         all rows that are not there yet, then the table
     python benchmarks/results.py --row arb-rc            one row
-    python benchmarks/results.py --max-windows 50        evaluate on the first 50 windows alone
+    python benchmarks/results.py --max-windows 50        the first 50 windows of the text alone
     python benchmarks/results.py --table                 only the table, from the rows that are there
 
-Each row is two commands, `arbllm quantize` and `arbllm eval`, and leaves their JSON in docs/results, so that an
-interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw),
+Each row is `arbllm quantize`, then `arbllm eval` for every 50 windows of the text. They leave their JSON in
+docs/results, so that an interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw),
 `wiki.valid.raw` to calibrate on and `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -33,6 +34,7 @@ FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
 ROWS = (FULL, *METHODS)
 WINDOWS, CONTEXT = 16, 2048
+TEXT_WINDOWS, PIECE = 148, 50  # windows of the text in all, and of one `arbllm eval`
 PATHS = ("model", "path", "text")
 
 _PAGE = """\
@@ -62,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; all by default")
     parser.add_argument("--table", action="store_true", help="only write the page from the rows that are there")
-    parser.add_argument("--max-windows", type=int, help="evaluate on the first so many windows; the page says so")
+    parser.add_argument(
+        "--max-windows", type=int, default=TEXT_WINDOWS, help="only so many windows of the text; the page says so"
+    )
     options = parser.parse_args()
     if not options.table:
         check_data()
@@ -78,9 +82,9 @@ def check_data() -> None:
             sys.exit(f"{DATA / name} is missing: set ARBLLM_DATA to the directory that holds wikitext2/{name}")
 
 
-def run_row(row: str, max_windows: int | None) -> None:
+def run_row(row: str, max_windows: int) -> None:
     """Quantize and evaluate one row, as far as that has not been done."""
-    if evaluation_file(row, max_windows).exists():
+    if evaluation(row, max_windows):
         return
     FIGURES.mkdir(parents=True, exist_ok=True)
     model = demonstration_model()
@@ -89,10 +93,11 @@ def run_row(row: str, max_windows: int | None) -> None:
         if not model.exists():
             quantization_file(row).unlink(missing_ok=True)
         once(quantization_file(row), lambda: quantize(row, model))
-    limit = () if max_windows is None else ("--max-windows", str(max_windows))
-    words = ("eval", model, "--text", DATA / "wiki.test.raw", "--context", str(CONTEXT), *limit)
-    result = once(evaluation_file(row, max_windows), lambda: arbllm(*words))
-    print(f"{row}: perplexity {result['perplexity'] or float('inf'):.2f}")
+    words = ("eval", model, "--text", DATA / "wiki.test.raw", "--context", str(CONTEXT))
+    for start, count in pieces(max_windows):
+        limits = ("--skip-windows", str(start), "--max-windows", str(count))
+        once(piece_file(row, start, count), lambda limits=limits: arbllm(*words, *limits))
+    print(f"{row}: perplexity {evaluation(row, max_windows)['perplexity']:.2f}")
 
 
 def quantization_file(row: str) -> Path:
@@ -100,10 +105,25 @@ def quantization_file(row: str) -> Path:
     return FIGURES / f"{row.replace(' ', '-')}.quantize.json"
 
 
-def evaluation_file(row: str, max_windows: int | None) -> Path:
-    """Where the figures of `arbllm eval` are kept, on the whole text or on its first windows."""
-    suffix = "" if max_windows is None else f"-{max_windows}"
-    return FIGURES / f"{row.replace(' ', '-')}.eval{suffix}.json"
+def pieces(max_windows: int) -> list[tuple[int, int]]:
+    """(first window, windows) of each piece of the text."""
+    return [(start, min(PIECE, max_windows - start)) for start in range(0, max_windows, PIECE)]
+
+
+def piece_file(row: str, start: int, count: int) -> Path:
+    """Where the figures of `arbllm eval` on one piece of the text are kept."""
+    return FIGURES / f"{row.replace(' ', '-')}.eval-{start}-{start + count}.json"
+
+
+def evaluation(row: str, max_windows: int) -> dict[str, Any]:
+    """The figures of `arbllm eval` over all pieces, as if it were one; empty while one is missing."""
+    files = [piece_file(row, start, count) for start, count in pieces(max_windows)]
+    if not all(file.exists() for file in files):
+        return {}
+    parts = [json.loads(file.read_text()) for file in files]
+    windows = sum(part["windows"] for part in parts)
+    loss = sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows
+    return parts[0] | {"perplexity": math.exp(loss), "windows": windows}
 
 
 def quantize(method: str, out: Path) -> dict[str, Any]:
@@ -125,35 +145,35 @@ def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def load_rows(max_windows: int | None = None) -> dict[str, dict[str, Any]]:
+def load_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
     """Row name -> its figures: those of `eval`, with those of `quantize` under that key. Missing rows are left out."""
     rows = {}
     for row in ROWS:
-        measured = evaluation_file(row, max_windows)
-        if measured.exists():
-            rows[row] = json.loads(measured.read_text())
+        if measured := evaluation(row, max_windows):
+            rows[row] = measured
             quantized = quantization_file(row)
             rows[row]["quantize"] = json.loads(quantized.read_text()) if quantized.exists() else {}
     return rows
 
 
-def write_page(max_windows: int | None = None) -> None:
+def write_page(max_windows: int = TEXT_WINDOWS) -> None:
     """Write docs/results.md from the rows that are there."""
     rows = load_rows(max_windows)
     if FULL not in rows or len(rows) < 2:
         sys.exit("the page needs the row 'full precision' and one more")
     one = next(figures for row, figures in rows.items() if row != FULL)
     job = one["quantize"]
+    whole = max_windows == TEXT_WINDOWS
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(
         _PAGE.format(
-            windows=f"{one['windows']} windows" if max_windows is None else f"the first {one['windows']} windows",
+            windows=f"{'' if whole else 'the first '}{one['windows']} windows",
             context=CONTEXT,
             calibration=WINDOWS,
             table=table(rows),
             rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
             machine=job["machine"],
-            option="" if max_windows is None else f" --max-windows {max_windows}",
+            option="" if whole else f" --max-windows {max_windows}",
             **one["versions"],
         )
     )
@@ -167,7 +187,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     full = rows[FULL]["perplexity"]
     dense = next(figures["quantize"]["dense_bytes"] for row, figures in rows.items() if row != FULL)
     for row, figures in rows.items():
-        perplexity, job = figures["perplexity"] or float("inf"), figures["quantize"]
+        perplexity, job = figures["perplexity"], figures["quantize"]
         sizes = ("16", "16", f"{dense / 1e6:.1f}")
         costs = ("", "")
         if job:

@@ -68,6 +68,15 @@ def test_progress_and_max_windows(tokens):
     assert seen[-1][2] == pytest.approx(measured.perplexity)
 
 
+def test_a_text_in_pieces(tokens):
+    model = build("llama")
+    whole = perplexity(model, tokens, 32)
+    pieces = [perplexity(model, tokens, 32, max_windows=2), perplexity(model, tokens, 32, skip_windows=2)]
+    assert [piece.windows for piece in pieces] == [2, whole.windows - 2]
+    total = sum(piece.windows * math.log(piece.perplexity) for piece in pieces)
+    assert math.exp(total / whole.windows) == pytest.approx(whole.perplexity)
+
+
 def test_a_collapsed_model_has_infinite_perplexity_and_no_overflow(tokens):
     model = build("llama")
     with torch.no_grad():
@@ -90,6 +99,7 @@ def test_logits_that_are_not_finite_are_an_error(tokens):
         (0, 32, {}, "0 tokens"),
         (150, 1, {}, "at least 2"),
         (150, 32, {"max_windows": 0}, "max-windows"),
+        (150, 32, {"skip_windows": 4}, "skip-windows must be from 0 to 3"),
     ],
 )
 def test_unusable_text_and_options(tokens, length, context, options, message):

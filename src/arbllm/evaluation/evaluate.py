@@ -58,6 +58,7 @@ def evaluate(
     *,
     context: int = 2048,
     max_windows: int | None = None,
+    skip_windows: int = 0,
     device: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -70,6 +71,7 @@ def evaluate(
         text: wikitext2, ptb, c4, a text file, or `builtin`.
         context: tokens of a window.
         max_windows: windows evaluated at most; None for all.
+        skip_windows: windows left out at the start of the text.
         device: see `choose_device`.
         dtype: `auto` is float32 on a CPU and the stored dtype on a GPU.
         trust_remote_code: run model code that comes with the checkpoint.
@@ -84,7 +86,9 @@ def evaluate(
             model, dtype=evaluation_dtype(dtype, place), device=place, trust_remote_code=trust_remote_code
         )
         tokens = evaluation_tokens(text, tokenizer)
-        result = perplexity(opened, tokens, context, max_windows=max_windows, on_window=on_window)
+        result = perplexity(
+            opened, tokens, context, max_windows=max_windows, skip_windows=skip_windows, on_window=on_window
+        )
     size = total_size(module.layout for module in opened.modules() if isinstance(module, BinaryLinear))
     return Evaluation(
         model=model,

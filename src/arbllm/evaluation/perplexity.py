@@ -44,6 +44,7 @@ def perplexity(
     context: int = DEFAULT_CONTEXT,
     *,
     max_windows: int | None = None,
+    skip_windows: int = 0,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on a tokenised text.
@@ -57,13 +58,14 @@ def perplexity(
         tokens: int64 (T,), the whole text tokenised once.
         context: tokens of a window, at least 2.
         max_windows: stop after this many windows; None for all.
+        skip_windows: leave out this many windows at the start, for a text evaluated in pieces.
         on_window: called after each window with (windows done, windows in all, perplexity so far).
 
     Raises:
-        TextError: the text holds no whole window, or `context` or `max_windows` is out of range.
+        TextError: the text holds no whole window, or `context` or a number of windows is out of range.
         ModelError: the model cannot take so long a context, or its logits are not finite.
     """
-    windows = cut_windows(model, tokens, context, max_windows)
+    windows = cut_windows(model, tokens, context, max_windows, skip_windows)
     start = time.perf_counter()
     model.eval()
     head = split_head(model)
@@ -118,7 +120,9 @@ def split_head(model: PreTrainedModel) -> Head | None:
     return head if torch.equal(head(hidden), expected) else None
 
 
-def cut_windows(model: PreTrainedModel, tokens: Tensor, context: int, max_windows: int | None = None) -> Tensor:
+def cut_windows(
+    model: PreTrainedModel, tokens: Tensor, context: int, max_windows: int | None = None, skip_windows: int = 0
+) -> Tensor:
     """Cut a text into windows that do not overlap, after checking that the model can be evaluated on them.
 
     Args:
@@ -126,6 +130,7 @@ def cut_windows(model: PreTrainedModel, tokens: Tensor, context: int, max_window
         tokens: int64 (T,).
         context: tokens of a window.
         max_windows: windows at most; None for all.
+        skip_windows: windows left out at the start.
 
     Returns:
         int64 (N, context).
@@ -142,8 +147,9 @@ def cut_windows(model: PreTrainedModel, tokens: Tensor, context: int, max_window
     count = tokens.numel() // context
     if count == 0:
         raise TextError(f"the text has {tokens.numel()} tokens, less than one window of {context}; lower the context")
-    count = min(count, max_windows or count)
-    return tokens[: count * context].view(count, context)
+    if not 0 <= skip_windows < count:
+        raise TextError(f"skip-windows must be from 0 to {count - 1}, since the text has {count} windows")
+    return tokens[: count * context].view(count, context)[skip_windows:][:max_windows]
 
 
 def longest_context(model: PreTrainedModel, otherwise: int = DEFAULT_CONTEXT) -> int:

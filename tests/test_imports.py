@@ -19,7 +19,7 @@ LAYERS = (
     ("integrations",),
     ("nn",),
     ("kernels",),
-    ("solver",),
+    ("solver", "baselines"),
     ("config",),
     ("format", "binarize"),
     ("errors",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,20 @@ from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels.dispatch import matmul
 
 
-class BinaryLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A module whose own buffers keep their dtypes through `.to(dtype)`, `.half()` and the like."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but do not cast, the packed tensors: every `nn.Module` conversion comes through here."""
+        packed = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, tensor in packed.items():
+            if self.get_buffer(name).dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(self.get_buffer(name).device))
+        return self
+
+
+class BinaryLinear(PackedModule):
     """y = x W^T + bias with W packed, in place of `nn.Linear` (or GPT-2's `Conv1D`).
 
     The tensors of `Layout.tensors` are buffers by their own names. They keep their dtypes through `.to(dtype)`,
@@ -96,12 +110,3 @@ class BinaryLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nominal_bits={matrix.nominal_bits:.2f}, true_bits={matrix.true_bits:.2f}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
-        """Move, but do not cast, the packed tensors: every `nn.Module` conversion comes through here."""
-        packed = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, tensor in packed.items():
-            if self.get_buffer(name).dtype != tensor.dtype:
-                self.register_buffer(name, tensor.to(self.get_buffer(name).device))
-        return self

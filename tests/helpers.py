@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from arbllm.config import BinarizationConfig
 from arbllm.format.bitplanes import pack
-from arbllm.format.layout import Layout
+from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.integrations.transformers import mark_packed
 from arbllm.nn import BinaryLinear
@@ -25,6 +25,8 @@ def random_matrix(
     block_size: int = 128,
     row_means: bool = False,
     column_scaled: bool = True,
+    row_scale_bits: int = 16,
+    ordering: str = "bitmap",
     seed: int = 0,
 ) -> BinaryMatrix:
     """A `BinaryMatrix` of random packed tensors that agree with one another; padding bits are zero, scales positive.
@@ -35,44 +37,65 @@ def random_matrix(
         groups: groups of regular weights: 1, 2 or 4.
         salient_groups: groups of salient weights: 1, 2 or 4.
         salient: c, salient columns; they fall on random columns, so blocks with none, and with nothing else, occur.
-        block_size: K.
+        block_size: K; a block has a segment of regular columns, then one of salient columns.
         row_means: whether the matrix stores row means (as plain, ARB and ARB-X do).
         column_scaled: whether it stores column scales (as ARB-RC does).
+        row_scale_bits: 8 or 16.
+        ordering: see `Layout`; `bitmap` becomes `natural` where no column is salient, and the column order is random
+            with `explicit`.
         seed: of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     column_bitmap = torch.zeros(columns, dtype=torch.bool)
     column_bitmap[torch.randperm(columns, generator=generator)[:salient]] = True
+    segments = []
+    for block in column_bitmap.split(block_size):
+        widths = (int((~block).sum()), groups, 1), (int(block.sum()), salient_groups, 2)
+        segments += [Segment(*segment) for segment in widths if segment[0]]
+    if ordering == "bitmap" and not salient:
+        ordering = "natural"
     layout = Layout(
         rows=rows,
         columns=columns,
-        block_size=block_size,
-        groups=groups,
-        salient_groups=salient_groups,
-        salient=salient,
-        row_scale_slots=_slots(column_bitmap, block_size, groups, 2 * salient_groups),
-        row_mean_slots=_slots(column_bitmap, block_size, groups, salient_groups) if row_means else 0,
+        segments=tuple(segments),
+        ordering=ordering,
+        block_size=block_size if ordering == "bitmap" else 0,
+        row_scale_bits=row_scale_bits,
+        row_means=row_means,
         column_scaled=column_scaled,
     )
+    return BinaryMatrix.from_tensors(layout, _random_tensors(layout, column_bitmap, generator))
 
-    def bits(*shape: int) -> Tensor:
-        return torch.randint(2, shape, generator=generator).bool()
 
-    tensors = {
-        name: 0.5 + torch.rand(shape, generator=generator)
-        for name, (dtype, shape) in layout.tensors().items()
-        if dtype == torch.float16
-    }
-    tensors = {name: (tensor / columns**0.5 if "row" in name else tensor).half() for name, tensor in tensors.items()}
-    tensors["signs"] = pack(bits(rows, columns))
-    if layout.bitmap_planes:
-        choices = torch.where(column_bitmap, salient_groups, groups)
-        codes = (torch.rand(rows, columns, generator=generator) * choices).long()
-        tensors["group_bitmap"] = pack(torch.stack([codes >> plane & 1 for plane in range(layout.bitmap_planes)], 1))
-    if salient:
+def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def bits(width: int) -> Tensor:
+        return pack(torch.randint(2, (layout.rows, width), generator=generator).bool())
+
+    def scales(name: str, shape: tuple[int, ...]) -> Tensor:
+        size = 1.0 if name == "column_scales" else layout.columns**-0.5
+        return (
+            size * (0.5 + torch.rand(shape, generator=generator)) / (200 if name == "row_scale_steps" else 1)
+        ).half()
+
+    tensors = {"signs": bits(layout.columns)}
+    for name, (dtype, shape) in layout.tensors().items():
+        if dtype == torch.float16:
+            tensors[name] = scales(name, shape)
+    if layout.row_scale_bits == 8:
+        shape = layout.rows, layout.row_scale_slots
+        tensors["row_scales"] = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+    for name, width in (
+        ("group_bitmap", layout.grouped_columns),
+        ("group_bitmap_high", layout.quartered_columns),
+        ("second_signs", layout.salient),
+    ):
+        if width:
+            tensors[name] = bits(width)
+    if layout.ordering == "bitmap":
         tensors["column_bitmap"] = pack(column_bitmap)
-        tensors["second_signs"] = pack(bits(rows, salient))
-    return BinaryMatrix.from_tensors(layout, tensors)
+    if layout.ordering == "explicit":
+        tensors["column_order"] = torch.randperm(layout.columns, generator=generator).to(torch.int16)
+    return tensors
 
 
 def pack_randomly(model: PreTrainedModel, salient: int = 3, block_size: int = 16) -> PreTrainedModel:
@@ -94,11 +117,3 @@ def pack_randomly(model: PreTrainedModel, salient: int = 3, block_size: int = 16
         },
     )
     return model
-
-
-def _slots(column_bitmap: Tensor, block_size: int, regular_width: int, salient_width: int) -> int:
-    """Slots of one row over all blocks, counted block by block."""
-    return sum(
-        regular_width * bool((~block).any()) + salient_width * bool(block.any())
-        for block in column_bitmap.split(block_size)
-    )

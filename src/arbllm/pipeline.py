@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
+from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
@@ -21,7 +22,7 @@ from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.accounting import StorageSize, matrix_size, total_size
 from arbllm.format.checkpoint import bytes_on_disk, output_directory
-from arbllm.format.layout import Layout
+from arbllm.format.layout import Layout, Segment
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
@@ -33,7 +34,6 @@ from arbllm.text import calibration_windows, evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
-MOST_SALIENT = 50
 
 
 @dataclass(frozen=True)
@@ -191,16 +191,20 @@ def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
 def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
     """The most that a weight (n, m) can take: every block with its full share of salient columns, means and scales."""
     rows, columns = weight.shape
-    blocks = -(-columns // config.block_size)
+    segments = []
+    for start in range(0, columns, config.block_size):
+        width = min(config.block_size, columns - start)
+        salient = min(MOST_SALIENT_COLUMNS, width - 1)
+        segments += [Segment(width - salient, config.groups, 1)]
+        segments += [Segment(salient, config.groups, 2)] if salient else []
     return Layout(
         rows=rows,
         columns=columns,
-        block_size=config.block_size,
-        groups=config.groups,
-        salient_groups=config.groups,
-        salient=min(columns, MOST_SALIENT * blocks),
-        row_scale_slots=3 * config.groups * blocks,
-        row_mean_slots=2 * config.groups * blocks,
+        segments=tuple(segments),
+        ordering="explicit",
+        block_size=0,
+        row_scale_bits=16,
+        row_means=True,
         column_scaled=True,
     )
 

@@ -3,7 +3,7 @@ import torch
 
 from arbllm.errors import CheckpointError
 from arbllm.format import matrix as matrix_module
-from arbllm.format.matrix import BinaryMatrix, slots
+from arbllm.format.matrix import BinaryMatrix, bitmap_order
 from tests.helpers import random_matrix
 
 MATRIX = random_matrix(37, 45, groups=4, salient=7, block_size=16, row_means=True)
@@ -36,12 +36,10 @@ def test_more_rows_than_a_tile(monkeypatch):
     assert torch.equal(matrix.dequantize(), matrix.dequantize_rows(0, 23))
 
 
-def test_slots_skip_what_a_block_lacks():
-    """Blocks of 2: regular only, both, salient only, regular only."""
-    salient = torch.tensor([0, 0, 1, 0, 1, 1, 0]).bool()
-    regular_starts, salient_starts = slots(salient, 2, 4, 6)
-    assert regular_starts[[0, 1, 3]].tolist() == [0, 4, 20]
-    assert salient_starts[[1, 2]].tolist() == [8, 14]
+def test_a_bitmap_puts_salient_columns_last_in_their_block():
+    """Blocks of 3: one salient column, none, all."""
+    salient = torch.tensor([0, 1, 0, 0, 0, 0, 1, 1]).bool()
+    assert bitmap_order(salient, 3).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
 
 
 def test_tensors_round_trip():

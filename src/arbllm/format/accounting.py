@@ -22,12 +22,13 @@ class StorageSize:
         weights: number of weights.
         salient_weights: those in salient columns, which have a second sign.
         signs: bytes of first signs.
-        group_bitmap: bytes of the group bitmap.
+        group_bitmap: bytes of the group bitmap, low and high bits together.
         column_bitmap: bytes of the column bitmap.
+        column_order: bytes of the column order.
         second_signs: bytes of second signs.
-        row_scales: bytes of row scales.
+        row_scales: bytes of row scales, and of the steps that 8-bit ones are multiples of.
         row_means: bytes of row means.
-        column_scales: bytes of column scales, of regular and salient columns.
+        column_scales: bytes of column scales.
     """
 
     weights: int = 0
@@ -35,6 +36,7 @@ class StorageSize:
     signs: int = 0
     group_bitmap: int = 0
     column_bitmap: int = 0
+    column_order: int = 0
     second_signs: int = 0
     row_scales: int = 0
     row_means: int = 0
@@ -72,7 +74,8 @@ class StorageSize:
 def matrix_size(layout: Layout) -> StorageSize:
     """What one matrix of this layout stores; agrees with `BinaryMatrix.nbytes` to the byte."""
     stored = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.tensors().items()}
-    stored["column_scales"] = stored.get("column_scales", 0) + stored.pop("salient_column_scales", 0)
+    for name, whole in (("group_bitmap_high", "group_bitmap"), ("row_scale_steps", "row_scales")):
+        stored[whole] = stored.get(whole, 0) + stored.pop(name, 0)
     return StorageSize(weights=layout.weights, salient_weights=layout.rows * layout.salient, **stored)
 
 

@@ -24,7 +24,7 @@ from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.accounting import ModelSize, model_size
 from arbllm.format.layout import Layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "arbllm"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ CHECKSUMS_KEY = "arbllm.checksums"
 LINEARS_KEY = "arbllm.linears"
 MODULE_OPTIONS = ("bias", "transposed")
 
-_DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
+_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32"}
 _DAMAGED = "the file is damaged: download or copy the checkpoint again"
 
 

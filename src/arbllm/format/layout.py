@@ -7,13 +7,18 @@ a `Layout`, so a stored byte is described once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
 from arbllm.errors import CheckpointError
 
 GROUP_COUNTS = (1, 2, 4)
+TERM_COUNTS = (1, 2)
+ORDERINGS = ("natural", "bitmap", "explicit")
+ROW_SCALE_BITS = (8, 16)
+LARGEST_SHORT_ORDER = 32767
 
 
 def packed_bytes(bits: int) -> int:
@@ -21,78 +26,162 @@ def packed_bytes(bits: int) -> int:
     return (bits + 7) // 8
 
 
+class Segment(NamedTuple):
+    """Stored columns that follow each other and are of one kind.
+
+    Attributes:
+        width: number of columns, at least 1.
+        groups: zones of a row, each with its own scales: 1, 2 or 4.
+        terms: signs of a weight: 1, or 2 for salient columns.
+    """
+
+    width: int
+    groups: int
+    terms: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of one weight without its scales: its signs, and its group number."""
+        return self.terms + self.groups.bit_length() - 1
+
+
+class Place(NamedTuple):
+    """Where the columns and the parameters of a segment begin, in the tensors of `Layout.tensors`.
+
+    Attributes:
+        segment: which columns.
+        column: first stored column.
+        row_scale: first row scale of a row; group g, term t is at `row_scale + g * terms + t`.
+        row_mean: first row mean of a row; group g is at `row_mean + g`.
+        column_scale: first column scale; those of group g, term t begin at `column_scale + (g * terms + t) * width`.
+        low: first column in `group_bitmap`, where the segment has 2 groups or more.
+        high: first column in `group_bitmap_high`, where it has 4.
+        second: first column in `second_signs`, where it has two terms.
+    """
+
+    segment: Segment
+    column: int
+    row_scale: int
+    row_mean: int
+    column_scale: int
+    low: int
+    high: int
+    second: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of one packed matrix of `rows` outputs and `columns` inputs.
 
-    The columns are cut into blocks of `block_size` (the last may be shorter). Inside a block a column is either
-    *regular* (one sign a weight) or *salient* (two signs a weight). Regular weights fall into `groups` groups, salient
-    weights into `salient_groups`. A block stores row scales only for the zones that it has: `groups` slots when
-    it has a regular column, then 2 * `salient_groups` slots (group-major, first and second term) when it has a salient
-    one. Row means, in methods that use them, follow the same order with one slot a zone.
+    Columns are stored in an order of their own and cut into segments. In a segment of G groups and T terms a row has
+    G * T row scales (group-major) and, in methods that use them, G row means.
 
     Attributes:
         rows: n, output features.
         columns: m, input features.
-        block_size: K, columns of a block.
-        groups: groups of regular weights: 1, 2 or 4.
-        salient_groups: groups of salient weights: 1, 2 or 4.
-        salient: c, salient columns in the whole matrix.
-        row_scale_slots: S, row scales of one row over all blocks.
-        row_mean_slots: row means of one row over all blocks; 0 where the method has none.
-        column_scaled: whether the method stores column scales (ARB-RC).
+        segments: the stored columns, first to last; their widths add up to `columns`.
+        ordering: which column each stored column is. `natural`: the same; `bitmap`: those of each block of `block_size`
+            columns, the regular ones before the salient ones that the column bitmap marks; `explicit`: as the column
+            order lists them.
+        block_size: columns of a block with ordering `bitmap` (the last may be shorter), else 0.
+        row_scale_bits: 16 for float16, 8 for codes times a float16 step a row.
+        row_means: whether the method stores row means.
+        column_scaled: whether the method stores column scales.
     """
 
     rows: int
     columns: int
+    segments: tuple[Segment, ...]
+    ordering: str
     block_size: int
-    groups: int
-    salient_groups: int
-    salient: int
-    row_scale_slots: int
-    row_mean_slots: int
+    row_scale_bits: int
+    row_means: bool
     column_scaled: bool
-
-    @property
-    def blocks(self) -> int:
-        """Number of column blocks."""
-        return -(-self.columns // self.block_size)
-
-    @property
-    def bitmap_planes(self) -> int:
-        """Bits of the group bitmap per weight: 0, 1 or 2."""
-        return max(self.groups, self.salient_groups if self.salient else 1).bit_length() - 1
 
     @property
     def weights(self) -> int:
         """Number of weights, n * m."""
         return self.rows * self.columns
 
+    @property
+    def salient(self) -> int:
+        """Number of columns with two signs a weight."""
+        return sum(segment.width for segment in self.segments if segment.terms == 2)
+
+    @property
+    def grouped_columns(self) -> int:
+        """Number of columns with two groups or more, which have a bit of the group number in `group_bitmap`."""
+        return sum(segment.width for segment in self.segments if segment.groups >= 2)
+
+    @property
+    def quartered_columns(self) -> int:
+        """Number of columns with four groups, which have a second bit of it in `group_bitmap_high`."""
+        return sum(segment.width for segment in self.segments if segment.groups == 4)
+
+    @property
+    def row_scale_slots(self) -> int:
+        """Row scales of one row."""
+        return sum(segment.groups * segment.terms for segment in self.segments)
+
+    @property
+    def row_mean_slots(self) -> int:
+        """Row means of one row; 0 where the method has none."""
+        return sum(segment.groups for segment in self.segments) if self.row_means else 0
+
+    @property
+    def column_scale_slots(self) -> int:
+        """Column scales of the whole matrix; 0 where the method has none."""
+        return sum(s.groups * s.terms * s.width for s in self.segments) if self.column_scaled else 0
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where each segment begins in each tensor."""
+        found = []
+        column = row_scale = row_mean = column_scale = low = high = second = 0
+        for segment in self.segments:
+            found.append(Place(segment, column, row_scale, row_mean, column_scale, low, high, second))
+            slots = segment.groups * segment.terms
+            column += segment.width
+            row_scale += slots
+            row_mean += segment.groups
+            column_scale += slots * segment.width
+            low += segment.width if segment.groups >= 2 else 0
+            high += segment.width if segment.groups == 4 else 0
+            second += segment.width if segment.terms == 2 else 0
+        return tuple(found)
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor that this matrix stores, in file order.
 
         Absent parts are left out: no group bitmap with one group, no second signs without salient columns.
         """
-        n, m, c = self.rows, self.columns, self.salient
+        n, m = self.rows, self.columns
+        short = torch.int16 if m <= LARGEST_SHORT_ORDER else torch.int32
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"signs": (torch.uint8, (n, packed_bytes(m)))}
-        if self.bitmap_planes:
-            stored["group_bitmap"] = (torch.uint8, (n, self.bitmap_planes, packed_bytes(m)))
-        if c:
-            stored["column_bitmap"] = (torch.uint8, (packed_bytes(m),))
-            stored["second_signs"] = (torch.uint8, (n, packed_bytes(c)))
-        stored["row_scales"] = (torch.float16, (n, self.row_scale_slots))
-        if self.row_mean_slots:
+        for name, width in (
+            ("group_bitmap", self.grouped_columns),
+            ("group_bitmap_high", self.quartered_columns),
+            ("second_signs", self.salient),
+        ):
+            if width:
+                stored[name] = (torch.uint8, (n, packed_bytes(width)))
+        codes = self.row_scale_bits == 8
+        stored["row_scales"] = (torch.uint8 if codes else torch.float16, (n, self.row_scale_slots))
+        if codes:
+            stored["row_scale_steps"] = (torch.float16, (n,))
+        if self.row_means:
             stored["row_means"] = (torch.float16, (n, self.row_mean_slots))
         if self.column_scaled:
-            if m > c:
-                stored["column_scales"] = (torch.float16, (self.groups, m - c))
-            if c:
-                stored["salient_column_scales"] = (torch.float16, (self.salient_groups, 2, c))
+            stored["column_scales"] = (torch.float16, (self.column_scale_slots,))
+        if self.ordering == "bitmap":
+            stored["column_bitmap"] = (torch.uint8, (packed_bytes(m),))
+        if self.ordering == "explicit":
+            stored["column_order"] = (short, (m,))
         return stored
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json."""
-        return asdict(self)
+        """Plain values for config.json; a segment is a list [width, groups, terms]."""
+        return {**asdict(self), "segments": [list(segment) for segment in self.segments]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], name: str = "matrix") -> Layout:
@@ -102,8 +191,8 @@ class Layout:
             CheckpointError: a field is missing, unknown or not of its type; `name` is in the message.
         """
         try:
-            layout = cls(**values)
-        except TypeError as error:
+            layout = cls(**{**values, "segments": _read_segments(values.get("segments"))})
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{name}: its layout in config.json is not readable ({error})") from error
         layout.check(name)
         return layout
@@ -114,16 +203,43 @@ class Layout:
         Raises:
             CheckpointError: naming `name` and the field.
         """
-        for field in ("rows", "columns", "block_size", "row_scale_slots"):
+        for field in ("rows", "columns"):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
                 raise CheckpointError(f"{name}: {field} must be a positive whole number, not {getattr(self, field)!r}")
-        for field in ("groups", "salient_groups"):
-            if getattr(self, field) not in GROUP_COUNTS:
-                raise CheckpointError(f"{name}: {field} must be one of {GROUP_COUNTS}, not {getattr(self, field)!r}")
-        if type(self.salient) is not int or not 0 <= self.salient <= self.columns:
-            raise CheckpointError(f"{name}: salient must lie between 0 and {self.columns}, not {self.salient!r}")
-        most = self.blocks * (self.groups + 2 * self.salient_groups)
-        if self.row_scale_slots > most or type(self.row_mean_slots) is not int or not 0 <= self.row_mean_slots <= most:
-            raise CheckpointError(f"{name}: more row scales or means than its {self.blocks} blocks can have")
-        if type(self.column_scaled) is not bool:
-            raise CheckpointError(f"{name}: column_scaled must be true or false, not {self.column_scaled!r}")
+        for segment in self.segments:
+            if not _is_sound(segment):
+                raise CheckpointError(
+                    f"{name}: a segment must have a width of at least 1, {GROUP_COUNTS} groups and {TERM_COUNTS} "
+                    f"terms, not {list(segment)}"
+                )
+        if (width := sum(segment.width for segment in self.segments)) != self.columns:
+            raise CheckpointError(f"{name}: its segments have {width} columns, the matrix has {self.columns}")
+        for field, allowed in (("ordering", ORDERINGS), ("row_scale_bits", ROW_SCALE_BITS)):
+            value = getattr(self, field)
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                raise CheckpointError(f"{name}: {field} must be one of {allowed}, not {value!r}")
+        sized = type(self.block_size) is int and self.block_size >= 0
+        if not sized or (self.block_size > 0) != (self.ordering == "bitmap"):
+            raise CheckpointError(
+                f"{name}: block_size must be a positive whole number with ordering 'bitmap', and 0 with another, "
+                f"not {self.block_size!r}"
+            )
+        for field in ("row_means", "column_scaled"):
+            if type(getattr(self, field)) is not bool:
+                raise CheckpointError(f"{name}: {field} must be true or false, not {getattr(self, field)!r}")
+
+
+def _read_segments(values: Any) -> tuple[Segment, ...]:
+    """Segments from lists [width, groups, terms]; their numbers are checked later.
+
+    Raises:
+        ValueError: not a list of lists of three.
+    """
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (list, tuple)) and len(v) == 3 for v in values):
+        raise ValueError("segments must be a list of [width, groups, terms]")
+    return tuple(Segment(*value) for value in values)
+
+
+def _is_sound(segment: Segment) -> bool:
+    whole = all(type(value) is int for value in segment)
+    return whole and segment.width >= 1 and segment.groups in GROUP_COUNTS and segment.terms in TERM_COUNTS

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from arbllm.errors import CheckpointError
 from arbllm.format.bitplanes import unpack, unpack_values
-from arbllm.format.layout import Layout
+from arbllm.format.layout import Layout, Place
 
 TILE_WEIGHTS = 2**19
 """Weights that are unpacked at a time: 2 MB in float32, which the caches of a core hold."""
+
+# The stored tensor whose name `BinaryMatrix` has a method of.
+_FIELDS = {"column_order": "explicit_order"}
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,23 @@ class SolveReport:
 class BinaryMatrix:
     """A binarized n x m weight, packed. Shapes and dtypes of all tensors: `Layout.tensors`; bit order: `bitplanes`.
 
-    Weight (i, j) of a regular column in group g is ``mean + sign * row_scales[i, slot] * column_scales[g, j]``, mean
-    and slot being those of its block and group; a salient column adds a second signed term. Without column scales the
-    factor is 1, without row means the summand is 0.
+    Weight (i, j) in group g of a segment s is ``mean[i, s, g] + sum over its terms t of sign_t[i, j] * row_scale[i, s,
+    g, t] * column_scale[s, g, t, j]``. Without column scales the factor is 1, without row means the summand is 0. The
+    bits of a row, and column scales, are in stored order (see `Layout`).
 
     Attributes:
         layout: sizes.
         signs: first signs, 1 bit a weight, set for +1.
-        row_scales: float16 (n, S), S slots in the order that `Layout` describes.
-        group_bitmap: group number of each weight, in bit planes (least significant first), or None with one group.
-        column_bitmap: set for salient columns, or None without any.
-        second_signs: second signs of the salient columns, in column order.
-        row_means: float16 (n, zones).
-        column_scales: float16 (groups, m - c), regular columns in order.
-        salient_column_scales: float16 (salient_groups, 2, c), salient columns in order.
+        row_scales: float16 (n, S), or uint8 codes (n, S), S slots in the order that `Layout.places` describes.
+        group_bitmap: low bit of the group number, of the columns in segments of two groups or more; None without any.
+        group_bitmap_high: high bit, of the columns in segments of four groups; None without any.
+        second_signs: second signs of the columns in segments of two terms; None without any.
+        row_scale_steps: float16 (n), what a row's codes are multiples of; None with row scales in float16.
+        row_means: float16 (n, Z), a slot a segment and group; None where the method has none.
+        column_scales: float16, flat; None where the method has none.
+        column_bitmap: 1 bit a column in natural order, set for salient ones; with ordering `bitmap`.
+        explicit_order: the tensor `column_order`: the natural column of each stored column, int16 or int32 (m); with
+            ordering `explicit`.
         report: the solver's figures, where this matrix comes from the solver.
     """
 
@@ -59,11 +65,13 @@ class BinaryMatrix:
     signs: Tensor
     row_scales: Tensor
     group_bitmap: Tensor | None = None
-    column_bitmap: Tensor | None = None
+    group_bitmap_high: Tensor | None = None
     second_signs: Tensor | None = None
+    row_scale_steps: Tensor | None = None
     row_means: Tensor | None = None
     column_scales: Tensor | None = None
-    salient_column_scales: Tensor | None = None
+    column_bitmap: Tensor | None = None
+    explicit_order: Tensor | None = None
     report: SolveReport | None = field(default=None, compare=False)
 
     @classmethod
@@ -86,16 +94,16 @@ class BinaryMatrix:
                 raise CheckpointError(
                     f"{name}.{key}: expected {dtype} {list(shape)}, found {found.dtype} {list(found.shape)}"
                 )
-        stored: dict[str, Any] = {key: tensors[key] for key in expected}
+        stored: dict[str, Any] = {_FIELDS.get(key, key): tensors[key] for key in expected}
         return cls(layout=layout, **stored)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, in file order."""
-        return {name: getattr(self, name) for name in self.layout.tensors()}
+        return {name: getattr(self, _FIELDS.get(name, name)) for name in self.layout.tensors()}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> BinaryMatrix:
         """The same matrix with every stored tensor passed through `change` (for example to another device)."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        changed: dict[str, Any] = {_FIELDS.get(name, name): change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
     @property
@@ -123,158 +131,154 @@ class BinaryMatrix:
         """Per block, the error after each step of the solver; empty for a matrix read from a file."""
         return self.report.error_history if self.report else ()
 
+    def column_order(self) -> Tensor | None:
+        """The natural column that each stored column is, int64 (m); None where the two orders are the same."""
+        if self.column_bitmap is not None:
+            return bitmap_order(unpack(self.column_bitmap, self.layout.columns), self.layout.block_size)
+        return None if self.explicit_order is None else self.explicit_order.long()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (n, m), computed in float32 and rounded to `dtype`."""
         dense = torch.empty(self.shape, dtype=dtype, device=self.signs.device)
-        for rows, tile in self.tiles():
+        for rows, tile in self.tiles(dtype):
             dense[rows] = tile
         return dense
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [start, stop) of the dense weight, computed in float32 and rounded to `dtype`."""
-        return self._rows(slice(start, stop), self._columns()).to(dtype)
+        order = self.column_order()
+        weight = self._rows(slice(start, stop), self._factors())
+        return (weight if order is None else weight.index_select(1, order.argsort())).to(dtype)
 
     def tiles(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """The dense weight, `rows` rows at a time: pairs of a slice of the rows and their values (rows, m).
 
         Without `rows`, as many as make `TILE_WEIGHTS` weights.
         """
+        order = self.column_order()
+        stored = None if order is None else order.argsort()
+        for tile, weight in self.stored_tiles(dtype, rows):
+            yield tile, weight if stored is None else weight.index_select(1, stored)
+
+    def stored_tiles(
+        self, dtype: torch.dtype = torch.float32, rows: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """As `tiles`, with the columns in stored order: x @ tile.T there is x[..., column_order] @ tile.T here."""
         rows = rows or max(1, TILE_WEIGHTS // self.layout.columns)
-        columns = self._columns()
+        factors = self._factors()
         for start in range(0, self.layout.rows, rows):
             tile = slice(start, min(start + rows, self.layout.rows))
-            yield tile, self._rows(tile, columns).to(dtype)
+            yield tile, self._rows(tile, factors).to(dtype)
 
-    def _rows(self, rows: slice, columns: _Columns) -> Tensor:
-        """Some rows of the dense weight, float32: regular values everywhere, then the salient columns over them."""
-        layout = self.layout
-        signs = unpack_values(self.signs[rows], layout.columns, -1, 1)
-        planes: tuple[Tensor, ...] = ()
-        if self.group_bitmap is not None:
-            planes = unpack_values(self.group_bitmap[rows], layout.columns, 0, -1).unbind(1)
+    def _factors(self) -> Tensor | None:
+        return None if self.column_scales is None else self.column_scales.float()
+
+    def _rows(self, rows: slice, factors: Tensor | None) -> Tensor:
+        """Some rows of the dense weight in stored order, float32; `factors` are the column scales in float32."""
+        layout, places = self.layout, self.layout.places
         scales = self.row_scales[rows].float()
-        means = None if self.row_means is None else self.row_means[rows].float()
+        if self.row_scale_steps is not None:
+            scales *= self.row_scale_steps[rows, None]
+        planes = self._planes(rows)
+        weight = torch.empty(len(scales), layout.columns, device=scales.device)
+        for run in _runs(places):
+            _fill(_part(weight, run), run, _Values(scales, factors, 0), planes)
+        weight *= unpack_values(self.signs[rows], layout.columns, -1, 1)
+        if self.second_signs is not None:
+            signs = unpack_values(self.second_signs[rows], layout.salient, -1, 1)
+            for run in _runs([place for place in places if place.segment.terms == 2]):
+                values = _part(weight, run)
+                second = _fill(torch.empty_like(values), run, _Values(scales, factors, 1), planes)
+                start = run[0].second
+                values += second.mul_(signs[:, start : start + second.shape[1]])
+        if self.row_means is not None:
+            means = _Values(self.row_means[rows].float())
+            for run in _runs(places):
+                values = _part(weight, run)
+                values += _fill(torch.empty_like(values), run, means, planes)
+        return weight
 
-        values = [columns.spread(scales, columns.scale_slots + g, g) for g in range(layout.groups)]
-        weight = _choose(values, planes).mul_(signs)
-        if means is not None:
-            weight += _choose([columns.spread(means, columns.mean_slots + g) for g in range(layout.groups)], planes)
-        if self.second_signs is None:
-            return weight
-
-        index = columns.salient
-        planes = tuple(plane.index_select(1, index) for plane in planes)
-        second = unpack_values(self.second_signs[rows], layout.salient, -1, 1)
-        salient = torch.zeros(len(weight), layout.salient, device=weight.device)
-        for term, term_signs in enumerate((signs.index_select(1, index), second)):
-            slots = columns.salient_scale_slots + term
-            values = [scales.index_select(1, slots + 2 * g) for g in range(layout.salient_groups)]
-            if columns.salient_factors is not None:
-                values = [value.mul_(columns.salient_factors[g, term]) for g, value in enumerate(values)]
-            salient += _choose(values, planes).mul_(term_signs)
-        if means is not None:
-            slots = columns.salient_mean_slots
-            salient += _choose([means.index_select(1, slots + g) for g in range(layout.salient_groups)], planes)
-        return weight.index_copy_(1, index, salient)
-
-    def _columns(self) -> _Columns:
-        """Where the columns find their parameters; O(m), so it is computed anew rather than kept in step."""
-        layout, device = self.layout, self.signs.device
-        salient = torch.zeros(layout.columns, dtype=torch.bool, device=device)
-        if self.column_bitmap is not None:
-            salient = unpack(self.column_bitmap, layout.columns)
-        factors = None
-        if layout.column_scaled:
-            factors = torch.ones(layout.groups, layout.blocks * layout.block_size, device=device)
-            if self.column_scales is not None:
-                factors[:, : layout.columns][:, ~salient] = self.column_scales.float()
-        index = salient.nonzero().squeeze(1)
-        block = index // layout.block_size
-        scale_slots, salient_scale_slots = slots(salient, layout.block_size, layout.groups, 2 * layout.salient_groups)
-        mean_slots, salient_mean_slots = slots(salient, layout.block_size, layout.groups, layout.salient_groups)
-        return _Columns(
-            width=layout.columns,
-            block_size=layout.block_size,
-            scale_slots=scale_slots,
-            mean_slots=mean_slots,
-            factors=factors,
-            salient=index,
-            salient_scale_slots=salient_scale_slots[block],
-            salient_mean_slots=salient_mean_slots[block],
-            salient_factors=None if self.salient_column_scales is None else self.salient_column_scales.float(),
+    def _planes(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Low and high bits of the group numbers in some rows, int8, all ones where set."""
+        layout, low, high = self.layout, self.group_bitmap, self.group_bitmap_high
+        return (
+            None if low is None else unpack_values(low[rows], layout.grouped_columns, 0, -1),
+            None if high is None else unpack_values(high[rows], layout.quartered_columns, 0, -1),
         )
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Where the columns of a matrix find their parameters.
-
-    Attributes:
-        width: m.
-        block_size: K.
-        scale_slots: first row scale of each block's regular columns, int64 (blocks).
-        mean_slots: the same for row means.
-        factors: column scales of the regular columns, 1 elsewhere, float32 (groups, blocks * K), or None.
-        salient: the salient columns, int64 (c).
-        salient_scale_slots: first row scale of each salient column, int64 (c).
-        salient_mean_slots: the same for row means.
-        salient_factors: float32 (salient_groups, 2, c), or None.
-    """
-
-    width: int
-    block_size: int
-    scale_slots: Tensor
-    mean_slots: Tensor
-    factors: Tensor | None
-    salient: Tensor
-    salient_scale_slots: Tensor
-    salient_mean_slots: Tensor
-    salient_factors: Tensor | None
-
-    def spread(self, parameters: Tensor, slots: Tensor, group: int | None = None) -> Tensor:
-        """One parameter a row and block (rows, S) at all columns (rows, m), times the column scales of `group`."""
-        # A block of salient columns alone has no regular slot: what it reads here is overwritten.
-        value = parameters.index_select(1, slots.clamp(max=parameters.shape[1] - 1)).unsqueeze(2)
-        if group is None or self.factors is None:
-            value = value.expand(-1, -1, self.block_size).contiguous()
-        else:
-            value = value * self.factors[group].view(-1, self.block_size)
-        return value.flatten(1)[:, : self.width]
-
-
-def slots(salient: Tensor, block_size: int, regular_width: int, salient_width: int) -> tuple[Tensor, Tensor]:
-    """First slots of each block's regular and salient zones: blocks in order, in a block the regular zones first.
+def bitmap_order(salient: Tensor, block_size: int) -> Tensor:
+    """The order that a column bitmap stands for: in each block of columns the regular ones, then the salient ones.
 
     Args:
-        salient: bool (m), the column bitmap.
+        salient: bool (m), in natural order.
         block_size: columns of a block.
-        regular_width: slots of a block that has a regular column.
-        salient_width: further slots of a block that has a salient column.
 
     Returns:
-        Two int64 tensors (blocks). Where a block has no column of the kind, its entry means nothing.
+        int64 (m), the natural column of each stored column.
     """
-    length, device = salient.numel(), salient.device
-    block = torch.arange(length, device=device) // block_size
-    present = torch.zeros(2, -(-length // block_size), dtype=torch.int64, device=device)
-    present[salient.long(), block] = 1
-    regular, widths = regular_width * present[0], salient_width * present[1]
-    starts = (regular + widths).cumsum(0) - regular - widths
-    return starts, starts + regular
+    block = torch.arange(salient.numel(), device=salient.device) // block_size
+    return (2 * block + salient).argsort(stable=True)
 
 
-def _choose(candidates: Sequence[Tensor], planes: Sequence[Tensor]) -> Tensor:
-    """The candidate that each weight's group bits name, float32 (rows, columns); the candidates are used up.
+@dataclass(frozen=True)
+class _Values:
+    """One term of every weight without its sign, or the row means.
 
-    Args:
-        candidates: one value of every weight for each group, 1, 2 or 4 of them.
-        planes: bit planes of the group numbers, least significant first, int8, all ones where set.
+    Attributes:
+        parameters: row scales or means, float32 (rows, slots).
+        factors: column scales, float32, flat, or None.
+        term: which term; None for row means.
     """
-    for plane in planes:
-        if len(candidates) == 1:
-            break
-        candidates = [_select(*pair, plane) for pair in zip(candidates[::2], candidates[1::2], strict=True)]
-    return candidates[0]
+
+    parameters: Tensor
+    factors: Tensor | None = None
+    term: int | None = None
+
+    def spread(self, place: Place, group: int, out: Tensor) -> None:
+        """Write the values that weights of `group` have in a segment into `out` (rows, width)."""
+        if self.term is None:
+            out.copy_(self.parameters[:, place.row_mean + group, None])
+            return
+        slot = group * place.segment.terms + self.term
+        scales = self.parameters[:, place.row_scale + slot, None]
+        if self.factors is None:
+            out.copy_(scales)
+            return
+        start = place.column_scale + slot * place.segment.width
+        torch.mul(scales, self.factors[start : start + place.segment.width], out=out)
+
+
+def _runs(places: Sequence[Place]) -> list[list[Place]]:
+    """Segments that follow each other and have as many groups: their weights choose among values all at once."""
+    runs: list[list[Place]] = []
+    for place in places:
+        before = runs[-1][-1] if runs else None
+        adjacent = before and before.column + before.segment.width == place.column
+        if before and adjacent and before.segment.groups == place.segment.groups:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
+def _part(weight: Tensor, run: Sequence[Place]) -> Tensor:
+    """The columns of a run, a view."""
+    return weight[:, run[0].column : run[-1].column + run[-1].segment.width]
+
+
+def _fill(out: Tensor, run: Sequence[Place], values: _Values, planes: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """Write into `out` (rows, columns of the run) the value that each weight's group has; returns `out`."""
+    candidates = [out, *(torch.empty_like(out) for _ in range(run[0].segment.groups - 1))]
+    for place in run:
+        start = place.column - run[0].column
+        for group, candidate in enumerate(candidates):
+            values.spread(place, group, candidate[:, start : start + place.segment.width])
+    for plane, start in zip(planes, (run[0].low, run[0].high), strict=True):
+        if plane is not None and len(candidates) > 1:
+            chosen = plane[:, start : start + out.shape[1]]
+            candidates = [_select(*pair, chosen) for pair in zip(candidates[::2], candidates[1::2], strict=True)]
+    return out
 
 
 def _select(low: Tensor, high: Tensor, plane: Tensor) -> Tensor:

@@ -23,7 +23,10 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     """
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    order = matrix.column_order()
+    if order is not None:
+        rows = rows.index_select(1, order)
     y = x.new_empty(len(rows), matrix.layout.rows)
-    for tile, weight in matrix.tiles(dtype):
+    for tile, weight in matrix.stored_tiles(dtype):
         y[:, tile] = rows @ weight.T
     return y.view(*x.shape[:-1], matrix.layout.rows)

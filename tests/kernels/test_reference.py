@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arbllm.format import matrix as matrix_module
-from arbllm.format.matrix import BinaryMatrix
+from arbllm.format.decode import Decoder
 from arbllm.kernels.reference import matmul
 from tests.helpers import random_matrix
 
@@ -70,14 +70,14 @@ def test_the_dense_weight_never_exists_whole(monkeypatch):
     rows = 3 * 16 + 5
     matrix = random_matrix(rows, 24, salient=3)
     heights = []
-    original = BinaryMatrix._rows
+    original = Decoder.rows
 
-    def watched(self, tile, columns):
-        dense = original(self, tile, columns)
+    def watched(self, tile):
+        dense = original(self, tile)
         heights.append(len(dense))
         return dense
 
-    monkeypatch.setattr(BinaryMatrix, "_rows", watched)
+    monkeypatch.setattr(Decoder, "rows", watched)
     y = matmul(torch.randn(2, 24), matrix)
     assert y.shape == (2, rows)
     assert heights == [16, 16, 16, 5]

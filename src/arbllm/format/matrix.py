@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from arbllm.errors import CheckpointError
-from arbllm.format.bitplanes import unpack, unpack_values
-from arbllm.format.layout import Layout, Place
+from arbllm.format.bitplanes import unpack
+from arbllm.format.decode import Decoder
+from arbllm.format.layout import Layout
 
 TILE_WEIGHTS = 2**19
 """Weights that are unpacked at a time: 2 MB in float32, which the caches of a core hold."""
@@ -147,7 +148,7 @@ class BinaryMatrix:
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [start, stop) of the dense weight, computed in float32 and rounded to `dtype`."""
         order = self.column_order()
-        weight = self._rows(slice(start, stop), self._factors())
+        weight = Decoder(self.layout, self.tensors()).rows(slice(start, stop))
         return (weight if order is None else weight.index_select(1, order.argsort())).to(dtype)
 
     def tiles(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -165,46 +166,10 @@ class BinaryMatrix:
     ) -> Iterator[tuple[slice, Tensor]]:
         """As `tiles`, with the columns in stored order: x @ tile.T there is x[..., column_order] @ tile.T here."""
         rows = rows or max(1, TILE_WEIGHTS // self.layout.columns)
-        factors = self._factors()
+        decoder = Decoder(self.layout, self.tensors())
         for start in range(0, self.layout.rows, rows):
             tile = slice(start, min(start + rows, self.layout.rows))
-            yield tile, self._rows(tile, factors).to(dtype)
-
-    def _factors(self) -> Tensor | None:
-        return None if self.column_scales is None else self.column_scales.float()
-
-    def _rows(self, rows: slice, factors: Tensor | None) -> Tensor:
-        """Some rows of the dense weight in stored order, float32; `factors` are the column scales in float32."""
-        layout, places = self.layout, self.layout.places
-        scales = self.row_scales[rows].float()
-        if self.row_scale_steps is not None:
-            scales *= self.row_scale_steps[rows, None]
-        planes = self._planes(rows)
-        weight = torch.empty(len(scales), layout.columns, device=scales.device)
-        for run in _runs(places):
-            _fill(_part(weight, run), run, _Values(scales, factors, 0), planes)
-        weight *= unpack_values(self.signs[rows], layout.columns, -1, 1)
-        if self.second_signs is not None:
-            signs = unpack_values(self.second_signs[rows], layout.salient, -1, 1)
-            for run in _runs([place for place in places if place.segment.terms == 2]):
-                values = _part(weight, run)
-                second = _fill(torch.empty_like(values), run, _Values(scales, factors, 1), planes)
-                start = run[0].second
-                values += second.mul_(signs[:, start : start + second.shape[1]])
-        if self.row_means is not None:
-            means = _Values(self.row_means[rows].float())
-            for run in _runs(places):
-                values = _part(weight, run)
-                values += _fill(torch.empty_like(values), run, means, planes)
-        return weight
-
-    def _planes(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Low and high bits of the group numbers in some rows, int8, all ones where set."""
-        layout, low, high = self.layout, self.group_bitmap, self.group_bitmap_high
-        return (
-            None if low is None else unpack_values(low[rows], layout.grouped_columns, 0, -1),
-            None if high is None else unpack_values(high[rows], layout.quartered_columns, 0, -1),
-        )
+            yield tile, decoder.rows(tile).to(dtype)
 
 
 def bitmap_order(salient: Tensor, block_size: int) -> Tensor:
@@ -219,72 +184,3 @@ def bitmap_order(salient: Tensor, block_size: int) -> Tensor:
     """
     block = torch.arange(salient.numel(), device=salient.device) // block_size
     return (2 * block + salient).argsort(stable=True)
-
-
-@dataclass(frozen=True)
-class _Values:
-    """One term of every weight without its sign, or the row means.
-
-    Attributes:
-        parameters: row scales or means, float32 (rows, slots).
-        factors: column scales, float32, flat, or None.
-        term: which term; None for row means.
-    """
-
-    parameters: Tensor
-    factors: Tensor | None = None
-    term: int | None = None
-
-    def spread(self, place: Place, group: int, out: Tensor) -> None:
-        """Write the values that weights of `group` have in a segment into `out` (rows, width)."""
-        if self.term is None:
-            out.copy_(self.parameters[:, place.row_mean + group, None])
-            return
-        slot = group * place.segment.terms + self.term
-        scales = self.parameters[:, place.row_scale + slot, None]
-        if self.factors is None:
-            out.copy_(scales)
-            return
-        start = place.column_scale + slot * place.segment.width
-        torch.mul(scales, self.factors[start : start + place.segment.width], out=out)
-
-
-def _runs(places: Sequence[Place]) -> list[list[Place]]:
-    """Segments that follow each other and have as many groups: their weights choose among values all at once."""
-    runs: list[list[Place]] = []
-    for place in places:
-        before = runs[-1][-1] if runs else None
-        adjacent = before and before.column + before.segment.width == place.column
-        if before and adjacent and before.segment.groups == place.segment.groups:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
-
-
-def _part(weight: Tensor, run: Sequence[Place]) -> Tensor:
-    """The columns of a run, a view."""
-    return weight[:, run[0].column : run[-1].column + run[-1].segment.width]
-
-
-def _fill(out: Tensor, run: Sequence[Place], values: _Values, planes: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """Write into `out` (rows, columns of the run) the value that each weight's group has; returns `out`."""
-    candidates = [out, *(torch.empty_like(out) for _ in range(run[0].segment.groups - 1))]
-    for place in run:
-        start = place.column - run[0].column
-        for group, candidate in enumerate(candidates):
-            values.spread(place, group, candidate[:, start : start + place.segment.width])
-    for plane, start in zip(planes, (run[0].low, run[0].high), strict=True):
-        if plane is not None and len(candidates) > 1:
-            chosen = plane[:, start : start + out.shape[1]]
-            candidates = [_select(*pair, chosen) for pair in zip(candidates[::2], candidates[1::2], strict=True)]
-    return out
-
-
-def _select(low: Tensor, high: Tensor, plane: Tensor) -> Tensor:
-    """`high` where the plane is set, else `low`; in place and bitwise, as torch.where is many times slower on a CPU."""
-    bits, difference = low.view(torch.int32), high.view(torch.int32)
-    difference ^= bits
-    difference &= plane
-    bits ^= difference
-    return low

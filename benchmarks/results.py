@@ -6,8 +6,9 @@
     python benchmarks/results.py --table                 only the table, from the rows that are there
 
 Each row is `arbllm quantize`, then `arbllm eval` for every 50 windows of the text. They leave their JSON in
-docs/results, so that an interrupted run goes on where it stopped; the checkpoints go to out/results. The text is WikiText-2 (raw),
-`wiki.valid.raw` to calibrate on and `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or ../shared/data.
+docs/results, so that an interrupted run goes on where it stopped; the checkpoints go to out/results. The text is
+WikiText-2 (raw), `wiki.valid.raw` to calibrate on and `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or
+../shared/data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,8 +97,8 @@ def run_row(row: str, max_windows: int) -> None:
         once(quantization_file(row), lambda: quantize(row, model))
     words = ("eval", model, "--text", DATA / "wiki.test.raw", "--context", str(CONTEXT))
     for start, count in pieces(max_windows):
-        limits = ("--skip-windows", str(start), "--max-windows", str(count))
-        once(piece_file(row, start, count), lambda limits=limits: arbllm(*words, *limits))
+        command = (*words, "--skip-windows", str(start), "--max-windows", str(count))
+        once(piece_file(row, start, count), partial(arbllm, *command))
     print(f"{row}: perplexity {evaluation(row, max_windows)['perplexity']:.2f}")
 
 

@@ -25,7 +25,7 @@ def random_matrix(
     block_size: int = 128,
     row_means: bool = False,
     column_scaled: bool = True,
-    row_scale_bits: int = 16,
+    scale_bits: int = 16,
     ordering: str = "bitmap",
     seed: int = 0,
 ) -> BinaryMatrix:
@@ -40,7 +40,7 @@ def random_matrix(
         block_size: K; a block has a segment of regular columns, then one of salient columns.
         row_means: whether the matrix stores row means (as plain, ARB and ARB-X do).
         column_scaled: whether it stores column scales (as ARB-RC does).
-        row_scale_bits: 8 or 16.
+        scale_bits: 8 or 16.
         ordering: see `Layout`; `bitmap` becomes `natural` where no column is salient, and the column order is random
             with `explicit`.
         seed: of the random numbers.
@@ -60,7 +60,7 @@ def random_matrix(
         segments=tuple(segments),
         ordering=ordering,
         block_size=block_size if ordering == "bitmap" else 0,
-        row_scale_bits=row_scale_bits,
+        scale_bits=scale_bits,
         row_means=row_means,
         column_scaled=column_scaled,
     )
@@ -73,17 +73,16 @@ def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Gene
 
     def scales(name: str, shape: tuple[int, ...]) -> Tensor:
         size = 1.0 if name == "column_scales" else layout.columns**-0.5
-        return (
-            size * (0.5 + torch.rand(shape, generator=generator)) / (200 if name == "row_scale_steps" else 1)
-        ).half()
+        return (size * (0.5 + torch.rand(shape, generator=generator))).half()
 
     tensors = {"signs": bits(layout.columns)}
     for name, (dtype, shape) in layout.tensors().items():
         if dtype == torch.float16:
             tensors[name] = scales(name, shape)
-    if layout.row_scale_bits == 8:
-        shape = layout.rows, layout.row_scale_slots
-        tensors["row_scales"] = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+    if layout.scale_bits == 8:
+        for name in ("row_scales", "column_scales") if layout.column_scaled else ("row_scales",):
+            shape = layout.tensors()[name][1]
+            tensors[name] = torch.randint(160, 256, shape, generator=generator, dtype=torch.uint8)
     for name, width in (
         ("group_bitmap", layout.grouped_columns),
         ("group_bitmap_high", layout.quartered_columns),
@@ -93,6 +92,10 @@ def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Gene
             tensors[name] = bits(width)
     if layout.ordering == "bitmap":
         tensors["column_bitmap"] = pack(column_bitmap)
+    if layout.ordering == "segments":
+        number = torch.arange(len(layout.segments)).repeat_interleave(torch.tensor([s.width for s in layout.segments]))
+        number = number[torch.randperm(layout.columns, generator=generator)]
+        tensors["column_segments"] = pack(torch.stack([(number >> p & 1).bool() for p in range(layout.segment_planes)]))
     if layout.ordering == "explicit":
         tensors["column_order"] = torch.randperm(layout.columns, generator=generator).to(torch.int16)
     return tensors

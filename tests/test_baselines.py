@@ -6,7 +6,7 @@ import torch
 
 from arbllm.baselines import SHRINKS, fit_grid, gptq, output_error, round_to_nearest, true_bits
 from arbllm.errors import ConfigError, ModelError
-from arbllm.solver import factorize
+from arbllm.factor import factorize
 from tests.data import needs
 
 

@@ -20,6 +20,8 @@ LAYERS = (
     ("nn",),
     ("kernels",),
     ("solver", "baselines"),
+    ("segments", "budget"),
+    ("factor",),
     ("config",),
     ("format", "binarize"),
     ("errors",),

@@ -8,7 +8,8 @@ import torch
 import arbllm
 from arbllm.config import PARTITIONS, BinarizationConfig
 from arbllm.errors import ConfigError, ModelError
-from arbllm.solver import factorize, quantize_matrix
+from arbllm.factor import factorize
+from arbllm.solver import quantize_matrix
 from tests.data import needs
 
 REFERENCE_CASES = {

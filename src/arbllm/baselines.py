@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arbllm.errors import ConfigError, ModelError
-from arbllm.solver import Factor, factorize
+from arbllm.factor import Factor, factorize
 
 BITS = (2, 3, 4, 8)
 SCALE_BITS = 16

@@ -5,40 +5,47 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from arbllm.binarize.methods import get_method
+from arbllm.binarize.methods import Method, get_method
 from arbllm.errors import ConfigError
 
 PARTITIONS = ("none", "column", "group", "column+group", "cgb")
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
 COMPENSATIONS = ("exact", "reference")
+DEFAULT_BITS, FEWEST_BITS, MOST_BITS = 2.25, 1.1, 4.0
 
 
 @dataclass(frozen=True)
 class BinarizationConfig:
     """Method and options for every linear layer of a model.
 
+    >>> BinarizationConfig(bits=2.5)
     >>> BinarizationConfig(method="arb-x", partition="cgb")
 
     Attributes:
-        method: a name from `arbllm.binarize.methods.METHODS`: billm, arb, arb-x, arb-rc.
-        partition: how weights share parameters. `none`: one zone a block; `column`: salient columns apart, with two
-            signs a weight; `group`: large and small weights apart; `column+group`: both (BiLLM's three zones); `cgb`:
-            both, and the salient columns in groups too (the paper's column-group bitmap, four zones).
-        groups: 2 (a 1-bit group bitmap) or 4 (2 bits).
-        block_size: columns of a block, K.
-        iterations: alternating refinement steps, T; a block stops sooner when its error no longer falls.
-        split_on: choose the group threshold by the error of the `weight` itself, or of the `saliency` matrix as the
-            paper's reference implementation does.
-        compensation: how a block's error is spread over later columns: `exact` (the least-squares optimum) or
-            `reference` (as BiLLM and the paper).
+        method: a name from `arbllm.binarize.methods.METHODS`: arb-rcx, or billm, arb, arb-x, arb-rc as in the paper.
+        bits: with arb-rcx, the true bits a weight that a matrix may take, everything counted; None means 2.25.
+        scale_block: with arb-rcx, how many columns share row scales, about.
+        partition: how weights share parameters in the paper's methods. `none`: one zone a block; `column`: salient
+            columns apart, with two signs a weight; `group`: large and small weights apart; `column+group`: both
+            (BiLLM's three zones); `cgb`: both, and the salient columns in groups too (the paper's column-group bitmap,
+            four zones).
+        groups: in the paper's methods, 2 (a 1-bit group bitmap) or 4 (2 bits).
+        block_size: in the paper's methods, columns of a block, K.
+        iterations: alternating refinement steps, T; they stop sooner when the error no longer falls.
+        split_on: in the paper's methods, choose the group threshold by the error of the `weight` itself, or of the
+            `saliency` matrix as the paper's reference implementation does.
+        compensation: in the paper's methods, how a block's error is spread over later columns: `exact` (the
+            least-squares optimum) or `reference` (as BiLLM and the paper).
         damping: lambda, in units of the mean of diag H.
 
     Raises:
         ConfigError: an option is out of range; the message lists what is allowed.
     """
 
-    method: str = "arb-rc"
+    method: str = "arb-rcx"
+    bits: float | None = None
+    scale_block: int = 512
     partition: str = "cgb"
     groups: int = 2
     block_size: int = 128
@@ -48,7 +55,7 @@ class BinarizationConfig:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        get_method(self.method)
+        self._check_bits(get_method(self.method))
         for name, allowed in (
             ("partition", PARTITIONS),
             ("groups", GROUPS),
@@ -58,12 +65,22 @@ class BinarizationConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(map(str, allowed))}")
-        for name, least in (("block_size", 8), ("iterations", 0)):
+        for name, least in (("block_size", 8), ("scale_block", 8), ("iterations", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, not {self.damping!r}")
+
+    def _check_bits(self, method: Method) -> None:
+        if not method.joint:
+            if self.bits is not None:
+                raise ConfigError(f"bits cannot be chosen with method {self.method!r}; choose arb-rcx, or leave it out")
+            return
+        if self.bits is None:
+            object.__setattr__(self, "bits", DEFAULT_BITS)
+        if not isinstance(self.bits, (int, float)) or not FEWEST_BITS <= self.bits <= MOST_BITS:
+            raise ConfigError(f"bits must lie between {FEWEST_BITS} and {MOST_BITS}, not {self.bits!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -183,13 +184,16 @@ def _save(
 def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
     """Bytes that the checkpoint of a dense model can take at most."""
     weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
-    packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
+    if config.bits is None:
+        packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
+    else:
+        packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
     dense_bytes, dense_linear_bytes = _dense_sizes(model)
     return dense_bytes - dense_linear_bytes + packed
 
 
 def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
-    """The most that a weight (n, m) can take: every block with its full share of salient columns, means and scales."""
+    """The most that a weight (n, m) can take in blocks, each with its full share of salient columns, means and scales."""
     rows, columns = weight.shape
     segments = []
     for start in range(0, columns, config.block_size):
@@ -203,7 +207,7 @@ def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
         segments=tuple(segments),
         ordering="explicit",
         block_size=0,
-        row_scale_bits=16,
+        scale_bits=16,
         row_means=True,
         column_scaled=True,
     )

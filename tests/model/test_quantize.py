@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
+from arbllm.factor import Factor, factorize
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
 from arbllm.model.quantize import quantize_model
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
-from arbllm.solver import Factor, factorize, quantize_matrix
+from arbllm.solver import quantize_matrix
 from tests.model.tiny_models import random_windows, tiny_model
 
 CONFIG = BinarizationConfig(block_size=16, iterations=2)

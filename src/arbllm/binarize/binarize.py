@@ -25,7 +25,6 @@ def binarize_block(
     gram: Tensor,
     method: Method,
     *,
-    metric: Tensor | None = None,
     partition: str = "cgb",
     groups: int = 2,
     iterations: int = 15,
@@ -38,7 +37,6 @@ def binarize_block(
         saliency: s_ij = W_ij^2 / U_jj^2, float32 (n, K).
         gram: S, the block's X^T X up to a factor, float32 (K, K).
         method: how zones are fitted.
-        metric: P = (U_bb^T U_bb)^-1, float32 (K, K), for methods that refine the block as a whole.
         partition: see `arbllm.BinarizationConfig`; likewise groups, iterations and split_on.
         groups: groups of a divided part, 2 or 4.
         iterations: T.
@@ -47,6 +45,7 @@ def binarize_block(
     Returns:
         The block, parameters in float32, and its error history.
     """
+    assert method.fit, "a method with zones"
     width = weight.shape[1]
     if partition in ("column", "column+group", "cgb"):
         bitmap = salient_columns(saliency)
@@ -70,10 +69,7 @@ def binarize_block(
         fits = [method.fit(values, mask, order, iterations, inner) for mask in masks]
         parts[order] = Part(columns, tuple(fit.zone for fit in fits))
         histories += [fit.errors for fit in fits]
-    block = Block(width, parts.get(1), parts.get(2))
-    if method.refine is not None and metric is not None:
-        return BlockFit(*method.refine(weight, block, metric, iterations))
-    return BlockFit(block, _summed(histories))
+    return BlockFit(Block(width, parts.get(1), parts.get(2)), _summed(histories))
 
 
 def _masks(codes: Tensor, groups: int) -> list[Tensor]:

@@ -1,13 +1,14 @@
-"""ARB-RCX: row scales, column scales, signs and groups of a whole block, refined together under the calibrated error.
+"""ARB-RCX: scales, signs and groups of a segment of columns, refined together under the calibrated error.
 
 The paper leaves open how to refine row and column scales under L2, since they couple. Two observations decouple them:
 
-- The right metric for block b is not S but P = (U_bb^T U_bb)^-1: tr(E P E^T) is the loss that remains once the later
+- The right metric for a segment is not S but P = (U_bb^T U_bb)^-1: tr(E P E^T) is the loss that remains once the later
   columns have compensated exactly.
-- A block is a sum of terms M_t * B_t * (r_t c_t^T), so the row scales of *all* terms together, or their column scales,
-  solve a linear least-squares problem; then every weight moves to the best of its reachable levels, column by column.
+- A segment is a sum of terms M_s * B_s * (r_s c_s^T) over its slots s, so the row scales of *all* slots together, or
+  their column scales, solve a linear least-squares problem; then every weight moves to the best of its reachable
+  levels, column by column.
 
-Each step lowers the loss or leaves it. The start is ARB-RC.
+Each step lowers the loss or leaves it. Tensors are column-major here, (K, n), as columns are what is swept.
 """
 
 from __future__ import annotations
@@ -17,130 +18,153 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arbllm.binarize.block import Block, Part, Term, Zone
+from arbllm.binarize.block import Part, Term, Zone
+from arbllm.binarize.scales import positive_codes, shares
 
-ENOUGH = 0.01
+TILE = 32
 RIDGE = 1e-5
 TINY = torch.finfo(torch.float32).tiny
+
+# Magnitudes that represent a normal distribution with the least squared error (J. Max, Quantizing for minimum
+# distortion, 1960), by their number.
+NORMAL_LEVELS = {
+    1: (0.7979,),
+    2: (0.4528, 1.510),
+    4: (0.2451, 0.7560, 1.344, 2.152),
+    8: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A block as a sum over terms across all of its columns: first the regular groups, then two terms a salient group.
+    """Columns of one kind: every weight takes one of groups * 2^terms levels.
+
+    Slots are numbered group-major, then by term; levels group-major, then by first sign, then by second, + before -.
 
     Attributes:
-        block: the parts and columns; its signs, masks and scales are those of the start.
-        groups: int64 (n, K), group of each weight inside its part.
-        signs: float32 (2, n, K), first and second signs, +1 or -1; the second of a regular column is not used.
-        rows: float32 (T, n), row scales.
-        columns: float32 (T, K), column scales, zero where a column lacks the term.
+        groups: 1, 2 or 4.
+        terms: signs a weight, 1 or 2.
+        choices: int64 (K, n), the level of each weight.
+        rows: float32 (slots, n), row scales.
+        columns: float32 (slots, K), column scales.
     """
 
-    block: Block
-    groups: Tensor
-    signs: Tensor
+    groups: int
+    terms: int
+    choices: Tensor
     rows: Tensor
     columns: Tensor
 
-    @classmethod
-    def of(cls, block: Block) -> Levels:
-        """The levels of a block whose zones have column scales and no row means."""
-        rows, columns = [], []
-        sample = block.parts[0].zones[0].mask
-        groups = torch.zeros(sample.shape[0], block.width, dtype=torch.int64, device=sample.device)
-        signs = torch.ones(2, sample.shape[0], block.width, device=sample.device)
-        for part in block.parts:
-            for group, zone in enumerate(part.zones):
-                groups[:, part.columns] += group * zone.mask
-                for index, term in enumerate(zone.terms):
-                    rows.append(term.row_scales)
-                    columns.append(_spread(term, part.columns, block.width))
-                    current = signs[index][:, part.columns]
-                    signs[index][:, part.columns] = torch.where(zone.mask, term.signs, current)
-        return cls(block, groups, signs, torch.stack(rows), torch.stack(columns))
-
     def basis(self) -> Tensor:
-        """Signed masks M_t * B_t of all terms, float32 (T, n, K)."""
-        terms = []
-        for part in self.block.parts:
-            inside = torch.zeros(self.block.width, dtype=torch.bool, device=self.rows.device)
-            inside[part.columns] = True
-            for group, zone in enumerate(part.zones):
-                mask = (self.groups == group) & inside
-                terms += [self.signs[index] * mask for index in range(len(zone.terms))]
-        return torch.stack(terms)
+        """Signed masks M_s * B_s of all slots, float32 (slots, K, n)."""
+        group = self.choices >> self.terms
+        signs = [self._signs(term) for term in range(self.terms)]
+        return torch.stack([sign * (group == g) for g in range(self.groups) for sign in signs])
 
-    def reconstruct(self) -> Tensor:
-        """W_hat, float32 (n, K)."""
-        return self.to_block().reconstruct()
+    def table(self) -> Tensor:
+        """What each level is worth in every place, float32 (levels, K, n)."""
+        products = self.rows[:, None, :] * self.columns[:, :, None]
+        levels = []
+        for first, *second in products.split(self.terms):
+            if second:
+                levels += [first + second[0], first - second[0], second[0] - first, -first - second[0]]
+            else:
+                levels += [first, -first]
+        return torch.stack(levels)
 
-    def to_block(self) -> Block:
-        """Back to zones and terms, each term scaled so that mean|c| = 1, which keeps both scales within float16."""
-        parts, offset = [], 0
-        for part in self.block.parts:
-            zones = []
-            for group, zone in enumerate(part.zones):
-                terms = []
-                for index in range(len(zone.terms)):
-                    columns = self.columns[offset][part.columns]
-                    size = columns.abs().mean().clamp(min=TINY)
-                    terms.append(Term(self.signs[index][:, part.columns], self.rows[offset] * size, columns / size))
-                    offset += 1
-                zones.append(Zone(self.groups[:, part.columns] == group, tuple(terms)))
-            parts.append(Part(part.columns, tuple(zones)))
-        regular = parts[0] if self.block.regular is not None else None
-        return Block(self.block.width, regular, parts[-1] if self.block.salient is not None else None)
+    def values(self) -> Tensor:
+        """W_hat, float32 (K, n)."""
+        return self.table().gather(0, self.choices[None])[0]
+
+    def to_part(self, columns: Tensor) -> Part:
+        """The same as zones and terms.
+
+        Args:
+            columns: int64 (K), numbers of the columns in the matrix, in the order of these.
+        """
+        group = (self.choices >> self.terms).T
+        signs = [self._signs(term).T for term in range(self.terms)]
+        zones = []
+        for g in range(self.groups):
+            slots = range(g * self.terms, (g + 1) * self.terms)
+            terms = tuple(Term(sign, self.rows[s], self.columns[s]) for sign, s in zip(signs, slots, strict=True))
+            zones.append(Zone(group == g, terms))
+        return Part(columns, tuple(zones))
+
+    def reordered(self, order: Tensor) -> Levels:
+        """The same columns in another order, int64 (K)."""
+        return replace(self, choices=self.choices[order], columns=self.columns[:, order])
+
+    def rounded(self) -> Levels:
+        """The same with scales as they are stored, in 8 bits (see `scales`): positive, signs taken by the weights."""
+        flipped = torch.zeros_like(self.choices)
+        for slot in range(len(self.rows)):
+            group, term = divmod(slot, self.terms)
+            negative = (self.rows[slot] < 0)[None, :] ^ (self.columns[slot] < 0)[:, None]
+            if negative.any():
+                flipped |= (negative & (self.choices >> self.terms == group)).long() << (self.terms - 1 - term)
+        rows, columns = positive_codes(self.rows.abs()), positive_codes(self.columns.abs())
+        steps = (rows.largest * columns.largest).half().float()
+        return replace(
+            self,
+            choices=self.choices ^ flipped,
+            rows=steps[:, None] * shares(rows.codes),
+            columns=shares(columns.codes),
+        )
+
+    def _signs(self, term: int) -> Tensor:
+        return 1.0 - 2.0 * (self.choices >> (self.terms - 1 - term) & 1)
 
 
-def refine_jointly(weight: Tensor, block: Block, metric: Tensor, rounds: int) -> tuple[Block, tuple[float, ...]]:
-    """Refine a block of ARB-RC under tr(E P E^T), until a round gains less than a hundredth.
+def start(weight: Tensor, groups: int, terms: int) -> Levels:
+    """The best levels for normally distributed weights, scaled by the root mean square of each row and column.
+
+    The choices are left at 0, for `feed_forward` to make.
 
     Args:
-        weight: W_b, float32 (n, K).
-        block: the start; zones with column scales and without row means.
-        metric: P, float32 (K, K), positive definite.
-        rounds: at most so many rounds of row scales, column scales, signs and groups.
-
-    Returns:
-        The refined block, and its loss at the start and after each round.
+        weight: W_b^T, float32 (K, n).
+        groups: 1, 2 or 4.
+        terms: signs a weight, 1 or 2.
     """
-    levels = Levels.of(block)
-    losses = [loss(weight, levels, metric)]
-    for _ in range(rounds):
-        basis = levels.basis()
-        candidate = solve_columns(weight, solve_rows(weight, levels, basis, metric), basis, metric)
-        candidate = choose_levels(weight, candidate, metric)
-        reached = loss(weight, candidate, metric)
-        if not reached < losses[-1]:
-            break
-        levels = candidate
-        losses.append(reached)
-        if losses[-2] - reached < ENOUGH * losses[-2]:
-            break
-    return levels.to_block(), tuple(losses)
+    rows = weight.square().mean(0).sqrt().clamp(min=TINY)
+    columns = (weight / rows).square().mean(1).sqrt()
+    magnitudes = weight.new_tensor(NORMAL_LEVELS[groups * terms]).view(groups, terms)
+    if terms == 2:  # levels first + second and first - second
+        magnitudes = torch.stack([magnitudes.sum(1), magnitudes.diff(dim=1)[:, 0]], 1) / 2
+    factors = magnitudes.flatten()[:, None]
+    return Levels(
+        groups, terms, torch.zeros_like(weight, dtype=torch.int64), factors * rows, columns.expand(len(factors), -1)
+    )
 
 
 def loss(weight: Tensor, levels: Levels, metric: Tensor) -> float:
     """tr(E P E^T) with E = W - W_hat."""
-    error = weight - levels.reconstruct()
-    return float(((error @ metric) * error).sum())
+    error = weight - levels.values()
+    return float(((metric @ error) * error).sum())
+
+
+def refit_scales(weight: Tensor, levels: Levels, metric: Tensor) -> Levels:
+    """Row scales of all slots, rounded as they are stored, then the column scales that suit them, rounded too."""
+    basis = levels.basis()
+    levels = solve_columns(weight, solve_rows(weight, levels, basis, metric).rounded(), None, metric)
+    return levels.rounded()
 
 
 def solve_rows(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) -> Levels:
-    """Row scales of all terms: for each row the T x T normal equations (u P u^T) r = u P w with u_t = M_t B_t c_t.
+    """Row scales of all slots: for each row the normal equations (u P u^T) r = u P w with u_s = M_s B_s c_s.
 
-    A ridge toward the present scales keeps terms that no weight uses where they are, and the step monotone.
+    A ridge toward the present scales keeps slots that no weight uses where they are, and the step monotone.
 
     Args:
-        weight: W_b, float32 (n, K).
-        levels: the block so far.
+        weight: W_b^T, float32 (K, n).
+        levels: the segment so far.
         basis: `levels.basis()`.
         metric: P, float32 (K, K).
     """
-    terms = (basis * levels.columns[:, None, :]).transpose(0, 1)
-    images = terms @ metric
-    gram = images @ terms.transpose(1, 2)
-    target = (images @ weight[:, :, None]).squeeze(2)
+    terms = basis * levels.columns[:, :, None]
+    images = metric @ terms
+    gram = torch.stack([(images * term).sum(1) for term in terms], 1).permute(2, 0, 1).contiguous()
+    target = (images * weight).sum(1).T
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=TINY)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     rows, failed = torch.linalg.solve_ex(gram, target + ridge[:, None] * levels.rows.T)
@@ -148,81 +172,108 @@ def solve_rows(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) ->
     return replace(levels, rows=torch.where(usable, rows.T, levels.rows))
 
 
-def solve_columns(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) -> Levels:
-    """Column scales of all terms and columns: A c = b with A = (V^T V) * P[j, j'], v_tj = M_t B_t r_t in column j.
+def solve_columns(weight: Tensor, levels: Levels, basis: Tensor | None, metric: Tensor) -> Levels:
+    """Column scales of all slots and columns: A c = b with A = (V^T V) * P[j, j'], v_sj = M_s B_s r_s in column j.
 
     A is positive semidefinite by the Schur product theorem; the ridge toward the present scales makes it definite.
     Arguments as in `solve_rows`.
     """
-    term, column = levels.columns.nonzero(as_tuple=True)
-    vectors = basis[term, :, column] * levels.rows[term]
-    system = (vectors @ vectors.T) * metric[column][:, column]
-    target = (vectors * (weight @ metric).T[column]).sum(1)
+    basis = levels.basis() if basis is None else basis
+    slots, width = levels.columns.shape
+    vectors = (basis * levels.rows[:, None, :]).flatten(0, 1)
+    system = vectors @ vectors.T
+    system.view(slots, width, slots, width).mul_(metric[:, None, :])
+    target = ((metric @ weight) * vectors.view(slots, width, -1)).sum(2).flatten()
     ridge = RIDGE * system.diagonal().mean().clamp(min=TINY)
     system.diagonal().add_(ridge)
-    present = levels.columns[term, column]
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:
         return levels
-    columns = levels.columns.clone()
-    columns[term, column] = torch.cholesky_solve((target + ridge * present)[:, None], factor).squeeze(1)
-    return replace(levels, columns=columns)
+    columns = torch.cholesky_solve((target + ridge * levels.columns.flatten())[:, None], factor)
+    return replace(levels, columns=columns.view(slots, width))
 
 
 def choose_levels(weight: Tensor, levels: Levels, metric: Tensor) -> Levels:
     """One sweep of coordinate descent over the columns, all rows at once, choosing group and signs of each weight.
 
-    With the other columns fixed, the best value of column j is t = W_hat_j + (E P)_j / P_jj: take the nearest level.
+    With the other columns fixed, the best value of column j is t = W_hat_j + (P E)_j / P_jj: take the nearest level.
+    Arguments as in `solve_rows`.
     """
-    values = levels.reconstruct().T.contiguous()
-    pull = metric @ (weight.T - values)
-    choices = torch.empty_like(values, dtype=torch.int64)
-    points = {index: table[:, place] for table, columns in _tables(levels) for place, index in enumerate(columns)}
-    for column in range(values.shape[0]):
-        levels_here = points[column]
-        wanted = values[column] + pull[column] / metric[column, column]
-        choice = (levels_here - wanted).abs_().min(0).indices
-        chosen = levels_here.gather(0, choice[None])[0]
-        pull[column + 1 :].addr_(metric[column + 1 :, column], chosen - values[column], alpha=-1)
-        choices[column] = choice
-    return _chosen(levels, choices.T)
+    sweep = _Sweep(levels)
+    values = levels.values()
+    pull = metric @ (weight - values)
+    steps = metric.diagonal().reciprocal().tolist()
+    for tile in _tiles(len(values)):
+        inner = metric[tile, tile, None].unbind(1)
+        rows = zip(values[tile].unbind(), pull[tile].unbind(), steps[tile], inner, strict=True)
+        for place, (value, force, step, influence) in enumerate(rows, start=1):
+            change = sweep.choose_next(torch.add(value, force, alpha=step)).sub(value)
+            pull[tile.start + place : tile.stop].addcmul_(influence[place:], change, value=-1)
+        change = sweep.values[tile] - values[tile]
+        pull[tile.stop :].addmm_(metric[tile.stop :, tile], change, alpha=-1)
+    return sweep.levels()
 
 
-def _tables(levels: Levels) -> list[tuple[Tensor, list[int]]]:
-    """Per part, every level that its weights can take, (levels, k, n), and its columns.
+def feed_forward(weight: Tensor, levels: Levels, upper: Tensor) -> Levels:
+    """Choose the levels of one column after the other, each column's error spread over the later ones at once.
 
-    Level numbers count group-major, then first sign, then second sign, + before -.
+    As in GPTQ (arXiv 2210.17323): a better start for `choose_levels` than rounding every weight by itself.
+
+    Args:
+        weight: W_b^T, float32 (K, n).
+        levels: scales; their choices are not looked at.
+        upper: U_bb, float32 (K, K), upper triangular.
     """
-    products = levels.rows[:, None, :] * levels.columns[:, :, None]
-    tables, offset = [], 0
-    for part in levels.block.parts:
-        steps = []
-        for zone in part.zones:
-            first = products[offset][part.columns]
-            if len(zone.terms) == 1:
-                steps += [first, -first]
-            else:
-                second = products[offset + 1][part.columns]
-                steps += [first + second, first - second, second - first, -first - second]
-            offset += len(zone.terms)
-        tables.append((torch.stack(steps), part.columns.tolist()))
-    return tables
+    sweep = _Sweep(levels)
+    remaining = weight.clone()
+    spread = (upper / upper.diagonal()[:, None]).T.contiguous()
+    for tile in _tiles(len(weight)):
+        inner = spread[tile, tile, None].unbind(1)
+        for place, (wanted, influence) in enumerate(zip(remaining[tile].unbind(), inner, strict=True), start=1):
+            error = wanted.sub_(sweep.choose_next(wanted))
+            remaining[tile.start + place : tile.stop].addcmul_(influence[place:], error, value=-1)
+        remaining[tile.stop :].addmm_(spread[tile.stop :, tile], remaining[tile], alpha=-1)
+    return sweep.levels()
 
 
-def _chosen(levels: Levels, choices: Tensor) -> Levels:
-    """Groups and signs from level numbers (n, K)."""
-    groups, signs = levels.groups.clone(), levels.signs.clone()
-    for part in levels.block.parts:
-        number, width = choices[:, part.columns], 2 ** len(part.zones[0].terms)
-        groups[:, part.columns] = number // width
-        signs[0][:, part.columns] = 1.0 - 2.0 * (number % width // (width // 2))
-        signs[1][:, part.columns] = 1.0 - 2.0 * (number % 2)
-    return replace(levels, groups=groups, signs=signs)
+class _Sweep:
+    """Chooses the levels of one column after the other, from the first on.
+
+    Levels come in pairs of opposite signs, so the search is among magnitudes, for the magnitude that is wanted.
+
+    Attributes:
+        values: what was chosen, float32 (K, n).
+    """
+
+    def __init__(self, levels: Levels) -> None:
+        self._levels = levels
+        half = levels.table().unflatten(0, (levels.groups, 2, -1))[:, 0].flatten(0, 1)
+        self._negative = half < 0
+        self._magnitudes = half.abs_().transpose(0, 1).contiguous()
+        self._numbers = torch.zeros_like(levels.choices)
+        self._distances = torch.empty_like(self._magnitudes[0])
+        self._least = torch.empty_like(half[0, 0])
+        self.values = torch.empty_like(half[0])
+        self._columns = zip(self._magnitudes.unbind(), self._numbers.unbind(), self.values.unbind(), strict=True)
+
+    def choose_next(self, wanted: Tensor) -> Tensor:
+        """Take the levels nearest to `wanted` (n) in the next column; returns their values."""
+        magnitudes, numbers, values = next(self._columns)
+        if len(magnitudes) > 1:
+            torch.sub(magnitudes, wanted.abs(), out=self._distances)
+            torch.min(self._distances.abs_(), 0, out=(self._least, numbers))
+            magnitudes = magnitudes.gather(0, numbers[None])
+        return torch.copysign(magnitudes[0], wanted, out=values)
+
+    def levels(self) -> Levels:
+        """The scales as they were, with the levels chosen."""
+        terms = self._levels.terms
+        negative = self.values.signbit() ^ self._negative.gather(0, self._numbers[None])[0]
+        sign, second = negative.long() << (terms - 1), self._numbers & (terms - 1)
+        if terms == 2:  # a negative first sign turns the second one round too
+            second = second ^ negative
+        return replace(self._levels, choices=self._numbers >> (terms - 1) << terms | sign | second)
 
 
-def _spread(term: Term, columns: Tensor, width: int) -> Tensor:
-    """A term's column scales over the whole block, zero outside its part."""
-    assert term.column_scales is not None
-    spread = term.column_scales.new_zeros(width)
-    spread[columns] = term.column_scales
-    return spread
+def _tiles(columns: int) -> list[slice]:
+    return [slice(start, min(start + TILE, columns)) for start in range(0, columns, TILE)]

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from arbllm.binarize.alternating import fit_arb, fit_plain
-from arbllm.binarize.block import Block
 from arbllm.binarize.calibrated import fit_arb_x
-from arbllm.binarize.joint import refine_jointly
 from arbllm.binarize.row_column import fit_arb_rc
 from arbllm.binarize.steps import Fit
 from arbllm.errors import ConfigError
@@ -18,26 +16,29 @@ from arbllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Method:
-    """How the parameters of one zone are found, and optionally how a whole block is refined.
+    """How the parameters of one zone are found; or that a matrix is solved in segments of columns, by `joint`.
 
     Attributes:
         name: as users type it.
         summary: one line for help texts and model cards.
-        fit: ``fit(values (n, k), mask (n, k), order, iterations, gram (k, k) or None) -> Fit``.
+        fit: ``fit(values (n, k), mask (n, k), order, iterations, gram (k, k) or None) -> Fit``; None for
+            a method without zones of blocks.
         has_means: zones carry row means.
         has_column_scales: terms carry column scales.
         calibrated: `fit` needs `gram`, the block's S = X^T X.
-        refine: ``refine(weight (n, K), block, metric (K, K), rounds) -> (block, errors)`` once all zones are fitted, or
-            None; the metric is P = (U_bb^T U_bb)^-1.
     """
 
     name: str
     summary: str
-    fit: Callable[[Tensor, Tensor, int, int, Tensor | None], Fit]
+    fit: Callable[[Tensor, Tensor, int, int, Tensor | None], Fit] | None
     has_means: bool = True
     has_column_scales: bool = False
     calibrated: bool = False
-    refine: Callable[[Tensor, Block, Tensor, int], tuple[Block, tuple[float, ...]]] | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether scales, signs and groups are refined together, in segments of columns, within a budget of bits."""
+        return self.fit is None
 
 
 METHODS = {
@@ -49,11 +50,10 @@ METHODS = {
         Method("arb-rc", "alternating refined row and column scales", fit_arb_rc, False, True),
         Method(
             "arb-rcx",
-            "ARB-RC, all scales, signs and groups refined jointly on calibration data",
-            fit_arb_rc,
-            False,
-            True,
-            refine=refine_jointly,
+            "row and column scales, signs and groups refined jointly on calibration data",
+            None,
+            has_means=False,
+            has_column_scales=True,
         ),
     )
 }

@@ -24,9 +24,9 @@ class StorageSize:
         signs: bytes of first signs.
         group_bitmap: bytes of the group bitmap, low and high bits together.
         column_bitmap: bytes of the column bitmap.
-        column_order: bytes of the column order.
+        column_order: bytes of the column order, or of the columns' segment numbers.
         second_signs: bytes of second signs.
-        row_scales: bytes of row scales, and of the steps that 8-bit ones are multiples of.
+        row_scales: bytes of row scales, and of the steps that 8-bit ones go with.
         row_means: bytes of row means.
         column_scales: bytes of column scales.
     """
@@ -74,7 +74,11 @@ class StorageSize:
 def matrix_size(layout: Layout) -> StorageSize:
     """What one matrix of this layout stores; agrees with `BinaryMatrix.nbytes` to the byte."""
     stored = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.tensors().items()}
-    for name, whole in (("group_bitmap_high", "group_bitmap"), ("row_scale_steps", "row_scales")):
+    for name, whole in (
+        ("group_bitmap_high", "group_bitmap"),
+        ("scale_steps", "row_scales"),
+        ("column_segments", "column_order"),
+    ):
         stored[whole] = stored.get(whole, 0) + stored.pop(name, 0)
     return StorageSize(weights=layout.weights, salient_weights=layout.rows * layout.salient, **stored)
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from arbllm.binarize.block import Part, Zone
+from arbllm.binarize.block import Part, Term, Zone
+from arbllm.binarize.scales import positive_codes
 from arbllm.errors import ModelError
 from arbllm.format.bitplanes import pack
 from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix, SolveReport, bitmap_order
-
-LARGEST_CODE = 255
 
 
 def assemble(
@@ -22,7 +21,7 @@ def assemble(
     report: SolveReport | None = None,
     *,
     block_size: int | None = None,
-    row_scale_steps: Tensor | None = None,
+    scale_bits: int = 16,
 ) -> BinaryMatrix:
     """Pack the parts of one matrix, each into one segment, in the order given.
 
@@ -32,59 +31,57 @@ def assemble(
             have row means (column scales) or none.
         report: the solver's figures.
         block_size: where the regular columns of each block of so many columns are stored before its salient ones, the
-            order is kept as a bitmap of the salient columns; any other order is kept as a list.
-        row_scale_steps: float (n), all of float16 precision: row scales become 8-bit multiples of their row's step. The
-            caller has rounded them to such multiples. None keeps row scales as float16.
+            order is kept as a bitmap of the salient columns. Where the columns of each part ascend, the number of each
+            column's part is kept; any other order is kept as a list.
+        scale_bits: 8 stores row and column scales as codes (see `arbllm.binarize.scales`); the caller has rounded them
+            to such codes. 16 stores them as float16.
 
     Returns:
         The packed matrix, whose `dequantize` is what the parts reconstruct, their parameters rounded to float16.
 
     Raises:
-        ModelError: a scale does not fit float16, or is not 0 to 255 times its row's step.
+        ModelError: a scale does not fit float16, or is negative where codes are wanted.
     """
     zones = [zone for part in parts for zone in part.zones]
     order = torch.cat([part.columns for part in parts])
     segments = [Segment(len(part.columns), len(part.zones), len(part.zones[0].terms)) for part in parts]
     salient = torch.zeros_like(order, dtype=torch.bool)
     salient[order] = torch.cat([torch.full_like(part.columns, len(part.zones[0].terms)) for part in parts]) == 2
-    ordering = _ordering(order, salient, block_size)
+    ordering = _ordering(parts, order, salient, block_size)
     layout = Layout(
         rows=zones[0].mask.shape[0],
         columns=len(order),
         segments=tuple(segments),
         ordering=ordering,
         block_size=block_size if block_size and ordering == "bitmap" else 0,
-        row_scale_bits=16 if row_scale_steps is None else 8,
+        scale_bits=scale_bits,
         row_means=zones[0].row_means is not None,
         column_scaled=zones[0].terms[0].column_scales is not None,
     )
-    row_scales = torch.stack([term.row_scales for zone in zones for term in zone.terms], 1)
     means = [zone.row_means for zone in zones if zone.row_means is not None]
-    factors = [term.column_scales for zone in zones for term in zone.terms if term.column_scales is not None]
-    tensors = _planes(parts)
-    if row_scale_steps is None:
-        tensors["row_scales"] = _float16(row_scales)
-    else:
-        steps = _float16(row_scale_steps)
-        tensors |= {"row_scales": _codes(row_scales, steps), "row_scale_steps": steps}
+    terms = [term for zone in zones for term in zone.terms]
+    tensors = _planes(parts) | (_codes(terms) if scale_bits == 8 else _halves(terms))
     if means:
         tensors["row_means"] = _float16(torch.stack(means, 1))
-    if factors:
-        tensors["column_scales"] = _float16(torch.cat(factors))
     if ordering == "bitmap":
         tensors["column_bitmap"] = pack(salient)
+    if ordering == "segments":
+        number = torch.empty_like(order)
+        number[order] = torch.cat([torch.full_like(part.columns, place) for place, part in enumerate(parts)])
+        tensors["column_segments"] = pack(torch.stack([(number >> p & 1).bool() for p in range(layout.segment_planes)]))
     if ordering == "explicit":
         tensors["column_order"] = order.to(layout.tensors()["column_order"][0])
     return replace(BinaryMatrix.from_tensors(layout, tensors), report=report)
 
 
-def _ordering(order: Tensor, salient: Tensor, block_size: int | None) -> str:
+def _ordering(parts: Sequence[Part], order: Tensor, salient: Tensor, block_size: int | None) -> str:
     """The cheapest way to store an order, as `Layout.ordering` names it."""
     if torch.equal(order, torch.arange(len(order), device=order.device)):
         return "natural"
     if block_size and torch.equal(order, bitmap_order(salient, block_size)):
         return "bitmap"
-    return "explicit"
+    ascending = all((part.columns.diff() > 0).all() for part in parts)
+    return "segments" if ascending else "explicit"
 
 
 def _planes(parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -115,17 +112,22 @@ def _signs(zones: Sequence[Zone], term: int) -> Tensor:
     return signs
 
 
-def _codes(row_scales: Tensor, steps: Tensor) -> Tensor:
-    """Row scales (n, S) as multiples of their row's step (n), uint8; a step of 0 has scales of 0 only."""
-    unit = torch.where(steps == 0, 1, steps.float())[:, None]
-    codes = (row_scales / unit).round()
-    outside = ~((codes >= 0) & (codes <= LARGEST_CODE))
-    if outside.any():
-        raise ModelError(
-            f"a row scale is {float(codes[outside][0]):g} times its row's step, but 8 bits hold 0 to {LARGEST_CODE}; "
-            "quantize this layer with row scales of 16 bits, or leave it dense"
-        )
-    return codes.to(torch.uint8)
+def _halves(terms: Sequence[Term]) -> dict[str, Tensor]:
+    """Scales as float16."""
+    stored = {"row_scales": _float16(torch.stack([term.row_scales for term in terms], 1))}
+    factors = [term.column_scales for term in terms if term.column_scales is not None]
+    return stored | ({"column_scales": _float16(torch.cat(factors))} if factors else {})
+
+
+def _codes(terms: Sequence[Term]) -> dict[str, Tensor]:
+    """Scales as codes, the largest row scale times the largest column scale of a slot being its step."""
+    rows = positive_codes(torch.stack([term.row_scales for term in terms]))
+    steps, stored = rows.largest, {"row_scales": rows.codes.T.contiguous()}
+    if terms[0].column_scales is not None:
+        columns = [positive_codes(term.column_scales[None]) for term in terms if term.column_scales is not None]
+        steps = steps * torch.cat([codes.largest for codes in columns])
+        stored["column_scales"] = torch.cat([codes.codes[0] for codes in columns])
+    return stored | {"scale_steps": _float16(steps)}
 
 
 def _float16(values: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.accounting import ModelSize, model_size
 from arbllm.format.layout import Layout
+from arbllm.format.matrix import ORDER_TENSORS, check_order
 
 FORMAT_VERSION = 2
 QUANT_METHOD = "arbllm"
@@ -87,17 +88,27 @@ class Checkpoint:
         return model_size(self.layouts, {name: (stored.shape, stored.nbytes) for name, stored in self.tensors.items()})
 
     def verify_contents(self) -> None:
-        """Read every tensor and compare its checksum.
+        """Read every tensor, compare its checksum, and see that a column order is one.
 
         Raises:
-            CheckpointError: a tensor is not what was written; names file and tensor.
+            CheckpointError: a tensor is not what was written, or orders columns in no possible way; names file and
+                tensor.
         """
+        orders = {
+            f"{module}.{key}": layout
+            for module, layout in self.layouts.items()
+            for key in ORDER_TENSORS
+            if key in layout.tensors()
+        }
         for file in self.files:
             try:
                 with safe_open(file, framework="pt") as reader:
                     for name in (name for name, stored in self.tensors.items() if stored.file == file):
-                        if checksum(reader.get_tensor(name)) != self.checksums[name]:
+                        tensor = reader.get_tensor(name)
+                        if checksum(tensor) != self.checksums[name]:
                             raise CheckpointError(f"{file}: tensor {name} does not match its checksum; {_DAMAGED}")
+                        if name in orders:
+                            check_order(orders[name], tensor, f"{file}: tensor {name}")
             except SafetensorError as error:
                 raise CheckpointError(f"{file}: not readable ({error}); {_DAMAGED}") from error
 
@@ -123,7 +134,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Read config.json and the headers of a checkpoint directory, and check that all that must be there is.
 
     Raises:
-        CheckpointError: not an arbllm checkpoint, from a later version, or damaged; names file and tensor.
+        CheckpointError: not an arbllm checkpoint, of another format version, or damaged; names file and tensor.
     """
     path = Path(path)
     config = _read_json(path / "config.json")
@@ -138,7 +149,7 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
 
     Raises:
         CheckpointError: a tensor is missing, misshapen or without checksum, a file is unreadable, or the version is
-            later than this; names file and tensor.
+            another than this; names file and tensor.
     """
     check_version(quantization)
     tensors: dict[str, StoredTensor] = {}
@@ -171,15 +182,20 @@ def check_version(quantization: Mapping[str, Any]) -> None:
     """Refuse a format version that this release cannot read.
 
     Raises:
-        CheckpointError: the version is later, or none.
+        CheckpointError: the version is another, or none.
     """
     version = quantization.get("format_version")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"config.json: format_version must be a positive whole number, not {version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"config.json: the checkpoint has format version {version}, this release of arbllm reads up to "
+            f"config.json: the checkpoint has format version {version}, this release of arbllm reads version "
             f"{FORMAT_VERSION}; upgrade with: pip install --upgrade arbllm"
+        )
+    if version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"config.json: the checkpoint has format version {version}, this release of arbllm reads version "
+            f"{FORMAT_VERSION} alone; quantize the model again with: arbllm quantize"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from arbllm.binarize.scales import shares
 from arbllm.format.bitplanes import unpack_values
 from arbllm.format.layout import Layout, Place
 
@@ -30,7 +31,11 @@ class Decoder:
         """
         self.layout = layout
         self.tensors = tensors
+        self._row_scales = tensors["row_scales"].float()
         factors = tensors["column_scales"].float() if layout.column_scaled else None
+        if layout.scale_bits == 8:
+            self._row_scales = shares(tensors["row_scales"]) * tensors["scale_steps"].float()
+            factors = shares(tensors["column_scales"]) if layout.column_scaled else None
         device = tensors["signs"].device
         runs = _runs(layout.places)
         salient = _runs([place for place in layout.places if place.segment.terms == 2])
@@ -41,9 +46,7 @@ class Decoder:
     def rows(self, rows: slice) -> Tensor:
         """Some rows of the dense weight, float32, columns in stored order."""
         layout, tensors = self.layout, self.tensors
-        scales = tensors["row_scales"][rows].float()
-        if layout.row_scale_bits == 8:
-            scales *= tensors["row_scale_steps"][rows, None]
+        scales = self._row_scales[rows]
         planes = [
             unpack_values(tensors[name][rows], width, 0, -1)
             for name, width in (

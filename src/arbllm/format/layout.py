@@ -16,8 +16,8 @@ from arbllm.errors import CheckpointError
 
 GROUP_COUNTS = (1, 2, 4)
 TERM_COUNTS = (1, 2)
-ORDERINGS = ("natural", "bitmap", "explicit")
-ROW_SCALE_BITS = (8, 16)
+ORDERINGS = ("natural", "bitmap", "segments", "explicit")
+SCALE_BITS = (8, 16)
 LARGEST_SHORT_ORDER = 32767
 
 
@@ -81,10 +81,12 @@ class Layout:
         columns: m, input features.
         segments: the stored columns, first to last; their widths add up to `columns`.
         ordering: which column each stored column is. `natural`: the same; `bitmap`: those of each block of `block_size`
-            columns, the regular ones before the salient ones that the column bitmap marks; `explicit`: as the column
-            order lists them.
+            columns, the regular ones before the salient ones that the column bitmap marks; `segments`: those of each
+            segment in natural order, the number of each column's segment being stored; `explicit`: as the column order
+            lists them.
         block_size: columns of a block with ordering `bitmap` (the last may be shorter), else 0.
-        row_scale_bits: 16 for float16, 8 for codes times a float16 step a row.
+        scale_bits: of row and column scales: 16 for float16, 8 for codes (see `arbllm.binarize.scales`) with a float16
+            step for each row scale slot.
         row_means: whether the method stores row means.
         column_scaled: whether the method stores column scales.
     """
@@ -94,7 +96,7 @@ class Layout:
     segments: tuple[Segment, ...]
     ordering: str
     block_size: int
-    row_scale_bits: int
+    scale_bits: int
     row_means: bool
     column_scaled: bool
 
@@ -133,6 +135,11 @@ class Layout:
         """Column scales of the whole matrix; 0 where the method has none."""
         return sum(s.groups * s.terms * s.width for s in self.segments) if self.column_scaled else 0
 
+    @property
+    def segment_planes(self) -> int:
+        """Bits of a segment's number."""
+        return (len(self.segments) - 1).bit_length()
+
     @cached_property
     def places(self) -> tuple[Place, ...]:
         """Where each segment begins in each tensor."""
@@ -165,16 +172,18 @@ class Layout:
         ):
             if width:
                 stored[name] = (torch.uint8, (n, packed_bytes(width)))
-        codes = self.row_scale_bits == 8
-        stored["row_scales"] = (torch.uint8 if codes else torch.float16, (n, self.row_scale_slots))
-        if codes:
-            stored["row_scale_steps"] = (torch.float16, (n,))
+        scale = torch.uint8 if self.scale_bits == 8 else torch.float16
+        stored["row_scales"] = (scale, (n, self.row_scale_slots))
         if self.row_means:
             stored["row_means"] = (torch.float16, (n, self.row_mean_slots))
         if self.column_scaled:
-            stored["column_scales"] = (torch.float16, (self.column_scale_slots,))
+            stored["column_scales"] = (scale, (self.column_scale_slots,))
+        if self.scale_bits == 8:
+            stored["scale_steps"] = (torch.float16, (self.row_scale_slots,))
         if self.ordering == "bitmap":
             stored["column_bitmap"] = (torch.uint8, (packed_bytes(m),))
+        if self.ordering == "segments":
+            stored["column_segments"] = (torch.uint8, (self.segment_planes, packed_bytes(m)))
         if self.ordering == "explicit":
             stored["column_order"] = (short, (m,))
         return stored
@@ -214,7 +223,7 @@ class Layout:
                 )
         if (width := sum(segment.width for segment in self.segments)) != self.columns:
             raise CheckpointError(f"{name}: its segments have {width} columns, the matrix has {self.columns}")
-        for field, allowed in (("ordering", ORDERINGS), ("row_scale_bits", ROW_SCALE_BITS)):
+        for field, allowed in (("ordering", ORDERINGS), ("scale_bits", SCALE_BITS)):
             value = getattr(self, field)
             if type(value) is not type(allowed[0]) or value not in allowed:
                 raise CheckpointError(f"{name}: {field} must be one of {allowed}, not {value!r}")

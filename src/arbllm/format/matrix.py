@@ -17,6 +17,9 @@ from arbllm.format.layout import Layout
 TILE_WEIGHTS = 2**19
 """Weights that are unpacked at a time: 2 MB in float32, which the caches of a core hold."""
 
+ORDER_TENSORS = ("column_bitmap", "column_segments", "column_order")
+"""The tensors that say which column each stored column is; a layout has one of them at most."""
+
 # The stored tensor whose name `BinaryMatrix` has a method of.
 _FIELDS = {"column_order": "explicit_order"}
 
@@ -50,13 +53,15 @@ class BinaryMatrix:
         layout: sizes.
         signs: first signs, 1 bit a weight, set for +1.
         row_scales: float16 (n, S), or uint8 codes (n, S), S slots in the order that `Layout.places` describes.
+        scale_steps: float16 (S), what codes of the slot's row and column scales are multiplied by; None with float16.
         group_bitmap: low bit of the group number, of the columns in segments of two groups or more; None without any.
         group_bitmap_high: high bit, of the columns in segments of four groups; None without any.
         second_signs: second signs of the columns in segments of two terms; None without any.
-        row_scale_steps: float16 (n), what a row's codes are multiples of; None with row scales in float16.
         row_means: float16 (n, Z), a slot a segment and group; None where the method has none.
-        column_scales: float16, flat; None where the method has none.
+        column_scales: float16 or uint8 codes, flat; None where the method has none.
         column_bitmap: 1 bit a column in natural order, set for salient ones; with ordering `bitmap`.
+        column_segments: number of each column's segment, in bit planes (least significant first), in natural order;
+            with ordering `segments`.
         explicit_order: the tensor `column_order`: the natural column of each stored column, int16 or int32 (m); with
             ordering `explicit`.
         report: the solver's figures, where this matrix comes from the solver.
@@ -68,10 +73,11 @@ class BinaryMatrix:
     group_bitmap: Tensor | None = None
     group_bitmap_high: Tensor | None = None
     second_signs: Tensor | None = None
-    row_scale_steps: Tensor | None = None
+    scale_steps: Tensor | None = None
     row_means: Tensor | None = None
     column_scales: Tensor | None = None
     column_bitmap: Tensor | None = None
+    column_segments: Tensor | None = None
     explicit_order: Tensor | None = None
     report: SolveReport | None = field(default=None, compare=False)
 
@@ -136,6 +142,8 @@ class BinaryMatrix:
         """The natural column that each stored column is, int64 (m); None where the two orders are the same."""
         if self.column_bitmap is not None:
             return bitmap_order(unpack(self.column_bitmap, self.layout.columns), self.layout.block_size)
+        if self.column_segments is not None:
+            return segment_numbers(self.column_segments, self.layout.columns).argsort(stable=True)
         return None if self.explicit_order is None else self.explicit_order.long()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,3 +192,31 @@ def bitmap_order(salient: Tensor, block_size: int) -> Tensor:
     """
     block = torch.arange(salient.numel(), device=salient.device) // block_size
     return (2 * block + salient).argsort(stable=True)
+
+
+def segment_numbers(planes: Tensor, columns: int) -> Tensor:
+    """The number of each column's segment, int64 (columns), from bit planes, least significant first."""
+    bits = unpack(planes, columns).long()
+    return (bits << torch.arange(len(bits), device=bits.device)[:, None]).sum(0)
+
+
+def check_order(layout: Layout, tensor: Tensor, name: str) -> None:
+    """Refuse a stored column order, one of `ORDER_TENSORS`, that cannot be right.
+
+    Raises:
+        CheckpointError: the column order does not hold every column once, or the tensor gives the segments other
+            columns than they can hold; the message begins with `name`.
+    """
+    if layout.ordering == "explicit":
+        if tensor.long().sort().values.tolist() != list(range(layout.columns)):
+            raise CheckpointError(f"{name} does not hold every column once; quantize the model again")
+        return
+    widths = torch.tensor([segment.width for segment in layout.segments])
+    if layout.ordering == "segments":
+        fits = torch.equal(segment_numbers(tensor, layout.columns).bincount(minlength=len(widths)), widths)
+    else:
+        salient = unpack(tensor, layout.columns)
+        stored = torch.tensor([segment.terms == 2 for segment in layout.segments]).repeat_interleave(widths)
+        fits = torch.equal(salient[bitmap_order(salient, layout.block_size)], stored)
+    if not fits:
+        raise CheckpointError(f"{name} does not agree with the segments in config.json; quantize the model again")

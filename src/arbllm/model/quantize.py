@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
 from arbllm.errors import ModelError
+from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.nn import BinaryLinear
-from arbllm.solver import Factor, factorize, quantize_matrix
+from arbllm.solver import quantize_matrix
 
 
 def quantize_model(

@@ -1,0 +1,82 @@
+"""The Hessian of a layer's inputs, damped and factorised."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arbllm.errors import ModelError
+
+DAMPING_STEP = 4.0
+DAMPING_LIMIT = 1e4
+INVERSE_LEAF = 128
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factorised Hessian, shared by all linears that read the same input.
+
+    Attributes:
+        hessian: H, float32 (m, m), as accumulated.
+        upper: U, upper triangular, (H + lambda I)^-1 = U^T U, float32 (m, m).
+        dead: bool (m), inputs that never fire (H_jj = 0).
+        damping: lambda over the mean of diag H; larger than asked for where Cholesky needed it.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+    @property
+    def damped(self) -> Tensor:
+        """H + lambda I, with H_jj = 1 for inputs that never fire: positive definite, float32 (m, m)."""
+        damped = self.hessian.clone()
+        damped.diagonal()[self.dead] = 1.0
+        damped.diagonal().add_(self.damping * damped.diagonal().mean())
+        return damped
+
+
+def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
+    """Damp and factorise H, raising the damping fourfold with a warning for as long as Cholesky fails.
+
+    Args:
+        hessian: H = (2 / N) sum x x^T, (m, m).
+        damping: lambda in units of the mean of diag H.
+
+    Raises:
+        ModelError: H has NaN or infinite entries, or is so far from positive definite that no damping helps.
+    """
+    hessian = hessian.float()
+    if not torch.isfinite(hessian).all():
+        raise ModelError("its Hessian has NaN or infinite entries: the activations overflowed; try --dtype float32")
+    dead = hessian.diagonal() <= 0
+    damped = hessian.clone()
+    damped.diagonal()[dead] = 1.0
+    unit = damped.diagonal().mean()
+    while damping < DAMPING_LIMIT:
+        # With J the reversal of order, chol(J A J) gives A = R R^T, R upper triangular, so A^-1 = U^T U with U = R^-1.
+        shifted = damped + damping * unit * torch.eye(damped.shape[0], device=damped.device)
+        lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
+        if not failed:
+            return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping)
+        raised = DAMPING_STEP * damping
+        warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=2)
+        damping = raised
+    raise ModelError("its Hessian is not positive definite at any damping: calibrate on more or other text")
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves, a third of the work of solving against the identity."""
+    size = upper.shape[0]
+    if size <= INVERSE_LEAF:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = _inverse(upper[:half, :half])
+    inverse[half:, half:] = _inverse(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
+    return inverse

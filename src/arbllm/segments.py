@@ -1,0 +1,142 @@
+"""One weight matrix by ARB-RCX: columns in segments of one kind, the cheaper first, then all refined under H itself.
+
+Two observations decide the order. Each column's error is paid at what later columns cannot make up for; and a column
+costs the whole of its own variance only if it comes last. So columns with fewer bits come first, those with the most
+bits last, where little is left to be made up for; inside a segment the order is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arbllm.binarize.block import Part
+from arbllm.binarize.joint import Levels, choose_levels, feed_forward, refit_scales, start
+from arbllm.factor import Factor, factorize
+from arbllm.format.layout import Segment
+
+FIRST_ROUNDS = 3
+ENOUGH = 0.006
+NO_DAMPING = 1e-6  # the Hessian is damped already
+
+
+@dataclass(frozen=True)
+class SegmentsFit:
+    """A matrix in segments.
+
+    Attributes:
+        parts: one a segment, in stored order.
+        reconstruction: W_hat, float32 (n, m).
+        errors: tr(D H D^T), H damped, once all segments are solved and after each round of refinement.
+    """
+
+    parts: list[Part]
+    reconstruction: Tensor
+    errors: tuple[float, ...]
+
+
+def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], rounds: int) -> SegmentsFit:
+    """Solve a matrix segment by segment, each one's error spread over the later ones, then refine all in turn.
+
+    Args:
+        weight: W, float32 (n, m), zero in columns that never fire.
+        factor: of H.
+        segments: kinds and widths; the cheaper kinds first.
+        rounds: refinement under H stops after so many rounds, or once a round gains less than ENOUGH of the error.
+    """
+    order = processing_order(weight, factor, segments)
+    hessian = factor.damped[order][:, order]
+    problem = _Problem(weight.T[order].contiguous(), hessian, factorize(hessian, NO_DAMPING).upper)
+    bounds = _bounds(segments)
+    levels = problem.solve(segments, bounds)
+    errors = [problem.error()]
+    for _ in range(rounds):
+        levels = problem.refine(levels, bounds)
+        errors.append(problem.error())
+        if errors[-2] - errors[-1] < ENOUGH * errors[-2]:
+            break
+    reconstruction = torch.empty_like(weight)
+    reconstruction[:, order] = problem.values.T
+    parts = []
+    for level, place in zip(levels, bounds, strict=True):
+        columns, ascending = order[place].sort()
+        parts.append(level.reordered(ascending).to_part(columns))
+    return SegmentsFit(parts, reconstruction, tuple(errors))
+
+
+def processing_order(weight: Tensor, factor: Factor, segments: Sequence[Segment]) -> Tensor:
+    """The order in which columns are solved, int64 (m).
+
+    The more bits, the greater ||w_j||^2 / (H^-1)_jj, a column's energy that no other column can make up for; inside a
+    kind by falling H_jj.
+    """
+    energy = weight.square().sum(0) / factor.upper.square().sum(0)
+    ranked = energy.argsort(descending=True, stable=True)
+    widths: dict[tuple[int, int], int] = {}
+    for segment in segments:
+        widths[segment.groups, segment.terms] = widths.get((segment.groups, segment.terms), 0) + segment.width
+    places, stop = [], len(ranked)
+    for width in widths.values():
+        members = ranked[stop - width : stop]
+        places.append(members[factor.damped.diagonal()[members].argsort(descending=True, stable=True)])
+        stop -= width
+    return torch.cat(places)
+
+
+class _Problem:
+    """The matrix being solved, column-major in processing order.
+
+    Attributes:
+        weight: W^T, float32 (m, n).
+        hessian: H, damped, float32 (m, m).
+        upper: U of it.
+        values: W_hat^T so far.
+        pull: H (W - W_hat)^T, float32 (m, n), once the first pass is done.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, upper: Tensor) -> None:
+        self.weight, self.hessian, self.upper = weight, hessian, upper
+        self.values = torch.zeros_like(weight)
+        self.pull = torch.empty_like(weight)
+
+    def error(self) -> float:
+        """tr(D H D^T)."""
+        return float((self.pull * (self.weight - self.values)).sum())
+
+    def solve(self, segments: Sequence[Segment], bounds: Sequence[slice]) -> list[Levels]:
+        """The first pass: later segments make up for the errors of earlier ones."""
+        remaining = self.weight.clone()
+        solved = []
+        for segment, place in zip(segments, bounds, strict=True):
+            target, triangle = remaining[place], self.upper[place, place]
+            metric = torch.cholesky_inverse(triangle, upper=True)
+            levels = feed_forward(target, start(target, segment.groups, segment.terms), triangle)
+            for _ in range(FIRST_ROUNDS):
+                levels = choose_levels(target, refit_scales(target, levels, metric), metric)
+            self.values[place] = levels.values()
+            error = torch.linalg.solve_triangular(triangle.T, target - self.values[place], upper=False)
+            remaining[place.stop :] -= self.upper[place, place.stop :].T @ error
+            solved.append(levels)
+        self.pull = self.hessian @ (self.weight - self.values)
+        return solved
+
+    def refine(self, levels: Sequence[Levels], bounds: Sequence[slice]) -> list[Levels]:
+        """One round over all segments under H, each with all the others fixed."""
+        refined = []
+        for level, place in zip(levels, bounds, strict=True):
+            metric, before = self.hessian[place, place], self.values[place].clone()
+            factor = torch.linalg.cholesky(metric)
+            target = before + torch.cholesky_solve(self.pull[place], factor)
+            level = refit_scales(target, choose_levels(target, level, metric), metric)
+            self.values[place] = level.values()
+            self.pull.addmm_(self.hessian[:, place], self.values[place] - before, alpha=-1)
+            refined.append(level)
+        return refined
+
+
+def _bounds(segments: Sequence[Segment]) -> list[slice]:
+    stops = torch.tensor([segment.width for segment in segments]).cumsum(0).tolist()
+    return [slice(stop - segment.width, stop) for segment, stop in zip(segments, stops, strict=True)]

@@ -64,10 +64,13 @@ def random_matrix(
         row_means=row_means,
         column_scaled=column_scaled,
     )
-    return BinaryMatrix.from_tensors(layout, _random_tensors(layout, column_bitmap, generator))
+    return random_packed(layout, seed, column_bitmap)
 
 
-def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def random_packed(layout: Layout, seed: int = 0, column_bitmap: Tensor | None = None) -> BinaryMatrix:
+    """A `BinaryMatrix` of this layout with random contents; `column_bitmap`, bool (m), where its ordering needs one."""
+    generator = torch.Generator().manual_seed(seed)
+
     def bits(width: int) -> Tensor:
         return pack(torch.randint(2, (layout.rows, width), generator=generator).bool())
 
@@ -91,6 +94,7 @@ def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Gene
         if width:
             tensors[name] = bits(width)
     if layout.ordering == "bitmap":
+        assert column_bitmap is not None
         tensors["column_bitmap"] = pack(column_bitmap)
     if layout.ordering == "segments":
         number = torch.arange(len(layout.segments)).repeat_interleave(torch.tensor([s.width for s in layout.segments]))
@@ -98,7 +102,7 @@ def _random_tensors(layout: Layout, column_bitmap: Tensor, generator: torch.Gene
         tensors["column_segments"] = pack(torch.stack([(number >> p & 1).bool() for p in range(layout.segment_planes)]))
     if layout.ordering == "explicit":
         tensors["column_order"] = torch.randperm(layout.columns, generator=generator).to(torch.int16)
-    return tensors
+    return BinaryMatrix.from_tensors(layout, tensors)
 
 
 def pack_randomly(model: PreTrainedModel, salient: int = 3, block_size: int = 16) -> PreTrainedModel:

@@ -193,7 +193,7 @@ def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
 
 
 def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
-    """The most that a weight (n, m) can take in blocks, each with its full share of salient columns, means and scales."""
+    """The most that a weight (n, m) takes without a budget: each block has all the columns and scales that it can."""
     rows, columns = weight.shape
     segments = []
     for start in range(0, columns, config.block_size):

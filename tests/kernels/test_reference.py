@@ -7,24 +7,9 @@ from arbllm.format import matrix as matrix_module
 from arbllm.format.decode import Decoder
 from arbllm.kernels.reference import matmul
 from tests.helpers import random_matrix
+from tests.strategies import matrices
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@st.composite
-def matrices(draw):
-    columns = draw(st.integers(1, 70))
-    return random_matrix(
-        draw(st.integers(1, 40)),
-        columns,
-        groups=draw(st.sampled_from([1, 2, 4])),
-        salient_groups=draw(st.sampled_from([1, 2, 4])),
-        salient=draw(st.integers(0, columns)),
-        block_size=draw(st.sampled_from([8, 13, 32, 128])),
-        row_means=draw(st.booleans()),
-        column_scaled=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**31)),
-    )
 
 
 @given(matrix=matrices(), tokens=st.integers(0, 5), dtype=st.sampled_from(list(TOLERANCE)))
@@ -35,6 +20,13 @@ def test_equals_the_product_with_the_dense_weight(matrix, tokens, dtype):
     assert y.dtype == dtype
     scale = (x.double().abs() @ matrix.dequantize().double().abs().T).clamp(min=1e-6)
     assert ((y.double() - expected).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+def test_the_input_is_put_in_stored_order():
+    matrix = random_matrix(20, 30, salient=4, ordering="explicit")
+    x = torch.randn(3, 30)
+    stored = torch.cat([weight for _, weight in matrix.stored_tiles()])
+    torch.testing.assert_close(matmul(x, matrix), x[:, matrix.column_order()] @ stored.T)
 
 
 def test_float64_input_is_not_rounded_to_float32():

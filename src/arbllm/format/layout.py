@@ -227,6 +227,8 @@ class Layout:
             value = getattr(self, field)
             if type(value) is not type(allowed[0]) or value not in allowed:
                 raise CheckpointError(f"{name}: {field} must be one of {allowed}, not {value!r}")
+        if self.ordering == "segments" and len(self.segments) < 2:
+            raise CheckpointError(f"{name}: ordering 'segments' needs two segments or more")
         sized = type(self.block_size) is int and self.block_size >= 0
         if not sized or (self.block_size > 0) != (self.ordering == "bitmap"):
             raise CheckpointError(

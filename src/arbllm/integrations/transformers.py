@@ -57,7 +57,7 @@ def load(
         An ordinary transformers causal LM, in evaluation mode, with `BinaryLinear` in the place of packed linears.
 
     Raises:
-        CheckpointError: not a packed checkpoint, from a later version, damaged, or not loaded whole; names the tensor.
+        CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the tensor.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,7 +134,7 @@ class ArbllmConfig(QuantizationConfigMixin):
         """Take the values of config.json; those of later releases that did not change the format are kept.
 
         Raises:
-            CheckpointError: the format version is later than this release reads.
+            CheckpointError: the format version is another than this release reads.
         """
         check_version({"format_version": format_version})
         self.__dict__.update(deepcopy(further))

@@ -53,3 +53,8 @@ def test_local_paths_stay_private(tmp_path):
     assert "base_model" not in card
     assert "model.gguf" in card
     assert "wiki.valid.raw" in card
+
+
+def test_rounded_embeddings_are_told():
+    assert "embeddings, norms and head are\nas they were" in model_card(FACTS)
+    assert "embeddings and head\nin 8 bits" in model_card(dataclasses.replace(FACTS, embedding_bits=8))

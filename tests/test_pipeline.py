@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import arbllm
 from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
+from arbllm.evaluation.report import report
 from arbllm.format.checkpoint import bytes_on_disk, verify
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
 from arbllm.nn import BinaryLinear
@@ -128,6 +129,19 @@ def test_a_full_disk_is_noticed_before_the_work(dense, tmp_path, monkeypatch):
         arbllm.quantize(dense, tmp_path / "packed", **OPTIONS, on_event=events.append)
     assert events == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_in_8_bits(dense, job, tmp_path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr("arbllm.pipeline.check_disk_space", lambda needed, _: asked.append(needed))
+    summary = arbllm.quantize(dense, tmp_path / "packed", **OPTIONS, embedding_bits=8)
+    found = report(summary.path)
+    assert found.rounded_embeddings == ["lm_head", "model.embed_tokens"]
+    assert found.size.embeddings == 2 * 257 * (32 + 2)
+    assert summary.bytes_on_disk < job[0].bytes_on_disk - 40_000
+    assert summary.dense_bytes == job[0].dense_bytes
+    assert asked[0] + 32_000 > summary.bytes_on_disk
+    assert "in 8 bits" in (summary.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("method", "groups"), [("arb", 4), ("arb-rc", 2), ("arb-rc", 4)])

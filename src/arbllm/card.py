@@ -22,8 +22,7 @@ pipeline_tag: text-generation
 # {name}
 
 {source}, binarized with arbllm {version}.
-Linear layers are stored at **{true_bits:.2f} bits a weight**, everything included; embeddings, norms and head are
-as they were.
+Linear layers are stored at **{true_bits:.2f} bits a weight**, everything included; {embeddings}
 
 ```python
 import arbllm  # teaches transformers to read this checkpoint; without it the weights would be random
@@ -42,6 +41,11 @@ True bits count everything that is stored for a linear layer: signs, group and c
 Nominal bits count signs alone, as papers do.
 """
 
+_EMBEDDINGS = {
+    16: "embeddings, norms and head are\nas they were.",
+    8: "embeddings and head\nin 8 bits with one scale a row; norms are as they were.",
+}
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -58,6 +62,7 @@ class CardFacts:
         bytes_on_disk: bytes of the tensors' files.
         output_error: mean relative output error of the linears.
         perplexity: text name -> (perplexity, context), where measured.
+        embedding_bits: 8 where embeddings and head were rounded to 8 bits, 16 where they are as they were.
     """
 
     name: str
@@ -70,6 +75,7 @@ class CardFacts:
     bytes_on_disk: int
     output_error: float
     perplexity: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    embedding_bits: int = 16
 
 
 def model_card(facts: CardFacts) -> str:
@@ -96,6 +102,7 @@ def model_card(facts: CardFacts) -> str:
         version=facts.version,
         path=facts.name,
         true_bits=facts.true_bits,
+        embeddings=_EMBEDDINGS[facts.embedding_bits],
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
 

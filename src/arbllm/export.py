@@ -12,12 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from arbllm.device import check_disk_space
 from arbllm.errors import ConfigError
 from arbllm.format.checkpoint import open_checkpoint, output_directory
+from arbllm.integrations.embeddings import dense_embeddings, packed_embeddings
 from arbllm.model.source import open_model
 from arbllm.nn import BinaryLinear
 
 
 def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Replace every `BinaryLinear` of `model`, in place, by the dense layer that it stands for.
+    """Replace every `BinaryLinear` of `model`, and what else is packed, in place, by the dense layers they stand for.
 
     Args:
         model: a packed model, as `arbllm.load` returns it.
@@ -30,6 +31,7 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
+    dense_embeddings(model, dtype)
     model.to(dtype)
     model.config.dtype = dtype
     if hasattr(model.config, "quantization_config"):
@@ -81,6 +83,6 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool 
 
 def dense_bytes(model: PreTrainedModel) -> int:
     """Bytes that a packed model takes once dequantized to its own dtype."""
-    packed = [module for module in model.modules() if isinstance(module, BinaryLinear)]
-    weights = sum(module.layout.weights for module in packed)
+    weights = sum(module.layout.weights for module in model.modules() if isinstance(module, BinaryLinear))
+    weights += sum(layout.weights for layout in packed_embeddings(model).values())
     return sum(parameter.nbytes for parameter in model.parameters()) + weights * model.dtype.itemsize

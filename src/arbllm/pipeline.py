@@ -24,7 +24,9 @@ from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_window
 from arbllm.format.accounting import StorageSize, matrix_size, total_size
 from arbllm.format.checkpoint import bytes_on_disk, output_directory
 from arbllm.format.layout import Layout, Segment
+from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
+from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
@@ -83,6 +85,7 @@ def quantize(
     out: str | Path,
     *,
     config: BinarizationConfig | None = None,
+    embedding_bits: int = 16,
     calibration: str = "c4",
     windows: int = 128,
     window_length: int = 2048,
@@ -106,6 +109,7 @@ def quantize(
         model: a hub id, a local directory or a `.gguf` file.
         out: the directory to write.
         config: method and options.
+        embedding_bits: 8 to round embeddings and head to 8 bits with one scale a row, 16 to leave them as they are.
         calibration: c4, wikitext2, ptb, a text file, or `builtin`, which needs no network.
         windows: calibration windows.
         window_length: tokens of a window.
@@ -123,6 +127,7 @@ def quantize(
     """
     model, out, config = str(model), Path(out), config or BinarizationConfig()
     place = choose_device(device)
+    check_embedding_bits(embedding_bits)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
     facts: dict[str, str | int] = {
@@ -137,8 +142,9 @@ def quantize(
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
             opened = open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
-            check_disk_space(_largest_size(opened, config), work)
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
+            quantize_embeddings(opened, embedding_bits)
+            check_disk_space(_largest_size(opened, config), work)
             with JsonLinesLog(work / LOG_FILE) as log:
                 results = quantize_model(opened, tokens, config, device=place, on_event=_both(log, on_event))
             _save(opened, tokenizer, work, config, results, facts)
@@ -159,7 +165,9 @@ def quantize(
             perplexity=score.perplexity if score else None,
             **asdict(measured),
         )
-        (work / CARD_FILE).write_text(_card(model, summary, config, facts, evaluate, score), encoding="utf-8")
+        (work / CARD_FILE).write_text(
+            _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
+        )
     return summary
 
 
@@ -182,14 +190,15 @@ def _save(
 
 
 def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
-    """Bytes that the checkpoint of a dense model can take at most."""
+    """Bytes that the checkpoint of a model with dense linears can take at most."""
     weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
     if config.bits is None:
         packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
     else:
         packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
     dense_bytes, dense_linear_bytes = _dense_sizes(model)
-    return dense_bytes - dense_linear_bytes + packed
+    embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
+    return dense_bytes - dense_linear_bytes + packed + embeddings
 
 
 def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
@@ -238,6 +247,7 @@ def _card(
     source: str,
     summary: QuantizationSummary,
     config: BinarizationConfig,
+    embedding_bits: int,
     calibration: Mapping[str, str | int],
     text: str | None,
     score: Perplexity | None,
@@ -247,6 +257,7 @@ def _card(
         source=source,
         version=arbllm.__version__,
         config=config,
+        embedding_bits=embedding_bits,
         calibration=calibration,
         true_bits=summary.true_bits_per_weight,
         nominal_bits=summary.nominal_bits_per_weight,

@@ -84,6 +84,15 @@ def test_every_option_of_the_method_reaches_the_checkpoint(dense, tmp_path):
     assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 5}
 
 
+def test_embeddings_in_8_bits(dense, tmp_path):
+    succeed("quantize", dense, tmp_path / "packed", *TEXT, "--embeddings", 8)
+    assert re.search(r"embeddings and head +17.5 kB, in 8 bits", succeed("inspect", tmp_path / "packed").stdout)
+    values = json.loads(succeed("inspect", tmp_path / "packed", "--json").stdout)
+    assert values["rounded_embeddings"] == ["lm_head", "model.embed_tokens"]
+    assert succeed("generate", tmp_path / "packed", "The", "--max-new-tokens", 3, "--device", "cpu").stdout
+    assert "--embeddings" in fail("quantize", dense, tmp_path / "other", *TEXT, "--embeddings", 5)
+
+
 def test_the_defaults_are_those_of_the_library(dense, tmp_path):
     succeed("quantize", dense, tmp_path / "packed", *TEXT)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]

@@ -73,7 +73,8 @@ def totals(found: CheckpointReport) -> dict[str, str]:
         "nominal bits a weight": f"{packed.nominal_bits:.3f}",
         "true bits a weight": f"{packed.true_bits:.3f} ({bits})",
         "mean output error": "" if found.output_error is None else f"{found.output_error:.4f}",
-        "embeddings and head": format_bytes(found.size.embeddings),
+        "embeddings and head": format_bytes(found.size.embeddings)
+        + (", in 8 bits" if found.rounded_embeddings else ""),
         "norms and biases": format_bytes(found.size.rest),
         "file": f"{format_bytes(found.bytes_on_disk)}, all checksums right",
     }

@@ -41,6 +41,9 @@ def quantize(
     damping: Annotated[
         float, typer.Option(help="Added to the Hessian, in units of its mean diagonal.", rich_help_panel=FIDELITY)
     ] = 0.01,
+    embeddings: Annotated[
+        int, typer.Option(help="Bits of embeddings and head: 8, or 16 to leave them as they are.")
+    ] = 16,
     evaluate: Annotated[
         str | None, typer.Option(help="Afterwards, measure perplexity on this text (as in eval) for the model card.")
     ] = None,
@@ -84,6 +87,7 @@ def quantize(
                 model,
                 out,
                 config=config,
+                embedding_bits=embeddings,
                 calibration=calibration,
                 windows=windows,
                 window_length=window_length,

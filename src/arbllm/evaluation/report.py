@@ -44,6 +44,7 @@ class CheckpointReport:
         binarization: method and options, as in config.json.
         calibration: text, windows, window length and seed, as in config.json.
         linears: the packed linears, block by block.
+        rounded_embeddings: embeddings and heads that are stored in 8 bits, by name.
         size: bytes of linears, embeddings and the rest.
         bytes_on_disk: bytes of the weight files.
     """
@@ -52,6 +53,7 @@ class CheckpointReport:
     binarization: dict[str, Any]
     calibration: dict[str, Any]
     linears: list[LinearReport]
+    rounded_embeddings: list[str]
     size: ModelSize
     bytes_on_disk: int
 
@@ -75,6 +77,7 @@ class CheckpointReport:
             "linear_bytes": packed.nbytes,
             "linear_bytes_by_part": packed.parts,
             "embedding_bytes": self.size.embeddings,
+            "rounded_embeddings": self.rounded_embeddings,
             "other_bytes": self.size.rest,
             "bytes_on_disk": self.bytes_on_disk,
             "linears": [asdict(linear) for linear in self.linears],
@@ -109,6 +112,7 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
         checkpoint.quantization.get("binarization", {}),
         checkpoint.quantization.get("calibration", {}),
         linears,
+        sorted(checkpoint.embeddings),
         checkpoint.size,
         bytes_on_disk(path),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from arbllm.format.layout import Layout
+from arbllm.format.rows import RowLayout
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ModelSize:
 
     Attributes:
         linears: the packed matrices, without their biases.
-        embeddings: dense matrices: embeddings, a head of its own, and linears that were left as they were.
+        embeddings: embeddings and a head of its own, in 8 bits or dense, and linears that were left as they were.
         rest: norms and biases.
     """
 
@@ -108,17 +109,20 @@ class ModelSize:
         return self.linears.nbytes + self.embeddings + self.rest
 
 
-def model_size(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[tuple[int, ...], int]]) -> ModelSize:
+def model_size(
+    layouts: Mapping[str, Layout],
+    shapes: Mapping[str, tuple[tuple[int, ...], int]],
+    embeddings: Mapping[str, RowLayout] | None = None,
+) -> ModelSize:
     """What a model stores.
 
     Args:
         layouts: layout of every packed linear by module name.
         shapes: shape and bytes of every stored tensor by name, packed ones too.
+        embeddings: layout of every embedding and head in 8 bits by module name.
     """
     packed = {f"{module}.{name}" for module, layout in layouts.items() for name in layout.tensors()}
-    dense = [(shape, nbytes) for name, (shape, nbytes) in shapes.items() if name not in packed]
-    return ModelSize(
-        linears=total_size(layouts.values()),
-        embeddings=sum(nbytes for shape, nbytes in dense if len(shape) > 1),
-        rest=sum(nbytes for shape, nbytes in dense if len(shape) <= 1),
-    )
+    rows = {f"{module}.{name}" for module, layout in (embeddings or {}).items() for name in layout.tensors()}
+    others = {name: nbytes for name, (_, nbytes) in shapes.items() if name not in packed}
+    matrices = sum(nbytes for name, nbytes in others.items() if name in rows or len(shapes[name][0]) > 1)
+    return ModelSize(linears=total_size(layouts.values()), embeddings=matrices, rest=sum(others.values()) - matrices)

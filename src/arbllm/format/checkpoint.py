@@ -24,6 +24,7 @@ from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.accounting import ModelSize, model_size
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import ORDER_TENSORS, check_order
+from arbllm.format.rows import RowLayout, row_layouts
 
 FORMAT_VERSION = 2
 QUANT_METHOD = "arbllm"
@@ -31,9 +32,10 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKSUMS_KEY = "arbllm.checksums"
 LINEARS_KEY = "arbllm.linears"
+EMBEDDINGS_KEY = "arbllm.embeddings"
 MODULE_OPTIONS = ("bias", "transposed")
 
-_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32"}
+_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32"}
 _DAMAGED = "the file is damaged: download or copy the checkpoint again"
 
 
@@ -68,12 +70,14 @@ class Checkpoint:
     Attributes:
         quantization: `quantization_config` of config.json.
         layouts: layout of every packed linear by module name.
+        embeddings: layout of every embedding and head in 8 bits by module name.
         tensors: every stored tensor by name, packed and dense.
         checksums: checksum of every stored tensor by name.
     """
 
     quantization: Mapping[str, Any]
     layouts: Mapping[str, Layout]
+    embeddings: Mapping[str, RowLayout]
     tensors: Mapping[str, StoredTensor]
     checksums: Mapping[str, str]
 
@@ -85,7 +89,8 @@ class Checkpoint:
     @property
     def size(self) -> ModelSize:
         """What it stores, in bytes."""
-        return model_size(self.layouts, {name: (stored.shape, stored.nbytes) for name, stored in self.tensors.items()})
+        stored = {name: (tensor.shape, tensor.nbytes) for name, tensor in self.tensors.items()}
+        return model_size(self.layouts, stored, self.embeddings)
 
     def verify_contents(self) -> None:
         """Read every tensor, compare its checksum, and see that a column order is one.
@@ -119,15 +124,19 @@ def checksum(tensor: Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(octets.numpy().data)
 
 
-def file_metadata(tensors: Mapping[str, Tensor], linears: Mapping[str, Any]) -> dict[str, str]:
+def file_metadata(
+    tensors: Mapping[str, Tensor], linears: Mapping[str, Any], embeddings: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Metadata for the safetensors files of a checkpoint, the same in each.
 
     Args:
         tensors: all tensors by the names that they get in the files.
         linears: `quantization_config["linears"]`.
+        embeddings: `quantization_config["embeddings"]`; the entry for it is left out where there are none.
     """
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-    return {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: _text_checksum(linears)}
+    metadata = {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: _text_checksum(linears)}
+    return metadata | ({EMBEDDINGS_KEY: _text_checksum(embeddings)} if embeddings else {})
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -156,7 +165,7 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
     checksums: dict[str, str] = {}
     for file in files:
         metadata, stored = _read_header(file)
-        checksums |= _read_checksums(file, metadata, quantization.get("linears"))
+        checksums |= _read_checksums(file, metadata, quantization)
         tensors |= stored
     where = files[0] if len(files) == 1 else files[0].parent
     for name in sorted(checksums.keys() - tensors.keys()):
@@ -164,9 +173,12 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
     for name in sorted(tensors.keys() - checksums.keys()):
         raise CheckpointError(f"{tensors[name].file}: tensor {name} has no checksum; it was not written by arbllm")
     layouts = linear_layouts(quantization)
+    embeddings = row_layouts(quantization)
     for module, layout in layouts.items():
-        _check_tensors(where, module, layout, tensors)
-    return Checkpoint(quantization, layouts, tensors, checksums)
+        _check_tensors(where, module, layout.tensors(), tensors)
+    for module, rows in embeddings.items():
+        _check_tensors(where, module, rows.tensors(), tensors)
+    return Checkpoint(quantization, layouts, embeddings, tensors, checksums)
 
 
 def verify(path: Path | str) -> None:
@@ -342,21 +354,31 @@ def _read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     return metadata, tensors
 
 
-def _read_checksums(file: Path, metadata: Mapping[str, str], linears: Any) -> dict[str, str]:
+def _read_checksums(file: Path, metadata: Mapping[str, str], quantization: Mapping[str, Any]) -> dict[str, str]:
     """The checksums in a file's metadata, after checking that config.json is the one written with the file."""
     if CHECKSUMS_KEY not in metadata or LINEARS_KEY not in metadata:
         raise CheckpointError(f"{file}: has no checksums; it was not written by arbllm, or is damaged")
-    if _text_checksum(linears) != metadata[LINEARS_KEY]:
-        raise CheckpointError(f"config.json: its linears are not those that {file} was written with; {_DAMAGED}")
+    embeddings = quantization.get("embeddings")
+    for key, what, found in (
+        (LINEARS_KEY, "linears", _text_checksum(quantization.get("linears"))),
+        (EMBEDDINGS_KEY, "embeddings", _text_checksum(embeddings) if embeddings else None),
+    ):
+        if metadata.get(key) != found:
+            raise CheckpointError(f"config.json: its {what} are not those that {file} was written with; {_DAMAGED}")
     try:
         return dict(json.loads(metadata[CHECKSUMS_KEY]))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: its checksums are not readable; {_DAMAGED}") from error
 
 
-def _check_tensors(where: Path, module: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
-    """Check the tensors of one packed linear."""
-    for key, (dtype, shape) in layout.tensors().items():
+def _check_tensors(
+    where: Path,
+    module: str,
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    """Check the tensors of one packed module."""
+    for key, (dtype, shape) in expected.items():
         name = f"{module}.{key}"
         if name not in tensors:
             raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")

@@ -30,6 +30,7 @@ from arbllm.format.checkpoint import (
     file_metadata,
     open_checkpoint,
 )
+from arbllm.integrations.embeddings import make_room, packed_embeddings
 from arbllm.nn import BinaryLinear
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def load(
         trust_remote_code: run model code that comes with the checkpoint.
 
     Returns:
-        An ordinary transformers causal LM, in evaluation mode, with `BinaryLinear` in the place of packed linears.
+        An ordinary transformers causal LM, in evaluation mode, with `BinaryLinear` in the place of packed linears (and
+        `Int8Embedding`, `Int8Linear` in the place of embeddings and head where they are in 8 bits).
 
     Raises:
         CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the tensor.
@@ -88,12 +90,12 @@ def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] |
     Args:
         model: a model with `BinaryLinear` modules, as `arbllm.model.quantize` leaves it.
         quantization_config: what config.json shall tell: `binarization`, `statistics`, `calibration`. The list of
-            linears is taken from the model itself.
+            linears, and that of embeddings in 8 bits, are taken from the model itself.
     """
     config = quantization_config
     if not isinstance(config, ArbllmConfig):
         config = ArbllmConfig.from_dict(dict(config))
-    config.linears = packed_linears(model)
+    config.linears, config.embeddings = packed_linears(model), _embeddings(model)
     model.hf_quantizer = ArbllmQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
@@ -109,12 +111,18 @@ def packed_linears(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
+def _embeddings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`embeddings` of the quantization config."""
+    return {name: layout.to_dict() for name, layout in packed_embeddings(model).items()}
+
+
 class ArbllmConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json.
 
     Attributes:
         binarization: method and options, `BinarizationConfig.to_dict`.
         linears: module name -> `Layout.to_dict` with `bias` and `transposed`.
+        embeddings: module name -> `RowLayout.to_dict` of embeddings and heads in 8 bits.
         statistics: module name -> `output_error` and `weight_error`.
         calibration: the text that the Hessians come from: its name, windows, window length, seed.
         format_version: of the packed tensors, see docs/format.md.
@@ -125,6 +133,7 @@ class ArbllmConfig(QuantizationConfigMixin):
         self,
         binarization: Mapping[str, Any] | None = None,
         linears: Mapping[str, Any] | None = None,
+        embeddings: Mapping[str, Any] | None = None,
         statistics: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -143,6 +152,7 @@ class ArbllmConfig(QuantizationConfigMixin):
         self.arbllm_version = arbllm_version
         self.binarization = dict(deepcopy(binarization or {}))
         self.linears = dict(deepcopy(linears or {}))
+        self.embeddings = dict(deepcopy(embeddings or {}))
         self.statistics = dict(deepcopy(statistics or {}))
         self.calibration = dict(deepcopy(calibration or {}))
 
@@ -192,6 +202,13 @@ class ArbllmQuantizer(HfQuantizer):
             packed.weight = _stand_in()
             model.set_submodule(place, packed)
             self._modules[name] = place
+        embeddings = {}
+        for name, rows in self._checkpoint.embeddings.items():
+            if model.get_output_embeddings() is None and _find_place(model, name) is None:
+                continue  # the head, which this model does not have
+            self._modules[name] = place = _find_module(model, name)[0]
+            embeddings[place] = rows
+        make_room(model, embeddings)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """See that every packed tensor in the model is the one in the file: transformers only warns where one is not.
@@ -200,11 +217,12 @@ class ArbllmQuantizer(HfQuantizer):
             CheckpointError: naming the tensor.
         """
         for name, place in self._modules.items():
-            module = model.get_submodule(place)
-            del module.weight
-            for key, tensor in module.matrix.tensors().items():
-                offloaded = tensor.is_meta
-                if not offloaded and checksum(tensor) != self._checkpoint.checksums[f"{name}.{key}"]:
+            module: Any = model.get_submodule(place)
+            if isinstance(module, BinaryLinear):
+                del module.weight
+            for key in module.layout.tensors():
+                tensor = module.get_buffer(key)
+                if not tensor.is_meta and checksum(tensor) != self._checkpoint.checksums[f"{name}.{key}"]:
                     file = self._checkpoint.tensors[f"{name}.{key}"].file
                     raise CheckpointError(f"{file}: tensor {name}.{key} did not reach the model as it is stored")
         return model
@@ -213,13 +231,14 @@ class ArbllmQuantizer(HfQuantizer):
         """Metadata of the files that `save_pretrained` is about to write: checksums of all their tensors."""
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-        self.quantization_config.linears = packed_linears(model)
+        config = self.quantization_config
+        config.linears, config.embeddings = packed_linears(model), _embeddings(model)
         # Files hold the names of the modules, whatever names the model's dense checkpoint had.
         model._weight_conversions = []
         tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
         for name in model._keys_to_ignore_on_save or ():
             tensors.pop(name, None)
-        return None, file_metadata(tensors, self.quantization_config.linears)
+        return None, file_metadata(tensors, config.linears, config.embeddings)
 
 
 def _stand_in() -> torch.Tensor:
@@ -233,13 +252,22 @@ def _stand_in() -> torch.Tensor:
 
 
 def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
-    """A packed linear's place in the model, which may be the model without its head (`AutoModel`), or have one more."""
+    """A packed module and its place in the model.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    place = _find_place(model, name)
+    if place is None:
+        raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(model).__name__}")
+    return place, model.get_submodule(place)
+
+
+def _find_place(model: PreTrainedModel, name: str) -> str | None:
+    """Where a module lies in this model, which may be the model without its head (`AutoModel`), or have one more."""
     prefix = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
-    for place in (name, name.removeprefix(prefix), prefix + name):
-        if place in modules:
-            return place, modules[place]
-    raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(model).__name__}")
+    return next((place for place in (name, name.removeprefix(prefix), prefix + name) if place in modules), None)
 
 
 def register() -> None:

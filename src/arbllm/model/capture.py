@@ -107,7 +107,8 @@ def capture_inputs(
         ModelError: the model does not call its blocks one after the other, or passes them something else for each text.
     """
     run = partial(model, use_cache=False)
-    ids = windows.to(model.get_input_embeddings().weight.device)
+    _, embedding = next(_named_tensors(model.get_input_embeddings()))
+    ids = windows.to(embedding.device)
     first, calls = _follow(run, blocks, ids[:1])
     states = [first]
     for window in ids[1:].split(1):

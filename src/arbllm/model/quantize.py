@@ -39,7 +39,8 @@ def quantize_model(
 
     Blocks are taken in order. Each is calibrated on what the quantized blocks before it produce, so later blocks can
     make up for the errors of earlier ones; one block's activations and Hessians are in memory at a time. On a CPU, a
-    block stored in half precision is computed in float32.
+    block stored in half precision is computed in float32. Embeddings are to be rounded before, if at all (see
+    `quantize_embeddings`), so that blocks make up for that, too.
 
     Args:
         model: a causal language model; it is put in evaluation mode. After an error it is left partly quantized.
@@ -193,7 +194,7 @@ def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
             f"windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; "
             f"choose --window-length {positions} or less"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     if int(windows.max()) >= vocabulary or int(windows.min()) < 0:
         raise ModelError(
             f"the text has token number {int(windows.max())}, but the model knows {vocabulary} tokens; "

@@ -2,12 +2,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arbllm.binarize.binarize import binarize_block
+from arbllm.binarize.block import Part, Term, Zone
 from arbllm.binarize.methods import METHODS, get_method
+from arbllm.binarize.scales import shares
 from arbllm.config import PARTITIONS
 from arbllm.errors import ModelError
 from arbllm.format.assemble import assemble
+from arbllm.format.matrix import ORDER_TENSORS, check_order
+from tests.strategies import SEEDS, segments
 
 
 def parts_of(blocks):
@@ -27,7 +33,58 @@ def blocks_of(weight: torch.Tensor, block_size: int, method: str, **options):
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@st.composite
+def random_parts(draw):
+    """Parts of one matrix with scales as they are stored, and whether they suit 8 bits."""
+    drawn, rows, codes = draw(segments()), draw(st.integers(1, 12)), draw(st.booleans())
+    has_means, has_factors = draw(st.booleans()), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+
+    def scales(size):
+        if not codes:
+            return torch.randn(size, generator=generator).half().float()
+        exact = torch.randint(1, 256, (size,), generator=generator, dtype=torch.uint8)
+        exact[0] = 255  # each slot against its own largest scale
+        return 2.0 * shares(exact)
+
+    def term(width):
+        signs = torch.randint(2, (rows, width), generator=generator) * 2.0 - 1
+        return Term(signs, scales(rows), scales(width) if has_factors else None)
+
+    columns = sum(segment.width for segment in drawn)
+    order = torch.randperm(columns, generator=generator) if draw(st.booleans()) else torch.arange(columns)
+    ascending, parts = draw(st.booleans()), []
+    for segment, place in zip(drawn, order.split([segment.width for segment in drawn]), strict=True):
+        number = torch.randint(segment.groups, (rows, segment.width), generator=generator)
+        zones = tuple(
+            Zone(
+                number == group,
+                tuple(term(segment.width) for _ in range(segment.terms)),
+                torch.randn(rows, generator=generator).half().float() if has_means else None,
+            )
+            for group in range(segment.groups)
+        )
+        parts.append(Part(place.sort().values if ascending else place, zones))
+    return parts, codes
+
+
+@given(drawn=random_parts())
+def test_any_parts_dequantize_to_what_they_reconstruct(drawn):
+    parts, codes = drawn
+    matrix = assemble(parts, scale_bits=8 if codes else 16)
+    order = torch.cat([part.columns for part in parts])
+    expected = torch.empty(matrix.shape)
+    expected[:, order] = torch.cat([part.reconstruct() for part in parts], 1)
+    torch.testing.assert_close(matrix.dequantize(), expected, rtol=1e-5, atol=1e-5)
+    matrix.layout.check()
+    stored = matrix.column_order()
+    assert (list(range(len(order))) if stored is None else stored.tolist()) == order.tolist()
+    for name in ORDER_TENSORS:
+        if name in matrix.tensors():
+            check_order(matrix.layout, matrix.tensors()[name], name)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.fit])
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("groups", [2, 4])
 def test_the_packed_matrix_dequantizes_to_the_blocks(method, partition, groups):
@@ -38,6 +95,28 @@ def test_the_packed_matrix_dequantizes_to_the_blocks(method, partition, groups):
     assert torch.equal(matrix.dequantize(), expected)
     assert torch.equal(matrix.dequantize_rows(5, 9), expected[5:9])
     assert {name: (t.dtype, tuple(t.shape)) for name, t in matrix.tensors().items()} == matrix.layout.tensors()
+
+
+def part_of(columns, terms=1):
+    """A part of one zone and one row."""
+    term = Term(torch.ones(1, len(columns)), torch.ones(1))
+    return Part(torch.tensor(columns), (Zone(torch.ones(1, len(columns)).bool(), (term,) * terms),))
+
+
+@pytest.mark.parametrize(
+    ("parts", "block_size", "ordering"),
+    [
+        ([part_of([0, 1]), part_of([2, 3], 2)], 2, "natural"),
+        ([part_of([0, 2]), part_of([1, 3], 2)], 4, "bitmap"),
+        ([part_of([0]), part_of([1], 2), part_of([3]), part_of([2], 2)], 2, "bitmap"),
+        ([part_of([0, 2]), part_of([1, 3], 2)], 2, "segments"),
+        ([part_of([1, 3], 2), part_of([0, 2])], None, "segments"),
+        ([part_of([1, 3], 2), part_of([2, 0])], None, "explicit"),
+    ],
+)
+def test_an_order_is_stored_in_the_cheapest_way(parts, block_size, ordering):
+    layout = assemble(parts, block_size=block_size).layout
+    assert (layout.ordering, layout.block_size) == (ordering, block_size if ordering == "bitmap" else 0)
 
 
 def test_a_last_block_of_one_column_has_only_a_regular_part():

@@ -3,7 +3,8 @@ import torch
 
 from arbllm.errors import CheckpointError
 from arbllm.format import matrix as matrix_module
-from arbllm.format.matrix import BinaryMatrix, bitmap_order
+from arbllm.format.bitplanes import pack
+from arbllm.format.matrix import ORDER_TENSORS, BinaryMatrix, bitmap_order, check_order, segment_numbers
 from tests.helpers import random_matrix
 
 MATRIX = random_matrix(37, 45, groups=4, salient=7, block_size=16, row_means=True)
@@ -42,6 +43,43 @@ def test_a_bitmap_puts_salient_columns_last_in_their_block():
     assert bitmap_order(salient, 3).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("ordering", ["natural", "bitmap", "segments", "explicit"])
+def test_natural_columns_are_stored_columns_put_in_order(ordering):
+    matrix = random_matrix(9, 45, salient=7, block_size=16, ordering=ordering)
+    order = matrix.column_order()
+    if order is None:
+        order = torch.arange(45)
+    assert (ordering == "natural") == (matrix.column_order() is None)
+    stored = torch.cat([weight for _, weight in matrix.stored_tiles(rows=4)])
+    assert torch.equal(matrix.dequantize()[:, order], stored)
+    assert torch.equal(matrix.dequantize_rows(2, 5)[:, order], stored[2:5])
+
+
+def test_columns_of_a_segment_stay_in_order():
+    numbers = torch.tensor([2, 0, 1, 0, 2, 1])
+    planes = pack(torch.stack([numbers & 1, numbers >> 1]).bool())
+    assert segment_numbers(planes, 6).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("ordering", "spoil"),
+    [
+        ("explicit", lambda order: order.clamp(min=1)),
+        ("explicit", lambda order: order + 1),
+        ("explicit", lambda order: order - 1),
+        ("bitmap", lambda bitmap: bitmap ^ 1),
+        ("segments", lambda planes: planes ^ torch.tensor([[1], [0], [0]], dtype=torch.uint8)),
+    ],
+)
+def test_an_impossible_order_is_refused(ordering, spoil):
+    matrix = random_matrix(3, 40, salient=7, block_size=16, ordering=ordering)
+    (name,) = set(ORDER_TENSORS) & set(matrix.tensors())
+    sound = matrix.tensors()[name]
+    check_order(matrix.layout, sound, "layer.order")
+    with pytest.raises(CheckpointError, match=r"layer\.order does not"):
+        check_order(matrix.layout, spoil(sound), "layer.order")
+
+
 def test_tensors_round_trip():
     again = BinaryMatrix.from_tensors(MATRIX.layout, MATRIX.tensors())
     assert torch.equal(again.dequantize(), MATRIX.dequantize())
@@ -57,13 +95,18 @@ def test_map_changes_every_tensor():
     assert all(tensor.is_meta for tensor in moved.tensors().values())
 
 
-@pytest.mark.parametrize("name", list(MATRIX.tensors()))
-def test_wrong_tensors_are_named(name):
-    tensors = MATRIX.tensors()
+EXPLICIT = random_matrix(9, 45, groups=4, salient=7, block_size=16, scale_bits=8, ordering="explicit")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "name"), [(matrix, name) for matrix in (MATRIX, EXPLICIT) for name in matrix.tensors()]
+)
+def test_wrong_tensors_are_named(matrix, name):
+    tensors = matrix.tensors()
     with pytest.raises(CheckpointError, match=rf"layer\.{name}: missing"):
-        BinaryMatrix.from_tensors(MATRIX.layout, {key: t for key, t in tensors.items() if key != name}, "layer")
+        BinaryMatrix.from_tensors(matrix.layout, {key: t for key, t in tensors.items() if key != name}, "layer")
     for wrong in (tensors[name].to(torch.int32), tensors[name][:-1]):
         with pytest.raises(CheckpointError, match=rf"layer\.{name}: expected .* found"):
-            BinaryMatrix.from_tensors(MATRIX.layout, {**tensors, name: wrong}, "layer")
+            BinaryMatrix.from_tensors(matrix.layout, {**tensors, name: wrong}, "layer")
     with pytest.raises(CheckpointError, match=r"layer\.weight: this tensor does not belong"):
-        BinaryMatrix.from_tensors(MATRIX.layout, {**tensors, "weight": tensors["signs"]}, "layer")
+        BinaryMatrix.from_tensors(matrix.layout, {**tensors, "weight": tensors["signs"]}, "layer")

@@ -18,15 +18,16 @@ from arbllm.format.checkpoint import (
     output_directory,
     verify,
 )
+from arbllm.format.matrix import BinaryMatrix
 from tests.helpers import random_matrix
 
 MATRIX = random_matrix(8, 40, salient=5, block_size=16, row_means=True)
 
 
-def write(directory, *, shards=1, change_tensors=None, change_config=None):
+def write(directory, *, matrix=MATRIX, shards=1, change_tensors=None, change_config=None):
     """A checkpoint of one packed linear and an embedding; the changes come after the checksums were taken."""
-    linears = {"proj": {**MATRIX.layout.to_dict(), "bias": False, "transposed": False}}
-    tensors = {f"proj.{name}": tensor for name, tensor in MATRIX.tensors().items()}
+    linears = {"proj": {**matrix.layout.to_dict(), "bias": False, "transposed": False}}
+    tensors = {f"proj.{name}": tensor for name, tensor in matrix.tensors().items()}
     tensors["embed.weight"] = torch.randn(6, 40, dtype=torch.bfloat16)
     metadata = file_metadata(tensors, linears)
     if change_tensors:
@@ -130,6 +131,29 @@ def test_a_misshapen_tensor_is_named(tmp_path, change, found):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("ordering", ["natural", "segments", "explicit"])
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_every_kind_of_tensor_is_checked(tmp_path, ordering, scale_bits):
+    matrix = random_matrix(8, 40, groups=4, salient=5, block_size=16, scale_bits=scale_bits, ordering=ordering)
+    verify(write(tmp_path, matrix=matrix))
+    assert open_checkpoint(tmp_path).size.linears.nbytes == matrix.nbytes
+    for name in matrix.tensors():
+        write(tmp_path, matrix=matrix, change_tensors=lambda tensors, name=name: tensors.pop(f"proj.{name}"))
+        with pytest.raises(CheckpointError, match=rf"tensor proj\.{name} is missing"):
+            open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ordering", "name"), [("explicit", "column_order"), ("bitmap", "column_bitmap"), ("segments", "column_segments")]
+)
+def test_an_impossible_column_order_is_named(tmp_path, ordering, name):
+    matrix = random_matrix(8, 40, salient=5, block_size=16, ordering=ordering)
+    spoiled = BinaryMatrix.from_tensors(matrix.layout, {**matrix.tensors(), name: matrix.tensors()[name] ^ 1})
+    open_checkpoint(write(tmp_path, matrix=spoiled))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor proj\.{name} does not"):
+        verify(tmp_path)
+
+
 def test_a_tensor_without_checksum_is_named(tmp_path):
     write(tmp_path, change_tensors=lambda tensors: tensors.update(extra=torch.zeros(3)))
     with pytest.raises(CheckpointError, match="tensor extra has no checksum"):
@@ -165,6 +189,12 @@ def test_shards_of_two_checkpoints_do_not_mix(tmp_path):
 def test_a_version_from_the_future_is_refused(tmp_path, version):
     write(tmp_path, change_config=lambda config: config.update(format_version=version))
     with pytest.raises(CheckpointError, match=rf"version {version}, this release .* pip install --upgrade arbllm"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_first_version_is_refused(tmp_path):
+    write(tmp_path, change_config=lambda config: config.update(format_version=1))
+    with pytest.raises(CheckpointError, match=r"format version 1, .* reads version 2 alone; quantize the model again"):
         open_checkpoint(tmp_path)
 
 

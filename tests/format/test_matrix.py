@@ -75,7 +75,8 @@ def test_an_impossible_order_is_refused(ordering, spoil):
     matrix = random_matrix(3, 40, salient=7, block_size=16, ordering=ordering)
     (name,) = set(ORDER_TENSORS) & set(matrix.tensors())
     sound = matrix.tensors()[name]
-    check_order(matrix.layout, sound, "layer.order")
+    with torch.device("meta"):
+        check_order(matrix.layout, sound, "layer.order")
     with pytest.raises(CheckpointError, match=r"layer\.order does not"):
         check_order(matrix.layout, spoil(sound), "layer.order")
 

@@ -13,7 +13,7 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json, st
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from arbllm.evaluation.report import CheckpointReport
+    from arbllm.evaluation.report import CheckpointReport, LinearReport
 
 
 def inspect(
@@ -46,19 +46,28 @@ def layers(found: CheckpointReport) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("linear")
-    for title in ("shape", "salient", "nominal bits", "true bits", "output error", "bytes"):
+    for title in ("shape", "salient", "columns by bits", "nominal bits", "true bits", "output error", "bytes"):
         table.add_column(title, justify="right")
     for linear in found.linears:
         table.add_row(
             linear.name,
             f"{linear.rows} x {linear.columns}",
             str(linear.salient),
+            columns_by_bits(linear),
             f"{linear.nominal_bits:.3f}",
             f"{linear.true_bits:.3f}",
             "" if linear.output_error is None else f"{linear.output_error:.4f}",
             f"{linear.bytes:,}",
         )
     return table
+
+
+def columns_by_bits(linear: LinearReport) -> str:
+    """How many columns have how many bits a weight, signs and group number, as in `64x3b 512x2b`."""
+    columns: dict[int, int] = {}
+    for kind in linear.kinds:
+        columns[kind.bits] = columns.get(kind.bits, 0) + kind.width
+    return " ".join(f"{width}x{bits}b" for bits, width in columns.items())
 
 
 def totals(found: CheckpointReport) -> dict[str, str]:

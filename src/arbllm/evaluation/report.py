@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arbllm.format.accounting import ModelSize, matrix_size
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
+from arbllm.format.layout import Segment
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class LinearReport:
         rows: output features.
         columns: input features.
         salient: columns with two signs a weight.
+        kinds: the columns of each kind together, as a segment [width, groups, terms]; the most bits a weight first.
         nominal_bits: signs a weight.
         true_bits: stored bits a weight.
         output_error: tr(D H D^T) / tr(W H W^T) when it was quantized; None where the checkpoint does not tell.
@@ -29,6 +32,7 @@ class LinearReport:
     rows: int
     columns: int
     salient: int
+    kinds: tuple[Segment, ...]
     nominal_bits: float
     true_bits: float
     output_error: float | None
@@ -101,10 +105,17 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
     linears = []
     for name, layout in sorted(checkpoint.layouts.items(), key=lambda item: _natural_order(item[0])):
         size = matrix_size(layout)
-        error = statistics.get(name, {}).get("output_error")
         linears.append(
             LinearReport(
-                name, layout.rows, layout.columns, layout.salient, size.nominal_bits, size.true_bits, error, size.nbytes
+                name=name,
+                rows=layout.rows,
+                columns=layout.columns,
+                salient=layout.salient,
+                kinds=_kinds(layout.segments),
+                nominal_bits=size.nominal_bits,
+                true_bits=size.true_bits,
+                output_error=statistics.get(name, {}).get("output_error"),
+                bytes=size.nbytes,
             )
         )
     return CheckpointReport(
@@ -116,6 +127,15 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
         checkpoint.size,
         bytes_on_disk(path),
     )
+
+
+def _kinds(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Segments of the same kind put together."""
+    widths: dict[tuple[int, int], int] = {}
+    for width, groups, terms in segments:
+        widths[groups, terms] = widths.get((groups, terms), 0) + width
+    kinds = [Segment(width, *kind) for kind, width in widths.items()]
+    return tuple(sorted(kinds, key=lambda kind: (kind.bits, kind.terms), reverse=True))
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

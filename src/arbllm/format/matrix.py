@@ -211,12 +211,14 @@ def check_order(layout: Layout, tensor: Tensor, name: str) -> None:
         if tensor.long().sort().values.tolist() != list(range(layout.columns)):
             raise CheckpointError(f"{name} does not hold every column once; quantize the model again")
         return
-    widths = torch.tensor([segment.width for segment in layout.segments])
+    # The device is named throughout, as transformers has files verified where the default device is `meta`.
+    widths = torch.tensor([segment.width for segment in layout.segments], device=tensor.device)
     if layout.ordering == "segments":
         fits = torch.equal(segment_numbers(tensor, layout.columns).bincount(minlength=len(widths)), widths)
     else:
         salient = unpack(tensor, layout.columns)
-        stored = torch.tensor([segment.terms == 2 for segment in layout.segments]).repeat_interleave(widths)
+        kinds = torch.tensor([segment.terms == 2 for segment in layout.segments], device=tensor.device)
+        stored = kinds.repeat_interleave(widths)
         fits = torch.equal(salient[bitmap_order(salient, layout.block_size)], stored)
     if not fits:
         raise CheckpointError(f"{name} does not agree with the segments in config.json; quantize the model again")

@@ -17,7 +17,7 @@ LAYERS = (
     ("pipeline", "export", "card", "progress", "evaluation"),
     ("model", "text", "hub", "device"),
     ("integrations",),
-    ("nn", "embedding"),
+    ("nn", "tunable", "embedding"),
     ("kernels",),
     ("solver", "baselines"),
     ("segments", "budget"),

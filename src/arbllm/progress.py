@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from arbllm.device import peak_memory_bytes
-from arbllm.model.events import BlockFinished, BlockStarted, Event, JobStarted, LinearQuantized
+from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized
 
 
 class JsonLinesLog:
@@ -103,6 +103,7 @@ class ProgressDisplay:
         self.console = console or Console(stderr=True)
         self.tally = Tally()
         self._block = Tally()
+        self._tuned: BlockTuned | None = None
         self._live = self.console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
@@ -135,7 +136,7 @@ class ProgressDisplay:
                 self._progress.start()
                 self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights:,} weights")
             case BlockStarted():
-                self._block = Tally()
+                self._block, self._tuned = Tally(), None
                 self._describe("calibrating")
             case LinearQuantized():
                 self.tally.add(event)
@@ -144,6 +145,8 @@ class ProgressDisplay:
                 done = event.blocks * self.tally.weights / max(self.tally.total, 1)
                 self._progress.update(self._task, completed=done)
                 self._describe(f"{name} error {event.output_error:.4f} {event.true_bits:.2f} bits")
+            case BlockTuned():
+                self._tuned = event
             case BlockFinished():
                 self._say(self._block_line(event))
                 if event.block + 1 == event.blocks:
@@ -159,8 +162,9 @@ class ProgressDisplay:
 
     def _block_line(self, event: BlockFinished) -> str:
         block, left = self._block, self.tally.seconds_left()
+        tuned = f"tuned from {self._tuned.before:.4f} to {self._tuned.after:.4f}, " if self._tuned else ""
         return (
-            f"block {event.block + 1}/{event.blocks}: mean output error {block.mean_error:.4f}, "
+            f"block {event.block + 1}/{event.blocks}: mean output error {block.mean_error:.4f}, {tuned}"
             f"{block.true_bits:.2f} true bits, {event.seconds:.1f} s, peak {event.peak_memory_bytes / 1e9:.2f} GB"
             + (f", {_clock(left)} left" if left else "")
         )

@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from arbllm.binarize.block import Part, Term, Zone
-from arbllm.binarize.scales import positive_codes
-from arbllm.errors import ModelError
+from arbllm.binarize.block import Part, Zone
 from arbllm.format.bitplanes import pack
 from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix, SolveReport, bitmap_order
+from arbllm.format.scales import encode_scales, to_float16
 
 
 def assemble(
@@ -60,9 +59,11 @@ def assemble(
     )
     means = [zone.row_means for zone in zones if zone.row_means is not None]
     terms = [term for zone in zones for term in zone.terms]
-    tensors = _planes(parts) | (_codes(terms) if scale_bits == 8 else _halves(terms))
+    factors = [term.column_scales for term in terms if term.column_scales is not None]
+    rows, columns = torch.stack([term.row_scales for term in terms], 1), torch.cat(factors) if factors else None
+    tensors = _planes(parts) | encode_scales(rows, columns, layout)
     if means:
-        tensors["row_means"] = _float16(torch.stack(means, 1))
+        tensors["row_means"] = to_float16(torch.stack(means, 1))
     if ordering == "bitmap":
         tensors["column_bitmap"] = pack(salient)
     if ordering == "segments":
@@ -110,31 +111,3 @@ def _signs(zones: Sequence[Zone], term: int) -> Tensor:
     for zone in zones[1:]:
         signs = torch.where(zone.mask, zone.terms[term].signs > 0, signs)
     return signs
-
-
-def _halves(terms: Sequence[Term]) -> dict[str, Tensor]:
-    """Scales as float16."""
-    stored = {"row_scales": _float16(torch.stack([term.row_scales for term in terms], 1))}
-    factors = [term.column_scales for term in terms if term.column_scales is not None]
-    return stored | ({"column_scales": _float16(torch.cat(factors))} if factors else {})
-
-
-def _codes(terms: Sequence[Term]) -> dict[str, Tensor]:
-    """Scales as codes, the largest row scale times the largest column scale of a slot being its step."""
-    rows = positive_codes(torch.stack([term.row_scales for term in terms]))
-    steps, stored = rows.largest, {"row_scales": rows.codes.T.contiguous()}
-    if terms[0].column_scales is not None:
-        columns = [positive_codes(term.column_scales[None]) for term in terms if term.column_scales is not None]
-        steps = steps * torch.cat([codes.largest for codes in columns])
-        stored["column_scales"] = torch.cat([codes.codes[0] for codes in columns])
-    return stored | {"scale_steps": _float16(steps)}
-
-
-def _float16(values: Tensor) -> Tensor:
-    stored = values.half()
-    if not torch.isfinite(stored).all():
-        raise ModelError(
-            f"a scale of {float(values.abs().max()):.3g} does not fit float16 (at most 65504); "
-            "the weights are unusually large: rescale them, or leave this layer dense"
-        )
-    return stored

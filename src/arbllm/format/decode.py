@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from arbllm.binarize.scales import shares
 from arbllm.format.bitplanes import unpack_values
 from arbllm.format.layout import Layout, Place
+from arbllm.format.scales import decode_scales
 
 MOST_RUNS = 4
 """With more changes between numbers of groups than this, all columns are decoded as if they had the most."""
@@ -31,11 +31,7 @@ class Decoder:
         """
         self.layout = layout
         self.tensors = tensors
-        self._row_scales = tensors["row_scales"].float()
-        factors = tensors["column_scales"].float() if layout.column_scaled else None
-        if layout.scale_bits == 8:
-            self._row_scales = shares(tensors["row_scales"]) * tensors["scale_steps"].float()
-            factors = shares(tensors["column_scales"]) if layout.column_scaled else None
+        self._row_scales, factors = decode_scales(tensors, layout)
         device = tensors["signs"].device
         runs = _runs(layout.places)
         salient = _runs([place for place in layout.places if place.segment.terms == 2])

@@ -13,6 +13,7 @@ from arbllm.errors import CheckpointError
 from arbllm.format.bitplanes import unpack
 from arbllm.format.decode import Decoder
 from arbllm.format.layout import Layout
+from arbllm.format.scales import decode_scales, encode_scales
 
 TILE_WEIGHTS = 2**19
 """Weights that are unpacked at a time: 2 MB in float32, which the caches of a core hold."""
@@ -137,6 +138,20 @@ class BinaryMatrix:
     def error_history(self) -> tuple[tuple[float, ...], ...]:
         """Per block, the error after each step of the solver; empty for a matrix read from a file."""
         return self.report.error_history if self.report else ()
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Row scales, float32 (n, S), and column scales, float32, flat, or None without any."""
+        return decode_scales(self.tensors(), self.layout)
+
+    def with_scales(self, row_scales: Tensor, column_scales: Tensor | None) -> BinaryMatrix:
+        """The same signs and groups with other scales, rounded as this matrix stores them.
+
+        Args:
+            row_scales: positive, float32 (n, S).
+            column_scales: positive, float32, flat as `scales` gives them.
+        """
+        changed: dict[str, Any] = {**encode_scales(row_scales, column_scales, self.layout)}
+        return replace(self, **changed, report=None)
 
     def column_order(self) -> Tensor | None:
         """The natural column that each stored column is, int64 (m); None where the two orders are the same."""

@@ -124,21 +124,26 @@ def capture_inputs(
 
 
 @torch.no_grad()
-def gather_hessians(block: DecoderBlock, call: BlockCall, hidden: Tensor) -> list[InputGroup]:
+def gather_hessians(
+    block: DecoderBlock, call: BlockCall, hidden: Tensor, outputs: Tensor | None = None
+) -> list[InputGroup]:
     """Run the block over all windows and accumulate H of its linears as a stream.
 
     Args:
         block: the block, where and as it computes (see `resident`).
         call: its arguments, moved likewise.
         hidden: its inputs (N, L, d); they are not changed.
+        outputs: where to put its outputs, (N, L, d); None drops them.
 
     Raises:
         ModelError: a linear never ran; names it.
     """
     recorder = _InputRecorder(block.linears)
     with recorder.attached():
-        for window in hidden.split(1):
-            call(block.module, window.clone())  # a block may write to its input
+        for index, window in enumerate(hidden.split(1)):
+            output = call(block.module, window.clone())  # a block may write to its input
+            if outputs is not None:
+                outputs[index] = output[0]
             recorder.end_window()
     return recorder.groups()
 

@@ -1,7 +1,7 @@
 """What happens while a model is quantized, as plain records for a display or a log.
 
-A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear
-and one `BlockFinished`. Blocks are numbered from 0.
+A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear, a
+`BlockTuned` if its scales are tuned, and one `BlockFinished`. Blocks are numbered from 0.
 """
 
 from __future__ import annotations
@@ -86,6 +86,28 @@ class LinearQuantized(_Record):
 
 
 @dataclass(frozen=True)
+class BlockTuned(_Record):
+    """The scales and norms of block `block` have been tuned.
+
+    Attributes:
+        block: the decoder block.
+        blocks: decoder blocks in all.
+        before: relative squared error of its output on held-out windows, before.
+        after: the same with the state that was kept.
+        steps: steps that led to this state.
+        seconds: wall-clock time.
+    """
+
+    event: ClassVar[str] = "block_tuned"
+    block: int
+    blocks: int
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class BlockFinished(_Record):
     """Block `block` is packed.
 
@@ -95,6 +117,7 @@ class BlockFinished(_Record):
         seconds: wall-clock time of the block.
         capture_seconds: of it, the forward pass that gathers the Hessians.
         solve_seconds: of it, the solver.
+        tune_seconds: of it, tuning.
         propagate_seconds: of it, the forward pass through the quantized block; 0 for the last block.
         peak_memory_bytes: the process's peak resident memory so far, or on a GPU the peak that tensors took there.
     """
@@ -105,9 +128,10 @@ class BlockFinished(_Record):
     seconds: float
     capture_seconds: float
     solve_seconds: float
+    tune_seconds: float
     propagate_seconds: float
     peak_memory_bytes: int
 
 
-Event = JobStarted | BlockStarted | LinearQuantized | BlockFinished
+Event = JobStarted | BlockStarted | LinearQuantized | BlockTuned | BlockFinished
 OnEvent = Callable[[Event], None]

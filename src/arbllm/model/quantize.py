@@ -19,10 +19,13 @@ from arbllm.errors import ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
-from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
+
+Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
 def quantize_model(
@@ -30,6 +33,7 @@ def quantize_model(
     windows: Tensor,
     config: BinarizationConfig | None = None,
     *,
+    tuning: Tuning | None = None,
     device: torch.device | str | None = None,
     on_event: OnEvent | None = None,
 ) -> list[LinearQuantized]:
@@ -46,6 +50,7 @@ def quantize_model(
         model: a causal language model; it is put in evaluation mode. After an error it is left partly quantized.
         windows: calibration tokens, int64 (N, L).
         config: method and options.
+        tuning: tune each block's scales and norms after it is solved; None leaves them.
         device: where to compute, one block at a time; None for where the model is.
         on_event: told of every step as it happens (see `arbllm.model.events`).
 
@@ -70,7 +75,7 @@ def quantize_model(
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
         for call in calls:
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
-            results += _BlockJob(model, blocks.pop(0), total, device, config, emit, pool).run(call, hidden)
+            results += _BlockJob(model, blocks.pop(0), total, device, config, tuning, emit, pool).run(call, hidden)
     return results
 
 
@@ -83,6 +88,7 @@ class _BlockJob:
     blocks: int
     device: torch.device
     config: BinarizationConfig
+    tuning: Tuning | None
     emit: OnEvent
     pool: Executor
 
@@ -93,13 +99,18 @@ class _BlockJob:
         call = call.to(self.device)
         laps = [self._now()]
         with resident(self.block.module, self.device):
-            groups = gather_hessians(self.block, call, hidden)
+            targets = torch.empty_like(hidden) if self.tuning else None
+            groups = gather_hessians(self.block, call, hidden, targets)
             laps.append(self._now())
             solved = self._solve(groups)
+            laps.append(self._now())
+            if targets is not None:
+                solved = self._tune(solved, call, hidden, targets)
             laps.append(self._now())
             if self.block.index + 1 < self.blocks:
                 for linear, matrix, _ in solved:
                     linear.set_weight(matrix.dequantize(linear.weight.dtype))
+                    replace_module(self.model, linear.name, linear.module)
                 propagate(self.block, call, hidden)
             laps.append(self._now())
             for linear, matrix, _ in solved:
@@ -107,7 +118,7 @@ class _BlockJob:
                     matrix.map(lambda tensor: tensor.to(home)), linear.module.bias, linear.transposed
                 )
                 replace_module(self.model, linear.name, packed)
-        start, captured, finished, propagated = laps
+        start, captured, finished, tuned, propagated = laps
         self.emit(
             BlockFinished(
                 self.block.index,
@@ -115,13 +126,14 @@ class _BlockJob:
                 seconds=self._now() - start,
                 capture_seconds=captured - start,
                 solve_seconds=finished - captured,
-                propagate_seconds=propagated - finished,
+                tune_seconds=tuned - finished,
+                propagate_seconds=propagated - tuned,
                 peak_memory_bytes=self._peak_memory(),
             )
         )
         return [record for _, _, record in solved]
 
-    def _solve(self, groups: list[InputGroup]) -> list[tuple[Linear, BinaryMatrix, LinearQuantized]]:
+    def _solve(self, groups: list[InputGroup]) -> list[Solved]:
         """Binarize all linears, those with the same input by one factorisation; emits them in the block's order."""
         factors: dict[Linear, Factor] = {}
         for group in groups:
@@ -136,6 +148,15 @@ class _BlockJob:
             self.emit(record)
             solved.append((linear, matrix, record))
         return solved
+
+    def _tune(self, solved: list[Solved], call: BlockCall, hidden: Tensor, targets: Tensor) -> list[Solved]:
+        assert self.tuning
+        start = self._now()
+        matrices = {linear: matrix for linear, matrix, _ in solved}
+        tuned = tune_block(self.block, call, hidden, targets, matrices, self.tuning)
+        seconds = self._now() - start
+        self.emit(BlockTuned(self.block.index, self.blocks, tuned.before, tuned.after, tuned.steps, seconds))
+        return [(linear, tuned.matrices[linear], record) for linear, _, record in solved]
 
     def _solve_linear(self, linear: Linear, factor: Factor) -> tuple[BinaryMatrix, float]:
         start = self._now()

@@ -1,0 +1,172 @@
+"""Tuning of a decoder block's scales and norms, signs and groups frozen, against what the dense block put out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.model.capture import BlockCall
+from arbllm.model.walk import DecoderBlock, Linear
+from arbllm.tunable import TunableLinear
+
+CHECKS = 4
+HELD_OUT_SHARE = 8
+SCALE_RATE, NORM_RATE = 3e-3, 1e-3
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how fast scales are tuned.
+
+    Attributes:
+        steps: Adam steps for each decoder block, one calibration window each.
+        rate: learning rate of the scales' logarithms; it falls to zero as a cosine.
+        seed: of the order of the windows.
+    """
+
+    steps: int = 40
+    rate: float = SCALE_RATE
+    seed: int = 0
+
+
+class Tuned(NamedTuple):
+    """The tuned matrices, and the loss on held-out windows before and after, over `steps` steps that were taken."""
+
+    matrices: dict[Linear, BinaryMatrix]
+    before: float
+    after: float
+    steps: int
+
+
+def tune_block(
+    block: DecoderBlock,
+    call: BlockCall,
+    hidden: Tensor,
+    targets: Tensor,
+    matrices: Mapping[Linear, BinaryMatrix],
+    tuning: Tuning,
+) -> Tuned:
+    """Adam on row scales, column scales and norm weights; the best state on held-out windows is kept.
+
+    The loss is the squared error of the block's output over its squared norm, averaged over tokens. Every eighth window
+    (one at least, where there are two) is held out; tuning stops early once the loss there rises.
+
+    Args:
+        block: the block, resident where it computes; its norms are changed in place.
+        call: its arguments.
+        hidden: its inputs, from the quantized blocks before it, (N, L, d).
+        targets: outputs of the dense block for these inputs, (N, L, d).
+        matrices: its packed linears.
+        tuning: how long and how fast.
+    """
+    layers = {linear: TunableLinear(matrix, linear.module.bias) for linear, matrix in matrices.items()}
+    for linear, layer in layers.items():
+        block.module.set_submodule(linear.name.removeprefix(f"{block.name}."), layer)
+    block.module.requires_grad_(False)
+    norms = norm_weights(block.module)
+    train = len(hidden) - max(1, len(hidden) // HELD_OUT_SHARE) or 1  # a single window is all there is
+    held_out = range(min(train, len(hidden) - 1), len(hidden))
+    order = torch.randperm(train, generator=torch.Generator().manual_seed(tuning.seed + block.index)).tolist()
+
+    def loss(window: int) -> Tensor:
+        output = call(block.module, hidden[window : window + 1].clone())
+        return relative_error(output, targets[window : window + 1])
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(float(loss(window)) for window in held_out) / len(held_out)
+
+    trainer = Trainer(layers.values(), norms, tuning)
+    best = Best(trainer.parameters, measure())
+    before, stride = best.loss, max(1, tuning.steps // CHECKS)
+    for step in range(tuning.steps):
+        trainer.step(step, loss(order[step % train]))
+        if (step + 1) % stride == 0 and not best.offer(measure(), step + 1):
+            break
+    best.restore()
+    trainer.finish()
+    return Tuned({linear: layer.to_matrix() for linear, layer in layers.items()}, before, best.loss, best.step)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ||output - target||^2 / ||target||^2, both (..., d)."""
+    error = (output.float() - target.float()).square().sum(-1)
+    return (error / target.float().square().sum(-1).clamp(min=1e-12)).mean()
+
+
+def norm_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of the norms in a module: vectors named `weight`."""
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 1 and name.rpartition(".")[2] == "weight"
+    ]
+
+
+class Trainer:
+    """Adam with a cosine schedule over scales and norms, which alone require gradients until `finish`.
+
+    Attributes:
+        parameters: all that is trained.
+    """
+
+    def __init__(self, layers: Iterable[TunableLinear], norms: Sequence[nn.Parameter], tuning: Tuning) -> None:
+        """Norms learn at a rate of their own, in units of their size."""
+        scales = [change for layer in layers for change in (layer.row_changes, layer.column_changes)]
+        self.parameters = [*scales, *norms]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        groups: list[dict[str, Any]] = [{"params": scales, "lr": tuning.rate}]
+        groups += [{"params": [norm], "lr": NORM_RATE * float(norm.detach().abs().mean())} for norm in norms]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self._rates = [group["lr"] for group in groups]
+        self._steps = tuning.steps
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """One step down the gradient of `loss`."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self._steps))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+
+    def finish(self) -> None:
+        """Leave the parameters as ordinary ones."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+class Best:
+    """The state of parameters with the least loss so far.
+
+    Attributes:
+        loss: that loss.
+        step: after how many steps it was reached.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], loss: float) -> None:
+        self._parameters = parameters
+        self._state: list[Tensor] = []
+        self.loss, self.step = math.inf, 0
+        self.offer(loss, 0)
+
+    def offer(self, loss: float, step: int) -> bool:
+        """Keep the present state if its loss is the least; returns whether it is."""
+        better = loss < self.loss
+        if better:
+            self.loss, self.step = loss, step
+            self._state = [parameter.detach().clone() for parameter in self._parameters]
+        return better
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best state back."""
+        for parameter, value in zip(self._parameters, self._state, strict=True):
+            parameter.copy_(value)

@@ -10,7 +10,9 @@ from hypothesis import given
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from arbllm.format.checkpoint import CHECKSUMS_KEY, LINEARS_KEY
+from arbllm.export import dense_model
+from arbllm.format.checkpoint import CHECKSUMS_KEY, EMBEDDINGS_KEY, LINEARS_KEY
+from arbllm.model.embeddings import quantize_embeddings
 from tests.helpers import pack_randomly
 from tests.strategies import matrices
 from tests.tiny import tiny_llama
@@ -39,6 +41,23 @@ def test_any_matrix_reads_as_documented(matrix):
     np.testing.assert_allclose(
         matrix.dequantize().numpy(), names["dense_weight"](layout, tensors), rtol=RTOL, atol=ATOL
     )
+
+
+def test_embeddings_in_8_bits_read_as_documented(tmp_path):
+    documented = programs()
+    model = tiny_llama()
+    quantize_embeddings(model)
+    pack_randomly(model).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embeddings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["embeddings"]
+    with safe_open(file, framework="numpy") as reader:
+        assert reader.metadata()[EMBEDDINGS_KEY] == documented["linears_checksum"](embeddings)
+    found = {name: documented["dense_rows"](tensors[f"{name}.codes"], tensors[f"{name}.scales"]) for name in embeddings}
+    dense_model(model)
+    assert found.keys() == {"model.embed_tokens", "lm_head"}
+    for name, weight in found.items():
+        np.testing.assert_array_equal(model.get_submodule(name).weight.detach().numpy(), weight)
 
 
 def test_a_checkpoint_reads_as_documented(tmp_path):

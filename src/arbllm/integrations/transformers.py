@@ -59,7 +59,8 @@ def load(
         `Int8Embedding`, `Int8Linear` in the place of embeddings and head where they are in 8 bits).
 
     Raises:
-        CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the tensor.
+        CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the
+            tensor.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,15 +1,22 @@
-"""How many bits the columns of a matrix get, so that it spends what it may: segments of two neighbouring kinds."""
+"""A budget of bits: divided among the linears of a model, and spent on the columns of each matrix."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 
+from arbllm.config import MOST_BITS
 from arbllm.errors import ConfigError
-from arbllm.format.accounting import matrix_size
+from arbllm.format.accounting import matrix_size, total_size
 from arbllm.format.layout import Layout, Segment
 
 KINDS = ((1, 1), (2, 1), (2, 2), (4, 2))
 """(groups, terms) of columns of 1, 2, 3 and 4 bits a weight, not counting scales."""
+ERROR_PER_BIT = 3.7  # by which the output error falls with each bit a weight, as measured on real matrices
+BISECTIONS = 24
+TINY = 1e-30
 COLUMNS_AT_A_TIME = 8  # segments begin at whole bytes
 
 
@@ -17,7 +24,7 @@ def joint_layout(rows: int, columns: int, bits: float, scale_block: int) -> Layo
     """The layout for ARB-RCX that comes nearest to `bits` from below.
 
     Columns are of two kinds, b and b + 1 bits before scales: of all mixtures with the same bits it has the least error,
-    since the error falls by the same factor of about 3.7 with each bit.
+    since the error falls by about the same factor, ERROR_PER_BIT, with each bit.
 
     Args:
         rows: n.
@@ -77,3 +84,57 @@ def _cut(columns: int, kind: int, scale_block: int) -> list[Segment]:
         columns
     ]
     return [Segment(end - start, *KINDS[kind]) for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a linear asks of the budget.
+
+    Attributes:
+        rows: n.
+        columns: m.
+        worth: what the model's loss rises by, up to a common factor, times ERROR_PER_BIT for each bit a weight spent.
+    """
+
+    rows: int
+    columns: int
+    worth: float
+
+
+def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> dict[str, float]:
+    """Divide a budget among linears so that the model's loss rises least.
+
+    The rise is the sum of worth * ERROR_PER_BIT^-b; with a Lagrange multiplier its least lies where each linear's bits
+    are log(worth / weights) / log(ERROR_PER_BIT) plus a constant, which a bisection finds.
+
+    Args:
+        demands: of every linear by name.
+        bits: true bits a weight over all of them.
+        scale_block: see `joint_layout`.
+
+    Returns:
+        Bits a weight by name.
+
+    Raises:
+        ConfigError: even one bit a weight everywhere costs more.
+    """
+    weights = {name: demand.rows * demand.columns for name, demand in demands.items()}
+    wishes = {name: log(max(demand.worth, TINY) / weights[name], ERROR_PER_BIT) for name, demand in demands.items()}
+    least = {name: _bits(demand.rows, demand.columns, 0, 0, scale_block) for name, demand in demands.items()}
+    total = sum(weights.values())
+    if (floor := sum(least[name] * weights[name] for name in demands) / total) > bits:
+        raise ConfigError(f"the linears take at least {floor:.3f} bits a weight with scales, more than {bits:g}")
+
+    def spend(level: float) -> dict[str, float]:
+        return {name: min(MOST_BITS, max(least[name], wish + level)) for name, wish in wishes.items()}
+
+    def spent(level: float) -> float:
+        wanted = spend(level)
+        layouts = (joint_layout(d.rows, d.columns, wanted[name], scale_block) for name, d in demands.items())
+        return total_size(layouts).true_bits
+
+    low, high = -max(wishes.values()), MOST_BITS - min(wishes.values())
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= bits else (low, middle)
+    return spend(low)

@@ -8,6 +8,7 @@ from typing import Any
 from arbllm.binarize.methods import Method, get_method
 from arbllm.errors import ConfigError
 
+ALLOCATIONS = ("measured", "uniform")
 PARTITIONS = ("none", "column", "group", "column+group", "cgb")
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
@@ -25,6 +26,8 @@ class BinarizationConfig:
     Attributes:
         method: a name from `arbllm.binarize.methods.METHODS`: arb-rcx, or billm, arb, arb-x, arb-rc as in the paper.
         bits: with arb-rcx, the true bits a weight that a matrix may take, everything counted; None means 2.25.
+        allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
+            what the model's loss gains from them.
         scale_block: with arb-rcx, how many columns share row scales, about.
         partition: how weights share parameters in the paper's methods. `none`: one zone a block; `column`: salient
             columns apart, with two signs a weight; `group`: large and small weights apart; `column+group`: both
@@ -45,6 +48,7 @@ class BinarizationConfig:
 
     method: str = "arb-rcx"
     bits: float | None = None
+    allocation: str = "measured"
     scale_block: int = 512
     partition: str = "cgb"
     groups: int = 2
@@ -57,6 +61,7 @@ class BinarizationConfig:
     def __post_init__(self) -> None:
         self._check_bits(get_method(self.method))
         for name, allowed in (
+            ("allocation", ALLOCATIONS),
             ("partition", PARTITIONS),
             ("groups", GROUPS),
             ("split_on", SPLITS),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
 from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
+from arbllm.binarize.methods import get_method
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
@@ -28,8 +29,10 @@ from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
 from arbllm.model.events import Event, LinearQuantized, OnEvent
+from arbllm.model.distill import DISTILLATION_RATE, distill_model
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
+from arbllm.model.tune import Tuning
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.progress import JsonLinesLog
@@ -86,6 +89,8 @@ def quantize(
     *,
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
+    tune: int | None = None,
+    distill: int = 0,
     calibration: str = "c4",
     windows: int = 128,
     window_length: int = 2048,
@@ -110,6 +115,10 @@ def quantize(
         out: the directory to write.
         config: method and options.
         embedding_bits: 8 to round embeddings and head to 8 bits with one scale a row, 16 to leave them as they are.
+        tune: Adam steps on each block's scales and norms after it is solved, 0 for none; None means 40 with arb-rcx,
+            else none.
+        distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. It takes the dense and
+            the packed model in memory together.
         calibration: c4, wikitext2, ptb, a text file, or `builtin`, which needs no network.
         windows: calibration windows.
         window_length: tokens of a window.
@@ -127,10 +136,13 @@ def quantize(
     """
     model, out, config = str(model), Path(out), config or BinarizationConfig()
     place = choose_device(device)
+    tuning = _tuning(config, tune, distill)
     check_embedding_bits(embedding_bits)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
     facts: dict[str, str | int] = {
+        "tune": tuning.steps if tuning else 0,
+        "distill": distill,
         "text": _shown(calibration),
         "windows": windows,
         "window_length": window_length,
@@ -146,7 +158,12 @@ def quantize(
             quantize_embeddings(opened, embedding_bits)
             check_disk_space(_largest_size(opened, config), work)
             with JsonLinesLog(work / LOG_FILE) as log:
-                results = quantize_model(opened, tokens, config, device=place, on_event=_both(log, on_event))
+                emit = _both(log, on_event)
+                results = quantize_model(opened, tokens, config, tuning=tuning, device=place, on_event=emit)
+                if distill:
+                    teacher = open_model_only(model, trust_remote_code=trust_remote_code)
+                    distill_model(opened, teacher, tokens, Tuning(distill, DISTILLATION_RATE), place, emit)
+                    del teacher
             _save(opened, tokenizer, work, config, results, facts)
         size = _packed_size(opened)
         del opened
@@ -169,6 +186,23 @@ def quantize(
             _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
         )
     return summary
+
+
+def _tuning(config: BinarizationConfig, tune: int | None, distill: int) -> Tuning | None:
+    """How blocks are tuned, None for not at all.
+
+    Raises:
+        ConfigError: steps are negative, or the method cannot be tuned.
+    """
+    method = get_method(config.method)
+    for option, steps in (("tune", tune or 0), ("distill", distill)):
+        if steps < 0:
+            raise ConfigError(f"{option} must be a number of steps, 0 for none, not {steps}")
+        if steps and (method.has_means or not method.has_column_scales):
+            raise ConfigError(f"{option} is for arb-rc and arb-rcx; {config.method} has no column scales to tune")
+    if tune is None:
+        tune = Tuning().steps if method.joint else 0
+    return Tuning(tune) if tune else None
 
 
 def _save(

@@ -20,7 +20,16 @@ from rich.progress import (
 )
 
 from arbllm.device import peak_memory_bytes
-from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized
+from arbllm.model.events import (
+    BlockFinished,
+    BlockStarted,
+    BlockTuned,
+    DistillationFinished,
+    DistillationStep,
+    Event,
+    JobStarted,
+    LinearQuantized,
+)
 
 
 class JsonLinesLog:
@@ -151,6 +160,17 @@ class ProgressDisplay:
                 self._say(self._block_line(event))
                 if event.block + 1 == event.blocks:
                     self._progress.stop()
+
+            case DistillationStep():
+                self._progress.start()
+                self._progress.update(self._task, total=event.steps, completed=event.step)
+                self._progress.update(self._task, description=f"distilling · divergence {event.loss:.4f}")
+            case DistillationFinished():
+                self._progress.stop()
+                self._say(
+                    f"distilled from {event.before:.4f} to {event.after:.4f} nats a token in {event.steps} steps, "
+                    f"{event.seconds:.1f} s"
+                )
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, style="dim" if self._live else None)

@@ -28,8 +28,13 @@ class TunableLinear(nn.Module):
         bias: float (n), or None; not trained.
     """
 
-    def __init__(self, matrix: BinaryMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, matrix: BinaryMatrix, bias: Tensor | None = None, transposed: bool = False) -> None:
         """Start from the scales that the matrix has.
+
+        Args:
+            matrix: the packed weight.
+            bias: float (n), or None.
+            transposed: see `BinaryLinear`; kept for the layer that takes the place of this one.
 
         Raises:
             ConfigError: it has row means or no column scales; only arb-rc and arb-rcx can be tuned.
@@ -37,6 +42,7 @@ class TunableLinear(nn.Module):
         super().__init__()
         if not matrix.layout.column_scaled or matrix.layout.row_means:
             raise ConfigError("only scales of arb-rc and arb-rcx can be tuned; choose one of these methods")
+        self.transposed = transposed
         self._matrix = matrix
         self._order = matrix.column_order()
         self._row_scales, factors = matrix.scales()
@@ -45,7 +51,7 @@ class TunableLinear(nn.Module):
         self._signs = signed_masks(matrix)
         self.row_changes = nn.Parameter(torch.zeros_like(self._row_scales))
         self.column_changes = nn.Parameter(torch.zeros_like(self._column_scales))
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = None if bias is None else bias.detach()
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """Row scales (n, S) and column scales (flat) as they are now, float32."""

@@ -10,15 +10,25 @@ import typer
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
 from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
-FIDELITY = "Fidelity to the paper"
+PAPER = "Methods of the paper"
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    method: Annotated[
-        str, typer.Option(help="billm, arb, arb-x, arb-rc, or arb-rcx, which goes beyond the paper.")
-    ] = "arb-rc",
+    method: Annotated[str, typer.Option(help="arb-rcx, or as in the paper billm, arb, arb-x, arb-rc.")] = "arb-rcx",
+    bits: Annotated[
+        float | None,
+        typer.Option(help="True bits a weight of the linears, 1.1 to 4, with arb-rcx.", show_default="2.25"),
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="How linears share the bits: measured (by what the model gains) or uniform.")
+    ] = "measured",
+    tune: Annotated[
+        int | None,
+        typer.Option(help="Steps of tuning each block's scales, 0 for none.", show_default="40 with arb-rcx, else 0"),
+    ] = None,
+    distill: Annotated[int, typer.Option(help="Steps of end-to-end distillation of the scales in the end.")] = 0,
     calibration: Annotated[
         str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
     ] = "c4",
@@ -27,20 +37,23 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     partition: Annotated[
         str,
-        typer.Option(help="How weights share scales: none, column, group, column+group (BiLLM) or cgb (the paper)."),
+        typer.Option(
+            help="How weights share scales: none, column, group, column+group (BiLLM) or cgb (the paper).",
+            rich_help_panel=PAPER,
+        ),
     ] = "cgb",
-    groups: Annotated[int, typer.Option(help="Groups of weights by size: 2 (1-bit bitmap) or 4 (2 bits).")] = 2,
+    groups: Annotated[
+        int, typer.Option(help="Groups of weights by size: 2 (1-bit bitmap) or 4 (2 bits).", rich_help_panel=PAPER)
+    ] = 2,
+    block_size: Annotated[int, typer.Option(help="Columns that share row scales.", rich_help_panel=PAPER)] = 128,
     iterations: Annotated[int, typer.Option(help="Alternating refinement steps.")] = 15,
-    block_size: Annotated[int, typer.Option(help="Columns that share row scales.")] = 128,
     split_on: Annotated[
-        str, typer.Option(help="Choose group thresholds by the weight or the saliency.", rich_help_panel=FIDELITY)
+        str, typer.Option(help="Choose group thresholds by the weight or the saliency.", rich_help_panel=PAPER)
     ] = "weight",
     compensation: Annotated[
-        str, typer.Option(help="How errors spread to later columns: exact or reference.", rich_help_panel=FIDELITY)
+        str, typer.Option(help="How errors spread to later columns: exact or reference.", rich_help_panel=PAPER)
     ] = "exact",
-    damping: Annotated[
-        float, typer.Option(help="Added to the Hessian, in units of its mean diagonal.", rich_help_panel=FIDELITY)
-    ] = 0.01,
+    damping: Annotated[float, typer.Option(help="Added to the Hessian, in units of its mean diagonal.")] = 0.01,
     embeddings: Annotated[
         int, typer.Option(help="Bits of embeddings and head: 8, or 16 to leave them as they are.")
     ] = 16,
@@ -60,7 +73,7 @@ def quantize(
 
     `arbllm quantize HuggingFaceTB/SmolLM2-135M smollm2-packed`
 
-    `arbllm quantize model.gguf packed --calibration builtin --windows 16`
+    `arbllm quantize model.gguf packed --bits 1.6 --calibration builtin --windows 16`
 
     `arbllm quantize meta-llama/Llama-2-7b-hf packed --method arb-x --device cuda`
 
@@ -73,6 +86,8 @@ def quantize(
 
         config = BinarizationConfig(
             method=method,
+            bits=bits,
+            allocation=allocation,
             partition=partition,
             groups=groups,
             block_size=block_size,
@@ -88,6 +103,8 @@ def quantize(
                 out,
                 config=config,
                 embedding_bits=embeddings,
+                tune=tune,
+                distill=distill,
                 calibration=calibration,
                 windows=windows,
                 window_length=window_length,

@@ -1,7 +1,8 @@
 """What happens while a model is quantized, as plain records for a display or a log.
 
 A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear, a
-`BlockTuned` if its scales are tuned, and one `BlockFinished`. Blocks are numbered from 0.
+`BlockTuned` if its scales are tuned, and one `BlockFinished`; last, where asked for, a `DistillationStep` for each step
+and one `DistillationFinished`. Blocks are numbered from 0.
 """
 
 from __future__ import annotations
@@ -133,5 +134,41 @@ class BlockFinished(_Record):
     peak_memory_bytes: int
 
 
-Event = JobStarted | BlockStarted | LinearQuantized | BlockTuned | BlockFinished
+@dataclass(frozen=True)
+class DistillationStep(_Record):
+    """A step of the distillation that follows the last block.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        loss: divergence from the dense model's predictions on this step's text, in nats a token.
+    """
+
+    event: ClassVar[str] = "distillation_step"
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class DistillationFinished(_Record):
+    """The whole model's scales and norms have been distilled.
+
+    Attributes:
+        before: divergence on held-out text before.
+        after: the same with the state that was kept.
+        steps: steps that led to this state.
+        seconds: wall-clock time.
+    """
+
+    event: ClassVar[str] = "distillation_finished"
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+Event = (
+    JobStarted | BlockStarted | LinearQuantized | BlockTuned | BlockFinished | DistillationStep | DistillationFinished
+)
 OnEvent = Callable[[Event], None]

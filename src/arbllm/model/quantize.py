@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from arbllm.budget import Demand, allocate
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
 from arbllm.errors import ModelError
@@ -20,11 +21,13 @@ from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.sensitivity import measure_demands
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
+SENSITIVITY_WINDOWS = 2
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
@@ -69,13 +72,14 @@ def quantize_model(
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
+    configs = _configs(model, blocks, windows, config, device)
     hidden, calls = capture_inputs(model, blocks, windows, device)
     results: list[LinearQuantized] = []
     total = len(blocks)
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
         for call in calls:
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
-            results += _BlockJob(model, blocks.pop(0), total, device, config, tuning, emit, pool).run(call, hidden)
+            results += _BlockJob(model, blocks.pop(0), total, device, configs, tuning, emit, pool).run(call, hidden)
     return results
 
 
@@ -87,7 +91,7 @@ class _BlockJob:
     block: DecoderBlock
     blocks: int
     device: torch.device
-    config: BinarizationConfig
+    configs: Mapping[str, BinarizationConfig]
     tuning: Tuning | None
     emit: OnEvent
     pool: Executor
@@ -138,7 +142,9 @@ class _BlockJob:
         factors: dict[Linear, Factor] = {}
         for group in groups:
             with _named(group.linears[0].name):
-                factors |= dict.fromkeys(group.linears, factorize(group.hessian, self.config.damping))
+                factors |= dict.fromkeys(
+                    group.linears, factorize(group.hessian, self.configs[group.linears[0].name].damping)
+                )
         largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
         futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
         solved = []
@@ -161,7 +167,7 @@ class _BlockJob:
     def _solve_linear(self, linear: Linear, factor: Factor) -> tuple[BinaryMatrix, float]:
         start = self._now()
         try:
-            matrix = quantize_matrix(linear.weight, factor.hessian, self.config, factor=factor)
+            matrix = quantize_matrix(linear.weight, factor.hessian, self.configs[linear.name], factor=factor)
         except ModelError as error:
             raise ModelError(f"{linear.name}: {error}") from error
         return matrix, self._now() - start
@@ -199,6 +205,26 @@ def _ignore(_: object) -> None:
 def _job_started(blocks: list[DecoderBlock]) -> JobStarted:
     linears = [linear for block in blocks for linear in block.linears]
     return JobStarted(len(blocks), len(linears), sum(linear.weight.numel() for linear in linears))
+
+
+def _configs(
+    model: PreTrainedModel,
+    blocks: list[DecoderBlock],
+    windows: Tensor,
+    config: BinarizationConfig,
+    device: torch.device,
+) -> dict[str, BinarizationConfig]:
+    """What each linear is quantized with: the budget, where there is one, is divided among them."""
+    linears = [linear for block in blocks for linear in block.linears]
+    if config.bits is None:
+        return {linear.name: config for linear in linears}
+    if config.allocation == "measured":
+        demands = measure_demands(model, windows[:SENSITIVITY_WINDOWS], device)
+    else:
+        shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
+        demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
+    bits = allocate(demands, config.bits, config.scale_block)
+    return {name: replace(config, bits=share) for name, share in bits.items()}
 
 
 def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:

@@ -1,0 +1,108 @@
+"""How much each linear's bits matter to the model, measured before a budget is divided among them.
+
+Two figures a linear, from a few windows of text:
+
+- How much the model's loss rises with the linear's relative output error. To second order, with the output's gradient g
+  and the error independent of it from token to token, that is half the mean over tokens of sum_i g_i^2 y_i^2.
+- How hard the linear is to quantize: sum_j ||w_j||^2 / U_jj^2 over tr(W H W^T), the relative output error per unit of
+  relative weight error when later columns make up for earlier ones (U as in `arbllm.factor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from arbllm.budget import Demand
+from arbllm.factor import factorize
+from arbllm.model.capture import capture_inputs, compute_dtype, gather_hessians, resident
+from arbllm.model.walk import DecoderBlock, Linear, find_blocks
+
+DAMPING = 0.01
+
+
+def measure_demands(model: PreTrainedModel, windows: Tensor, device: torch.device) -> dict[str, Demand]:
+    """What `budget.allocate` needs to know of every linear.
+
+    Args:
+        model: dense, in evaluation mode. It computes on `device` as a whole, gradients of activations included, and is
+            put back afterwards.
+        windows: a few windows of text, int64 (N, L).
+        device: where to compute.
+
+    Returns:
+        Module name -> demand, in the model's order.
+    """
+    blocks = find_blocks(model)
+    rises = _loss_rises(model, blocks, windows, device)
+    efforts = _efforts(model, blocks, windows, device)
+    linears = [linear for block in blocks for linear in block.linears]
+    return {
+        linear.name: Demand(linear.weight.shape[0], linear.weight.shape[1], rises[linear] * efforts[linear])
+        for linear in linears
+    }
+
+
+def _loss_rises(
+    model: PreTrainedModel, blocks: list[DecoderBlock], windows: Tensor, device: torch.device
+) -> dict[Linear, float]:
+    """Sum over tokens of sum_i g_i^2 y_i^2 for the outputs y of every linear."""
+    home, dtype = model.device, model.dtype
+    totals = {linear: 0.0 for block in blocks for linear in block.linears}
+
+    def watch(linear: Linear, _: nn.Module, __: Any, output: Tensor) -> None:
+        value = output.detach()
+
+        def add(gradient: Tensor) -> None:
+            totals[linear] += float((gradient.float() * value.float()).square().sum())
+
+        output.register_hook(add)
+
+    model.to(device, compute_dtype(dtype, device)).eval()
+    with ExitStack() as hooks, _frozen(model):
+        embedding = model.get_input_embeddings()
+        hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.requires_grad_()).remove)
+        for linear in totals:
+            hooks.callback(linear.module.register_forward_hook(partial(watch, linear)).remove)
+        for window in windows.to(device).split(1):
+            logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+            nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum").backward()
+    model.to(home, dtype)
+    return totals
+
+
+def _efforts(
+    model: PreTrainedModel, blocks: list[DecoderBlock], windows: Tensor, device: torch.device
+) -> dict[Linear, float]:
+    """Relative output error per unit of relative weight error, one block's Hessians in memory at a time."""
+    efforts = {}
+    hidden, calls = capture_inputs(model, blocks, windows, device)
+    for block, call in zip(blocks, calls, strict=True):
+        with resident(block.module, device):
+            outputs = torch.empty_like(hidden)
+            for group in gather_hessians(block, call.to(device), hidden, outputs):
+                factor = factorize(group.hessian, DAMPING)
+                for linear in group.linears:
+                    weight = linear.weight.float()
+                    floor = weight.square().sum(0) @ factor.upper.diagonal().square().reciprocal()
+                    efforts[linear] = float(floor / ((weight @ factor.hessian) * weight).sum().clamp(min=1e-30))
+            hidden = outputs
+    return efforts
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter collects gradients inside; they flow through activations alone."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)

@@ -9,9 +9,11 @@ from arbllm.nn import BinaryLinear
 from tests.helpers import random_matrix
 
 
-@pytest.fixture
-def layer():
-    return BinaryLinear.from_matrix(random_matrix(20, 30, salient=4, row_means=True), torch.randn(20))
+@pytest.fixture(params=[("bitmap", 16), ("segments", 8), ("explicit", 8)])
+def layer(request):
+    ordering, scale_bits = request.param
+    matrix = random_matrix(20, 30, salient=4, row_means=True, ordering=ordering, scale_bits=scale_bits)
+    return BinaryLinear.from_matrix(matrix, torch.randn(20))
 
 
 def packed_tensors(layer):
@@ -86,7 +88,7 @@ def test_a_copy_is_independent(layer):
 
 def test_a_wrong_buffer_is_named(layer):
     layer.row_scales = layer.row_scales.float()
-    with pytest.raises(CheckpointError, match=r"row_scales: expected torch.float16"):
+    with pytest.raises(CheckpointError, match=r"row_scales: expected torch\.(float16|uint8)"):
         layer(torch.randn(1, 30))
 
 

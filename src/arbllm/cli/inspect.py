@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,7 +77,7 @@ def totals(found: CheckpointReport) -> dict[str, str]:
     bits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in packed.bits_per_weight.items() if value)
     return {
         "": "",
-        "method": f"{options.get('method')}, partition {options.get('partition')}, {options.get('groups')} groups",
+        "method": _method(options),
         "calibration": f"{text.get('windows')} windows of {text.get('window_length')} tokens of {text.get('text')}",
         "linears": f"{len(found.linears)} of {packed.weights:,} weights, {format_bytes(packed.nbytes)}",
         "nominal bits a weight": f"{packed.nominal_bits:.3f}",
@@ -87,3 +88,10 @@ def totals(found: CheckpointReport) -> dict[str, str]:
         "norms and biases": format_bytes(found.size.rest),
         "file": f"{format_bytes(found.bytes_on_disk)}, all checksums right",
     }
+
+
+def _method(options: Mapping[str, Any]) -> str:
+    """The method and the options that tell most about it."""
+    if options.get("bits") is not None:
+        return f"{options.get('method')}, at most {options['bits']:g} bits a weight"
+    return f"{options.get('method')}, partition {options.get('partition')}, {options.get('groups')} groups"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import mean
@@ -17,7 +17,7 @@ import arbllm
 from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
 from arbllm.binarize.methods import get_method
 from arbllm.card import CardFacts, model_card
-from arbllm.config import BinarizationConfig
+from arbllm.config import FEWEST_BITS, MOST_BITS, BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
@@ -40,6 +40,7 @@ from arbllm.text import calibration_windows, evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
+HEADER_BYTES, HEADERS_A_LINEAR = 190, 6  # of a file's header for each tensor; further tensors of a packed linear
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def quantize(
     *,
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
+    size: int | None = None,
     tune: int | None = None,
     distill: int = 0,
     calibration: str = "c4",
@@ -115,6 +117,7 @@ def quantize(
         out: the directory to write.
         config: method and options.
         embedding_bits: 8 to round embeddings and head to 8 bits with one scale a row, 16 to leave them as they are.
+        size: bytes that the checkpoint's weight files may take in all; it takes the place of `config.bits`.
         tune: Adam steps on each block's scales and norms after it is solved, 0 for none; None means 40 with arb-rcx,
             else none.
         distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. It takes the dense and
@@ -156,6 +159,8 @@ def quantize(
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
             quantize_embeddings(opened, embedding_bits)
+            if size is not None:
+                config = replace(config, bits=_bits_for_size(opened, size))
             check_disk_space(_largest_size(opened, config), work)
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = _both(log, on_event)
@@ -165,18 +170,18 @@ def quantize(
                     distill_model(opened, teacher, tokens, Tuning(distill, DISTILLATION_RATE), place, emit)
                     del teacher
             _save(opened, tokenizer, work, config, results, facts)
-        size = _packed_size(opened)
+        packed = _packed_size(opened)
         del opened
         score = _evaluate(work, held_out, place) if held_out is not None else None
         summary = QuantizationSummary(
             path=out,
             linears=len(results),
-            weights=size.weights,
-            true_bits_per_weight=size.true_bits,
-            nominal_bits_per_weight=size.nominal_bits,
+            weights=packed.weights,
+            true_bits_per_weight=packed.true_bits,
+            nominal_bits_per_weight=packed.nominal_bits,
             output_error=mean(result.output_error for result in results),
             bytes_on_disk=bytes_on_disk(work),
-            linear_bytes=size.nbytes,
+            linear_bytes=packed.nbytes,
             dense_bytes=dense_bytes,
             dense_linear_bytes=dense_linear_bytes,
             perplexity=score.perplexity if score else None,
@@ -186,6 +191,26 @@ def quantize(
             _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
         )
     return summary
+
+
+def _bits_for_size(model: PreTrainedModel, size: int) -> float:
+    """Bits a weight of the linears with which the weight files take `size` bytes.
+
+    Raises:
+        ConfigError: they would be fewer than there can be; names the least size. More than enough gives the most bits.
+    """
+    dense_bytes, dense_linear_bytes = _dense_sizes(model)
+    linears = [linear for block in find_blocks(model) for linear in block.linears]
+    weights = sum(linear.weight.numel() for linear in linears)
+    headers = HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * len(linears))
+    rest = dense_bytes - dense_linear_bytes + sum(e.nbytes for e in packed_embeddings(model).values()) + headers
+    bits = 8 * (size - rest) / weights
+    if bits < FEWEST_BITS:
+        raise ConfigError(
+            f"size {size:,} bytes is too little: all but the linears takes {rest:,} and the linears at least "
+            f"{ceil(FEWEST_BITS * weights / 8):,}; ask for more, or for --embeddings 8"
+        )
+    return min(bits, MOST_BITS)
 
 
 def _tuning(config: BinarizationConfig, tune: int | None, distill: int) -> Tuning | None:

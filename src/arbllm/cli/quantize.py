@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
-from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
+from arbllm.cli.output import command, format_bytes, parse_size, print_facts, print_json, say
 
 PAPER = "Methods of the paper"
 
@@ -20,6 +20,9 @@ def quantize(
     bits: Annotated[
         float | None,
         typer.Option(help="True bits a weight of the linears, 1.1 to 4, with arb-rcx.", show_default="2.25"),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the weight files in all, for example 1.8GB or 95MB, in place of --bits.")
     ] = None,
     allocation: Annotated[
         str, typer.Option(help="How linears share the bits: measured (by what the model gains) or uniform.")
@@ -75,6 +78,8 @@ def quantize(
 
     `arbllm quantize model.gguf packed --bits 1.6 --calibration builtin --windows 16`
 
+    `arbllm quantize meta-llama/Llama-2-7b-hf packed --size 2.4GB --embeddings 8`
+
     `arbllm quantize meta-llama/Llama-2-7b-hf packed --method arb-x --device cuda`
 
     As the paper's own code: `--split-on saliency --compensation reference`
@@ -103,6 +108,7 @@ def quantize(
                 out,
                 config=config,
                 embedding_bits=embeddings,
+                size=parse_size(size),
                 tune=tune,
                 distill=distill,
                 calibration=calibration,

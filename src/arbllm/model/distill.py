@@ -68,7 +68,8 @@ def distill(
     """Train all scales and norms of a packed model end to end; the best state on held-out text is kept.
 
     The loss is the Kullback-Leibler divergence from the teacher's predictions to the model's. Windows are cut to pieces
-    of at most LENGTH tokens, one a step; the last two pieces are held out, and training stops once the loss there rises.
+    of at most LENGTH tokens, one a step; the last two pieces are held out, and training stops when the loss there no
+    longer falls.
 
     Args:
         model: packed; changed in place.

@@ -16,6 +16,7 @@ from arbllm.model.walk import DecoderBlock, Linear
 from arbllm.tunable import TunableLinear
 
 CHECKS = 4
+PATIENCE = 2  # checks in a row without a gain
 HELD_OUT_SHARE = 8
 SCALE_RATE, NORM_RATE = 3e-3, 1e-3
 
@@ -55,7 +56,7 @@ def tune_block(
     """Adam on row scales, column scales and norm weights; the best state on held-out windows is kept.
 
     The loss is the squared error of the block's output over its squared norm, averaged over tokens. Every eighth window
-    (one at least, where there are two) is held out; tuning stops early once the loss there rises.
+    (one at least, where there are two) is held out; tuning stops early when the loss there no longer falls.
 
     Args:
         block: the block, resident where it computes; its norms are changed in place.
@@ -148,22 +149,23 @@ class Best:
 
     Attributes:
         loss: that loss.
+        misses: how many states in a row have not been better.
         step: after how many steps it was reached.
     """
 
     def __init__(self, parameters: list[nn.Parameter], loss: float) -> None:
         self._parameters = parameters
         self._state: list[Tensor] = []
-        self.loss, self.step = math.inf, 0
+        self.loss, self.step, self.misses = math.inf, 0, 0
         self.offer(loss, 0)
 
     def offer(self, loss: float, step: int) -> bool:
-        """Keep the present state if its loss is the least; returns whether it is."""
-        better = loss < self.loss
-        if better:
-            self.loss, self.step = loss, step
+        """Keep the present state if its loss is the least; returns whether it is worth going on."""
+        self.misses += 1
+        if loss < self.loss:
+            self.loss, self.step, self.misses = loss, step, 0
             self._state = [parameter.detach().clone() for parameter in self._parameters]
-        return better
+        return self.misses < PATIENCE
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
-from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
 from arbllm.binarize.methods import get_method
+from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
 from arbllm.card import CardFacts, model_card
 from arbllm.config import FEWEST_BITS, MOST_BITS, BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
@@ -27,9 +27,9 @@ from arbllm.format.checkpoint import bytes_on_disk, output_directory
 from arbllm.format.layout import Layout, Segment
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
+from arbllm.model.distill import DISTILLATION_RATE, distill_model
 from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
 from arbllm.model.events import Event, LinearQuantized, OnEvent
-from arbllm.model.distill import DISTILLATION_RATE, distill_model
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
 from arbllm.model.tune import Tuning

@@ -1,6 +1,7 @@
 """Perplexity, size and cost of every method on SmolLM2-135M: writes docs/results.md.
 
-    python benchmarks/results.py                         all rows that are not there yet, then the table
+    python benchmarks/results.py                         the paper's methods, as far as not there yet, then the page
+    python benchmarks/results.py --all                   arb-rcx at eight budgets as well: days on two cores
     python benchmarks/results.py --row arb-rc            one row
     python benchmarks/results.py --max-windows 50        the first 50 windows of the text alone
     python benchmarks/results.py --table                 only the table, from the rows that are there
@@ -34,10 +35,26 @@ FIGURES = ROOT / "docs" / "results"
 CHECKPOINTS = ROOT / "out" / "results"
 FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
-ROWS = (FULL, *METHODS)
-WINDOWS, CONTEXT = 16, 2048
+BITS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.5, 2.85, 3.25)
+WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
+C4 = " on C4"
 TEXT_WINDOWS, PIECE = 148, 50  # windows of the text in all, and of one `arbllm eval`
 PATHS = ("model", "path", "text")
+
+
+def joint_rows() -> dict[str, tuple[str, ...]]:
+    """Rows of arb-rcx by name, with their options of `arbllm quantize`."""
+    rows: dict[str, tuple[str, ...]] = {}
+    for bits in BITS:
+        rows[f"arb-rcx {bits}"] = ("--bits", str(bits), "--tune", "0")
+        rows[f"arb-rcx {bits} tuned"] = ("--bits", str(bits))
+        rows[f"arb-rcx {bits} tuned and distilled"] = ("--bits", str(bits), "--distill", "100")
+    rows["arb-rcx 2.25 uniform"] = ("--bits", "2.25", "--tune", "0", "--allocation", "uniform")
+    return rows | {f"{row}{C4}": options for row, options in rows.items()}
+
+
+JOINT = joint_rows()
+ROWS = (FULL, *METHODS, *JOINT)
 
 _PAGE = """\
 # Results
@@ -49,7 +66,7 @@ groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 
 {table}
 
-Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored
+{joint}Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored
 (signs, bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the
 head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
 linears of tr(D H Dᵀ) / tr(W H Wᵀ). Peak memory is that of `arbllm quantize` on {machine}, the model's loading included.
@@ -61,10 +78,20 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 """
 
 
+_JOINT = """\
+`arb-rcx` with its budget of true bits over the linears, calibrated on {windows} windows: of the validation text of
+WikiText-2, or, where the row says so, of C4. *Tuned* rows had each block's scales and norms tuned after it was solved,
+*distilled* ones 100 steps of distillation in the end; *uniform* gives all linears the same bits.
+
+{table}
+"""
+
+
 def main() -> None:
     """Run the missing rows, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; all by default")
+    parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; by default the paper's methods")
+    parser.add_argument("--all", action="store_true", help="run every row: days on two cores")
     parser.add_argument("--table", action="store_true", help="only write the page from the rows that are there")
     parser.add_argument(
         "--max-windows", type=int, default=TEXT_WINDOWS, help="only so many windows of the text; the page says so"
@@ -72,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         check_data()
-        for row in options.row or ROWS:
+        for row in options.row or (ROWS if options.all else (FULL, *METHODS)):
             run_row(row, options.max_windows)
     write_page(options.max_windows)
 
@@ -91,7 +118,7 @@ def run_row(row: str, max_windows: int) -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     model = demonstration_model()
     if row != FULL:
-        model = CHECKPOINTS / row
+        model = CHECKPOINTS / row.replace(" ", "-")
         if not model.exists():
             quantization_file(row).unlink(missing_ok=True)
         once(quantization_file(row), lambda: quantize(row, model))
@@ -128,12 +155,13 @@ def evaluation(row: str, max_windows: int) -> dict[str, Any]:
     return parts[0] | {"perplexity": math.exp(loss), "windows": windows}
 
 
-def quantize(method: str, out: Path) -> dict[str, Any]:
-    """Quantize the demonstration model with one method."""
-    calibration = ("--calibration", DATA / "wiki.valid.raw", "--windows", str(WINDOWS), "--window-length", str(CONTEXT))
-    return arbllm(
-        "quantize", demonstration_model(), out, "--method", method, "--partition", "cgb", *calibration, "--overwrite"
-    )
+def quantize(row: str, out: Path) -> dict[str, Any]:
+    """Quantize the demonstration model as a row says."""
+    text = DATA.parent / "c4" / "c4_sample.txt" if row.endswith(C4) else DATA / "wiki.valid.raw"
+    windows = JOINT_WINDOWS if row in JOINT else WINDOWS
+    method = JOINT.get(row, ("--method", row, "--partition", "cgb"))
+    calibration = ("--calibration", text, "--windows", str(windows), "--window-length", str(CONTEXT))
+    return arbllm("quantize", demonstration_model(), out, *method, *calibration, "--overwrite")
 
 
 def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -163,7 +191,7 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
     rows = load_rows(max_windows)
     if FULL not in rows or len(rows) < 2:
         sys.exit("the page needs the row 'full precision' and one more")
-    one = next(figures for row, figures in rows.items() if row != FULL)
+    one = next(figures for row, figures in rows.items() if row in METHODS)
     job = one["quantize"]
     whole = max_windows == TEXT_WINDOWS
     PAGE.parent.mkdir(exist_ok=True)
@@ -172,7 +200,8 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
             windows=f"{'' if whole else 'the first '}{one['windows']} windows",
             context=CONTEXT,
             calibration=WINDOWS,
-            table=table(rows),
+            table=table({row: figures for row, figures in rows.items() if row not in JOINT}),
+            joint=joint_section(rows),
             rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
             machine=job["machine"],
             option="" if whole else f" --max-windows {max_windows}",
@@ -180,6 +209,14 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
         )
     )
     print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def joint_section(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of arb-rcx, with what it is; empty without a row of it."""
+    found = {row: figures for row, figures in rows.items() if row in JOINT}
+    if not found:
+        return ""
+    return _JOINT.format(windows=JOINT_WINDOWS, table=table({FULL: rows[FULL]} | found)) + "\n"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -25,10 +25,6 @@ class BinarizationConfig:
 
     Attributes:
         method: a name from `arbllm.binarize.methods.METHODS`: arb-rcx, or billm, arb, arb-x, arb-rc as in the paper.
-        bits: with arb-rcx, the true bits a weight that a matrix may take, everything counted; None means 2.25.
-        allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
-            what the model's loss gains from them.
-        scale_block: with arb-rcx, how many columns share row scales, about.
         partition: how weights share parameters in the paper's methods. `none`: one zone a block; `column`: salient
             columns apart, with two signs a weight; `group`: large and small weights apart; `column+group`: both
             (BiLLM's three zones); `cgb`: both, and the salient columns in groups too (the paper's column-group bitmap,
@@ -41,15 +37,16 @@ class BinarizationConfig:
         compensation: in the paper's methods, how a block's error is spread over later columns: `exact` (the
             least-squares optimum) or `reference` (as BiLLM and the paper).
         damping: lambda, in units of the mean of diag H.
+        bits: with arb-rcx, the true bits a weight that a matrix may take, everything counted; None means 2.25.
+        allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
+            what the model's loss gains from them.
+        scale_block: with arb-rcx, how many columns share row scales, about.
 
     Raises:
         ConfigError: an option is out of range; the message lists what is allowed.
     """
 
     method: str = "arb-rcx"
-    bits: float | None = None
-    allocation: str = "measured"
-    scale_block: int = 512
     partition: str = "cgb"
     groups: int = 2
     block_size: int = 128
@@ -57,6 +54,9 @@ class BinarizationConfig:
     split_on: str = "weight"
     compensation: str = "exact"
     damping: float = 0.01
+    bits: float | None = None
+    allocation: str = "measured"
+    scale_block: int = 512
 
     def __post_init__(self) -> None:
         self._check_bits(get_method(self.method))

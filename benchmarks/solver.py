@@ -45,8 +45,8 @@ their Hessians. `braq` is BiLLM, `+cgb` has the column-group bitmap; blocks of 1
 
 Errors are output errors, tr(D H Dᵀ) / tr(W H Wᵀ). *Faithful* is `split_on="saliency"`, `compensation="reference"`: what
 the reference does. *Default* chooses the group threshold by the error of the weight itself and compensates exactly, at
-the same bits. `arb-rcx` is not in the paper: it starts from ARB-RC and refines all scales, signs and groups of a block
-together under the calibrated error. The reference's seconds were measured once, on one thread of a like machine.
+the same bits. [What goes beyond the paper](joint.md) has a page of its own.
+The reference's seconds were measured once, on one thread of a like machine.
 
 {matrices}
 
@@ -65,7 +65,6 @@ CASES = {
     "arb-x+cgb": ("arb-x", "cgb"),
     "arb-rc": ("arb-rc", "column+group"),
     "arb-rc+cgb": ("arb-rc", "cgb"),
-    "arb-rcx+cgb": ("arb-rcx", "cgb"),
 }
 
 Result = TypeVar("Result")
@@ -94,24 +93,22 @@ def matrices(folder: Path, repeats: int) -> Rows:
     known = json.loads((folder / "reference.json").read_text())
     tensors = load_file(folder / "reference.safetensors")
     return [
-        one_matrix(name, case, tensors[f"{name}.weight"], tensors[f"{name}.hessian"], known[name].get(case), repeats)
+        one_matrix(name, case, tensors[f"{name}.weight"], tensors[f"{name}.hessian"], known[name][case], repeats)
         for name in known
         for case in CASES
     ]
 
 
 def one_matrix(
-    name: str, case: str, weight: torch.Tensor, hessian: torch.Tensor, known: dict[str, float] | None, repeats: int
+    name: str, case: str, weight: torch.Tensor, hessian: torch.Tensor, known: dict[str, float], repeats: int
 ) -> tuple[str, ...]:
-    """One row: `known` holds the reference's figures, where it has this method."""
+    """One row: `known` holds the reference's figures."""
     method, partition = CASES[case]
     config = BinarizationConfig(method, partition)
     matrix, seconds = timed(partial(quantize_matrix, weight, hessian, config), repeats)
     assert matrix.report
     error = matrix.report.output_error
     label = (f"{name.removeprefix('layers.4.')} {'x'.join(map(str, weight.shape))}", case)
-    if known is None:
-        return (*label, "", "", "", f"{error:.4f}", "", f"{matrix.true_bits:.2f}", "", "", f"{seconds:.2f}")
     as_reference = replace(config, split_on="saliency", compensation="reference")
     faithful, faithful_seconds = timed(partial(quantize_matrix, weight, hessian, as_reference), repeats)
     assert faithful.report

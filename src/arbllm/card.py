@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from arbllm.config import BinarizationConfig
 
@@ -56,7 +57,7 @@ class CardFacts:
         source: the model that was quantized, as the user named it.
         version: the version of arbllm.
         config: method and options.
-        calibration: `text`, `windows`, `window_length` and `seed`.
+        calibration: `text`, `windows`, `window_length`, `seed`, and the steps `tune` and `distill`.
         true_bits: stored bits a weight of the linears.
         nominal_bits: signs a weight of the linears.
         bytes_on_disk: bytes of the tensors' files.
@@ -82,9 +83,8 @@ def model_card(facts: CardFacts) -> str:
     """The text of `README.md`: front matter for model hubs, the lines that load the model, and a table of facts."""
     config, calibration = facts.config, facts.calibration
     rows = {
-        "method": f"{config.method}, partition {config.partition}, {config.groups} groups, "
-        f"blocks of {config.block_size} columns, {config.iterations} iterations",
-        "thresholds, compensation, damping": f"{config.split_on}, {config.compensation}, {config.damping:g}",
+        "method": described(config.to_dict()),
+        "tuning": f"{calibration.get('tune', 0)} steps a block, {calibration.get('distill', 0)} of distillation",
         "true bits a weight (linears)": f"{facts.true_bits:.3f}",
         "nominal bits a weight (linears)": f"{facts.nominal_bits:.3f}",
         "bytes on disk": f"{facts.bytes_on_disk:,}",
@@ -104,6 +104,21 @@ def model_card(facts: CardFacts) -> str:
         true_bits=facts.true_bits,
         embeddings=_EMBEDDINGS[facts.embedding_bits],
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+
+
+def described(options: Mapping[str, Any]) -> str:
+    """Method and options in a few words.
+
+    Args:
+        options: as `BinarizationConfig.to_dict` gives them.
+    """
+    if options.get("bits") is not None:
+        return f"{options['method']}, {options['bits']:.4g} bits a weight, {options.get('allocation')} allocation"
+    return (
+        f"{options.get('method')}, partition {options.get('partition')}, {options.get('groups')} groups, blocks of "
+        f"{options.get('block_size')} columns, {options.get('iterations')} iterations, thresholds by the "
+        f"{options.get('split_on')}, {options.get('compensation')} compensation"
     )
 
 

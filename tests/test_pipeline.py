@@ -93,6 +93,8 @@ def test_the_model_behind_the_card_is_the_one_on_disk(job):
         ({"windows": 10**6}, TextError, "windows"),
         ({"window_length": 129, "windows": 1}, ModelError, "128"),
         ({"dtype": "int3"}, ConfigError, "int3"),
+        ({"bitmap": "zip"}, ConfigError, "raw, csr, entropy"),
+        ({"bitmap": "csr", "size": 10**6}, ConfigError, "choose entropy"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"evaluate": "no such file"}, TextError, "no such file"),
     ],
@@ -142,6 +144,20 @@ def test_embeddings_in_8_bits(dense, job, tmp_path, monkeypatch):
     assert summary.dense_bytes == job[0].dense_bytes
     assert asked[0] + 32_000 > summary.bytes_on_disk
     assert "in 8 bits" in (summary.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bitmap", ["csr", "entropy"])
+def test_coded_bitmaps(dense, job, tmp_path, monkeypatch, bitmap):
+    asked: list[int] = []
+    monkeypatch.setattr("arbllm.pipeline.check_disk_space", lambda needed, _: asked.append(needed))
+    summary = arbllm.quantize(dense, tmp_path / "packed", **OPTIONS, bitmap=bitmap)
+    size = report(summary.path).size
+    assert summary.true_bits_per_weight == size.linears.true_bits != size.linears_in_memory.true_bits
+    assert summary.linear_bytes == size.linears.nbytes
+    assert asked[0] + 32_000 > summary.bytes_on_disk
+    raw, coded = arbllm.load(job[0].path).state_dict(), arbllm.load(summary.path).state_dict()
+    assert raw.keys() == coded.keys()
+    assert all(torch.equal(coded[name], tensor) for name, tensor in raw.items())
 
 
 @pytest.mark.parametrize(("method", "groups"), [("arb", 4), ("arb-rc", 2), ("arb-rc", 4)])

@@ -22,8 +22,9 @@ from arbllm.device import check_disk_space, choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
-from arbllm.format.accounting import StorageSize, matrix_size, total_size
-from arbllm.format.checkpoint import bytes_on_disk, output_directory
+from arbllm.format.accounting import matrix_size
+from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint, output_directory
+from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.layout import Layout, Segment
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
@@ -34,7 +35,6 @@ from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
 from arbllm.model.tune import Tuning
 from arbllm.model.walk import find_blocks
-from arbllm.nn import BinaryLinear
 from arbllm.progress import JsonLinesLog
 from arbllm.text import calibration_windows, evaluation_tokens
 
@@ -90,6 +90,7 @@ def quantize(
     *,
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
+    bitmap: str = RAW,
     size: int | None = None,
     tune: int | None = None,
     distill: int = 0,
@@ -117,6 +118,8 @@ def quantize(
         out: the directory to write.
         config: method and options.
         embedding_bits: 8 to round embeddings and head to 8 bits with one scale a row, 16 to leave them as they are.
+        bitmap: how the files hold group bitmaps, losslessly: `raw`, `entropy` (a range coder, smaller) or `csr` (as the
+            paper names it, but larger unless one weight in 16 or fewer is in the rarer group). In memory it is raw.
         size: bytes that the checkpoint's weight files may take in all; it takes the place of `config.bits`.
         tune: Adam steps on each block's scales and norms after it is solved, 0 for none; None means 40 with arb-rcx,
             else none.
@@ -141,6 +144,9 @@ def quantize(
     place = choose_device(device)
     tuning = _tuning(config, tune, distill)
     check_embedding_bits(embedding_bits)
+    check_coding(bitmap)
+    if size is not None and bitmap == CSR:
+        raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
     facts: dict[str, str | int] = {
@@ -161,7 +167,7 @@ def quantize(
             quantize_embeddings(opened, embedding_bits)
             if size is not None:
                 config = replace(config, bits=_bits_for_size(opened, size))
-            check_disk_space(_largest_size(opened, config), work)
+            check_disk_space(_largest_size(opened, config, bitmap), work)
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = _both(log, on_event)
                 results = quantize_model(opened, tokens, config, tuning=tuning, device=place, on_event=emit)
@@ -169,9 +175,9 @@ def quantize(
                     teacher = open_model_only(model, trust_remote_code=trust_remote_code)
                     distill_model(opened, teacher, tokens, Tuning(distill, DISTILLATION_RATE), place, emit)
                     del teacher
-            _save(opened, tokenizer, work, config, results, facts)
-        packed = _packed_size(opened)
+            _save(opened, tokenizer, work, config, bitmap, results, facts)
         del opened
+        packed = open_checkpoint(work).size.linears
         score = _evaluate(work, held_out, place) if held_out is not None else None
         summary = QuantizationSummary(
             path=out,
@@ -235,6 +241,7 @@ def _save(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     config: BinarizationConfig,
+    bitmap: str,
     results: list[LinearQuantized],
     calibration: Mapping[str, str | int],
 ) -> None:
@@ -243,18 +250,20 @@ def _save(
         result.name: {"output_error": result.output_error, "weight_error": result.weight_error} for result in results
     }
     facts = {"binarization": config.to_dict(), "statistics": statistics, "calibration": dict(calibration)}
-    mark_packed(model, facts)
+    mark_packed(model, facts | {"bitmap": bitmap})
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def _largest_size(model: PreTrainedModel, config: BinarizationConfig) -> int:
+def _largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:
     """Bytes that the checkpoint of a model with dense linears can take at most."""
     weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
     if config.bits is None:
         packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
     else:
         packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
+    if bitmap == CSR:  # of each bit plane at most half the weights are listed, two bytes each
+        packed += sum(weight.numel() for weight in weights) * (config.groups // 2)
     dense_bytes, dense_linear_bytes = _dense_sizes(model)
     embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
     return dense_bytes - dense_linear_bytes + packed + embeddings
@@ -296,10 +305,6 @@ def _evaluate(checkpoint: Path, held_out: Tensor, device: torch.device) -> Perpl
     """Perplexity of the checkpoint as it lies on the disk, on windows (N, L)."""
     model, _ = open_model(str(checkpoint), dtype=evaluation_dtype("auto", device), device=device)
     return perplexity(model, held_out.flatten(), held_out.shape[1])
-
-
-def _packed_size(model: PreTrainedModel) -> StorageSize:
-    return total_size(module.layout for module in model.modules() if isinstance(module, BinaryLinear))
 
 
 def _card(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from arbllm.evaluation.report import CheckpointReport, LinearReport
+    from arbllm.format.accounting import StorageSize
 
 
 def inspect(
@@ -74,6 +75,7 @@ def columns_by_bits(linear: LinearReport) -> str:
 def totals(found: CheckpointReport) -> dict[str, str]:
     """What the checkpoint holds as a whole."""
     packed, options, text = found.size.linears, found.binarization, found.calibration
+    memory = found.size.linears_in_memory
     bits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in packed.bits_per_weight.items() if value)
     return {
         "": "",
@@ -82,12 +84,20 @@ def totals(found: CheckpointReport) -> dict[str, str]:
         "linears": f"{len(found.linears)} of {packed.weights:,} weights, {format_bytes(packed.nbytes)}",
         "nominal bits a weight": f"{packed.nominal_bits:.3f}",
         "true bits a weight": f"{packed.true_bits:.3f} ({bits})",
+        **({} if memory == packed else {"in memory": _decoded(memory, found.bitmap)}),
         "mean output error": "" if found.output_error is None else f"{found.output_error:.4f}",
         "embeddings and head": format_bytes(found.size.embeddings)
         + (", in 8 bits" if found.rounded_embeddings else ""),
         "norms and biases": format_bytes(found.size.rest),
         "file": f"{format_bytes(found.bytes_on_disk)}, all checksums right",
     }
+
+
+def _decoded(memory: StorageSize, bitmap: str) -> str:
+    """What the linears take once their bitmaps are decoded."""
+    return (
+        f"{memory.true_bits:.3f} true bits a weight, {format_bytes(memory.nbytes)}: the file's bitmap is {bitmap}-coded"
+    )
 
 
 def _method(options: Mapping[str, Any]) -> str:

@@ -60,6 +60,10 @@ def quantize(
     embeddings: Annotated[
         int, typer.Option(help="Bits of embeddings and head: 8, or 16 to leave them as they are.")
     ] = 16,
+    bitmap: Annotated[
+        str,
+        typer.Option(help="How files hold the group bitmap: raw, entropy (smaller), or csr (as in the paper; larger)."),
+    ] = "raw",
     evaluate: Annotated[
         str | None, typer.Option(help="Afterwards, measure perplexity on this text (as in eval) for the model card.")
     ] = None,
@@ -108,6 +112,7 @@ def quantize(
                 out,
                 config=config,
                 embedding_bits=embeddings,
+                bitmap=bitmap,
                 size=parse_size(size),
                 tune=tune,
                 distill=distill,

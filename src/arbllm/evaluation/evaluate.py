@@ -10,10 +10,9 @@ from typing import Any
 from arbllm.device import choose_device, evaluation_dtype
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import perplexity
-from arbllm.format.accounting import total_size
 from arbllm.format.checkpoint import bytes_on_disk
+from arbllm.integrations.transformers import stored_size
 from arbllm.model.source import open_model
-from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
 
 
@@ -89,7 +88,7 @@ def evaluate(
         result = perplexity(
             opened, tokens, context, max_windows=max_windows, skip_windows=skip_windows, on_window=on_window
         )
-    size = total_size(module.layout for module in opened.modules() if isinstance(module, BinaryLinear))
+    size = stored_size(opened)
     return Evaluation(
         model=model,
         text=text,

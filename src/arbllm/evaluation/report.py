@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arbllm.format.accounting import ModelSize, matrix_size
+from arbllm.format.accounting import ModelSize
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.layout import Segment
 
@@ -23,9 +23,9 @@ class LinearReport:
         salient: columns with two signs a weight.
         kinds: the columns of each kind together, as a segment [width, groups, terms]; the most bits a weight first.
         nominal_bits: signs a weight.
-        true_bits: stored bits a weight.
+        true_bits: stored bits a weight, in the file.
         output_error: tr(D H D^T) / tr(W H W^T) when it was quantized; None where the checkpoint does not tell.
-        bytes: stored bytes.
+        bytes: stored bytes, in the file.
     """
 
     name: str
@@ -47,6 +47,7 @@ class CheckpointReport:
         path: its directory.
         binarization: method and options, as in config.json.
         calibration: text, windows, window length and seed, as in config.json.
+        bitmap: how the file holds group bitmaps: raw, csr or entropy.
         linears: the packed linears, block by block.
         rounded_embeddings: embeddings and heads that are stored in 8 bits, by name.
         size: bytes of linears, embeddings and the rest.
@@ -56,6 +57,7 @@ class CheckpointReport:
     path: Path
     binarization: dict[str, Any]
     calibration: dict[str, Any]
+    bitmap: str
     linears: list[LinearReport]
     rounded_embeddings: list[str]
     size: ModelSize
@@ -74,11 +76,14 @@ class CheckpointReport:
             "path": str(self.path),
             "binarization": self.binarization,
             "calibration": self.calibration,
+            "bitmap": self.bitmap,
             "true_bits_per_weight": packed.true_bits,
+            "true_bits_per_weight_in_memory": self.size.linears_in_memory.true_bits,
             "nominal_bits_per_weight": packed.nominal_bits,
             "output_error": self.output_error,
             "weights": packed.weights,
             "linear_bytes": packed.nbytes,
+            "linear_bytes_in_memory": self.size.linears_in_memory.nbytes,
             "linear_bytes_by_part": packed.parts,
             "embedding_bytes": self.size.embeddings,
             "rounded_embeddings": self.rounded_embeddings,
@@ -104,7 +109,7 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
     statistics = checkpoint.quantization.get("statistics", {})
     linears = []
     for name, layout in sorted(checkpoint.layouts.items(), key=lambda item: _natural_order(item[0])):
-        size = matrix_size(layout)
+        size = checkpoint.matrix_size(name)
         linears.append(
             LinearReport(
                 name=name,
@@ -122,6 +127,7 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
         path,
         checkpoint.quantization.get("binarization", {}),
         checkpoint.quantization.get("calibration", {}),
+        checkpoint.bitmap,
         linears,
         sorted(checkpoint.embeddings),
         checkpoint.size,

@@ -2,7 +2,8 @@
 
 *Nominal* bits count one sign a weight, two in salient columns: what papers quote. *True* bits count all that is stored,
 bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per weight of the
-linears that were packed; embeddings and other dense tensors are counted apart, in bytes.
+linears that were packed; embeddings and other dense tensors are counted apart, in bytes. A file may hold the group
+bitmap coded (see `arbllm.format.coding`): then it takes other bits on disk than in memory.
 """
 
 from __future__ import annotations
@@ -72,9 +73,15 @@ class StorageSize:
         return StorageSize(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
-def matrix_size(layout: Layout) -> StorageSize:
-    """What one matrix of this layout stores; agrees with `BinaryMatrix.nbytes` to the byte."""
+def matrix_size(layout: Layout, coded: Mapping[str, int] | None = None) -> StorageSize:
+    """What one matrix of this layout stores; agrees with `BinaryMatrix.nbytes` to the byte.
+
+    Args:
+        layout: of the matrix.
+        coded: bytes of those tensors that are stored in another form than in memory, by name.
+    """
     stored = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.tensors().items()}
+    stored |= coded or {}
     for name, whole in (
         ("group_bitmap_high", "group_bitmap"),
         ("scale_steps", "row_scales"),
@@ -94,12 +101,14 @@ class ModelSize:
     """What a packed model stores, in bytes.
 
     Attributes:
-        linears: the packed matrices, without their biases.
+        linears: the packed matrices in the files, without their biases.
+        linears_in_memory: the same once loaded, bitmaps decoded.
         embeddings: embeddings and a head of its own, in 8 bits or dense, and linears that were left as they were.
         rest: norms and biases.
     """
 
     linears: StorageSize
+    linears_in_memory: StorageSize
     embeddings: int
     rest: int
 
@@ -122,7 +131,18 @@ def model_size(
         embeddings: layout of every embedding and head in 8 bits by module name.
     """
     packed = {f"{module}.{name}" for module, layout in layouts.items() for name in layout.tensors()}
+    in_files = (
+        matrix_size(
+            layout, {name: shapes[key][1] for name in layout.tensors() if (key := f"{module}.{name}") in shapes}
+        )
+        for module, layout in layouts.items()
+    )
     rows = {f"{module}.{name}" for module, layout in (embeddings or {}).items() for name in layout.tensors()}
     others = {name: nbytes for name, (_, nbytes) in shapes.items() if name not in packed}
     matrices = sum(nbytes for name, nbytes in others.items() if name in rows or len(shapes[name][0]) > 1)
-    return ModelSize(linears=total_size(layouts.values()), embeddings=matrices, rest=sum(others.values()) - matrices)
+    return ModelSize(
+        linears=sum(in_files, StorageSize()),
+        linears_in_memory=total_size(layouts.values()),
+        embeddings=matrices,
+        rest=sum(others.values()) - matrices,
+    )

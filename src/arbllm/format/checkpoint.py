@@ -20,8 +20,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from arbllm.errors import ArbllmError, CheckpointError
-from arbllm.format.accounting import ModelSize, model_size
+from arbllm.errors import ArbllmError, CheckpointError, ConfigError
+from arbllm.format.accounting import ModelSize, StorageSize, matrix_size, model_size
+from arbllm.format.coding import RAW, check_coding, coded_planes, is_possible_size
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import ORDER_TENSORS, check_order
 from arbllm.format.rows import RowLayout, row_layouts
@@ -71,6 +72,7 @@ class Checkpoint:
         quantization: `quantization_config` of config.json.
         layouts: layout of every packed linear by module name.
         embeddings: layout of every embedding and head in 8 bits by module name.
+        bitmap: how group bitmaps are stored, one of `arbllm.format.coding.CODINGS`.
         tensors: every stored tensor by name, packed and dense.
         checksums: checksum of every stored tensor by name.
     """
@@ -78,6 +80,7 @@ class Checkpoint:
     quantization: Mapping[str, Any]
     layouts: Mapping[str, Layout]
     embeddings: Mapping[str, RowLayout]
+    bitmap: str
     tensors: Mapping[str, StoredTensor]
     checksums: Mapping[str, str]
 
@@ -91,6 +94,11 @@ class Checkpoint:
         """What it stores, in bytes."""
         stored = {name: (tensor.shape, tensor.nbytes) for name, tensor in self.tensors.items()}
         return model_size(self.layouts, stored, self.embeddings)
+
+    def matrix_size(self, module: str) -> StorageSize:
+        """What one packed linear takes in the files."""
+        layout = self.layouts[module]
+        return matrix_size(layout, {name: self.tensors[f"{module}.{name}"].nbytes for name in layout.tensors()})
 
     def verify_contents(self) -> None:
         """Read every tensor, compare its checksum, and see that a column order is one.
@@ -174,11 +182,16 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
         raise CheckpointError(f"{tensors[name].file}: tensor {name} has no checksum; it was not written by arbllm")
     layouts = linear_layouts(quantization)
     embeddings = row_layouts(quantization)
+    bitmap = bitmap_coding(quantization)
     for module, layout in layouts.items():
-        _check_tensors(where, module, layout.tensors(), tensors)
+        coded = coded_planes(layout, bitmap)
+        raw = {name: expected for name, expected in layout.tensors().items() if name not in coded}
+        _check_tensors(where, module, raw, tensors)
+        for name, width in coded.items():
+            _check_coded(where, f"{module}.{name}", (layout.rows, width), bitmap, tensors)
     for module, rows in embeddings.items():
         _check_tensors(where, module, rows.tensors(), tensors)
-    return Checkpoint(quantization, layouts, embeddings, tensors, checksums)
+    return Checkpoint(quantization, layouts, embeddings, bitmap, tensors, checksums)
 
 
 def verify(path: Path | str) -> None:
@@ -225,6 +238,20 @@ def linear_layouts(quantization: Mapping[str, Any]) -> dict[str, Layout]:
         for module, options in linears.items()
     }
     return {module: Layout.from_dict(values, module) for module, values in sizes.items()}
+
+
+def bitmap_coding(quantization: Mapping[str, Any]) -> str:
+    """How the group bitmaps of a checkpoint are stored.
+
+    Raises:
+        CheckpointError: in a way that this release does not know.
+    """
+    coding = quantization.get("bitmap", RAW)
+    try:
+        check_coding(coding)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    return str(coding)
 
 
 def bytes_on_disk(path: Path | str) -> int:
@@ -380,14 +407,30 @@ def _check_tensors(
     """Check the tensors of one packed module."""
     for key, (dtype, shape) in expected.items():
         name = f"{module}.{key}"
-        if name not in tensors:
-            raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
-        found = tensors[name]
+        found = _find(where, name, tensors)
         if (found.dtype, found.shape) != (_DTYPES[dtype], shape):
             raise CheckpointError(
                 f"{found.file}: tensor {name} should be {_DTYPES[dtype]} {list(shape)}, "
                 f"but is {found.dtype} {list(found.shape)}; {_DAMAGED}"
             )
+
+
+def _check_coded(
+    where: Path, name: str, shape: tuple[int, int], coding: str, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Check the size of a coded plane of so many rows and columns."""
+    found = _find(where, name, tensors)
+    if (found.dtype, found.shape) != ("U8", (found.nbytes,)) or not is_possible_size(found.nbytes, *shape, coding):
+        raise CheckpointError(
+            f"{found.file}: tensor {name} should be {list(shape)} bits as {coding} codes them, "
+            f"but is {found.dtype} {list(found.shape)}; {_DAMAGED}"
+        )
+
+
+def _find(where: Path, name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    if name not in tensors:
+        raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
+    return tensors[name]
 
 
 def _canonical(values: Any) -> str:

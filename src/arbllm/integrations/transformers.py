@@ -20,16 +20,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
 from arbllm.errors import CheckpointError
+from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
     Checkpoint,
+    bitmap_coding,
     check_structure,
     check_version,
     checksum,
     file_metadata,
     open_checkpoint,
 )
+from arbllm.format.coding import RAW, coded_planes, decode, encode
 from arbllm.integrations.embeddings import make_room, packed_embeddings
 from arbllm.nn import BinaryLinear
 
@@ -90,8 +93,8 @@ def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] |
 
     Args:
         model: a model with `BinaryLinear` modules, as `arbllm.model.quantize` leaves it.
-        quantization_config: what config.json shall tell: `binarization`, `statistics`, `calibration`. The list of
-            linears, and that of embeddings in 8 bits, are taken from the model itself.
+        quantization_config: what config.json shall tell: `binarization`, `statistics`, `calibration`, `bitmap`. The
+            list of linears, and that of embeddings in 8 bits, are taken from the model itself.
     """
     config = quantization_config
     if not isinstance(config, ArbllmConfig):
@@ -101,6 +104,14 @@ def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] |
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = config
+
+
+def stored_size(model: nn.Module) -> StorageSize:
+    """What the packed linears take in the files that the model was loaded from, or else in memory; nothing if dense."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, ArbllmQuantizer) and quantizer.checkpoint:
+        return quantizer.checkpoint.size.linears
+    return total_size(module.layout for module in model.modules() if isinstance(module, BinaryLinear))
 
 
 def packed_linears(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -126,6 +137,8 @@ class ArbllmConfig(QuantizationConfigMixin):
         embeddings: module name -> `RowLayout.to_dict` of embeddings and heads in 8 bits.
         statistics: module name -> `output_error` and `weight_error`.
         calibration: the text that the Hessians come from: its name, windows, window length, seed.
+        bitmap: how files hold group bitmaps, one of `arbllm.format.coding.CODINGS`; a model that was loaded is saved
+            in the same way again.
         format_version: of the packed tensors, see docs/format.md.
         arbllm_version: the release that wrote the checkpoint.
     """
@@ -137,6 +150,7 @@ class ArbllmConfig(QuantizationConfigMixin):
         embeddings: Mapping[str, Any] | None = None,
         statistics: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
+        bitmap: str = RAW,
         format_version: int = FORMAT_VERSION,
         arbllm_version: str = __version__,
         **further: Any,
@@ -144,9 +158,10 @@ class ArbllmConfig(QuantizationConfigMixin):
         """Take the values of config.json; those of later releases that did not change the format are kept.
 
         Raises:
-            CheckpointError: the format version is another than this release reads.
+            CheckpointError: the format version, or the coding, is another than this release reads.
         """
         check_version({"format_version": format_version})
+        self.bitmap = bitmap_coding({"bitmap": bitmap})
         self.__dict__.update(deepcopy(further))
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -159,11 +174,15 @@ class ArbllmConfig(QuantizationConfigMixin):
 
 
 class ArbllmQuantizer(HfQuantizer):
-    """Puts `BinaryLinear` in place of the packed linears before weights are loaded, and verifies what is loaded."""
+    """Puts `BinaryLinear` in place of the packed linears before weights are loaded, and verifies what is loaded.
+
+    Attributes:
+        checkpoint: the files that the model was loaded from; None where it comes from none.
+    """
 
     requires_calibration = True
     quantization_config: ArbllmConfig
-    _checkpoint: Checkpoint
+    checkpoint: Checkpoint | None = None
     _modules: dict[str, str]
 
     @property
@@ -185,12 +204,11 @@ class ArbllmQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise CheckpointError("a packed model is loaded from its files: pass their directory to from_pretrained")
-        self._checkpoint = check_structure(
-            [Path(file) for file in checkpoint_files], self.quantization_config.to_dict()
-        )
-        self._checkpoint.verify_contents()
+        files = [Path(file) for file in checkpoint_files]
+        self.checkpoint = checkpoint = check_structure(files, self.quantization_config.to_dict())
+        checkpoint.verify_contents()
         self._modules = {}
-        for name, layout in self._checkpoint.layouts.items():
+        for name, layout in checkpoint.layouts.items():
             place, dense = _find_module(model, name)
             options = self.quantization_config.linears[name]
             weight = dense.get_parameter("weight")
@@ -201,10 +219,13 @@ class ArbllmQuantizer(HfQuantizer):
                 )
             packed = BinaryLinear(layout, options["bias"], options["transposed"], "meta", weight.dtype)
             packed.weight = _stand_in()
+            for key in coded_planes(layout, checkpoint.bitmap):
+                coded = checkpoint.tensors[f"{name}.{key}"]
+                packed.register_buffer(key, torch.empty(coded.shape, dtype=torch.uint8, device="meta"))
             model.set_submodule(place, packed)
             self._modules[name] = place
         embeddings = {}
-        for name, rows in self._checkpoint.embeddings.items():
+        for name, rows in checkpoint.embeddings.items():
             if model.get_output_embeddings() is None and _find_place(model, name) is None:
                 continue  # the head, which this model does not have
             self._modules[name] = place = _find_module(model, name)[0]
@@ -214,32 +235,59 @@ class ArbllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """See that every packed tensor in the model is the one in the file: transformers only warns where one is not.
 
+        Then decode group bitmaps.
+
         Raises:
             CheckpointError: naming the tensor.
         """
+        checkpoint = self.checkpoint
+        assert checkpoint  # the method above has set it
         for name, place in self._modules.items():
             module: Any = model.get_submodule(place)
             if isinstance(module, BinaryLinear):
                 del module.weight
             for key in module.layout.tensors():
                 tensor = module.get_buffer(key)
-                if not tensor.is_meta and checksum(tensor) != self._checkpoint.checksums[f"{name}.{key}"]:
-                    file = self._checkpoint.tensors[f"{name}.{key}"].file
+                if not tensor.is_meta and checksum(tensor) != checkpoint.checksums[f"{name}.{key}"]:
+                    file = checkpoint.tensors[f"{name}.{key}"].file
                     raise CheckpointError(f"{file}: tensor {name}.{key} did not reach the model as it is stored")
+            if isinstance(module, BinaryLinear):
+                _decode_bitmaps(module, name, checkpoint)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Metadata of the files that `save_pretrained` is about to write: checksums of all their tensors."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` is about to write, and the metadata of the files: checksums of all their tensors."""
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
         config = self.quantization_config
         config.linears, config.embeddings = packed_linears(model), _embeddings(model)
         # Files hold the names of the modules, whatever names the model's dense checkpoint had.
         model._weight_conversions = []
-        tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, BinaryLinear):
+                for key, width in coded_planes(module.layout, config.bitmap).items():
+                    state[f"{name}.{key}"] = encode(state[f"{name}.{key}"], width, config.bitmap)
+        tensors = remove_tied_weights_from_state_dict(dict(state), model)
         for name in model._keys_to_ignore_on_save or ():
             tensors.pop(name, None)
-        return None, file_metadata(tensors, config.linears, config.embeddings)
+        return state, file_metadata(tensors, config.linears, config.embeddings)
+
+
+def _decode_bitmaps(module: BinaryLinear, name: str, checkpoint: Checkpoint) -> None:
+    """Put the planes of a linear in the place of their coded forms.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for key, width in coded_planes(module.layout, checkpoint.bitmap).items():
+        where = f"{checkpoint.tensors[f'{name}.{key}'].file}: tensor {name}.{key}"
+        coded = module.get_buffer(key)
+        if coded.is_meta:
+            raise CheckpointError(
+                f"{where} is coded, and cannot be left on the disk: load the model without offloading"
+            )
+        module.register_buffer(key, decode(coded, module.layout.rows, width, checkpoint.bitmap, where))
 
 
 def _stand_in() -> torch.Tensor:

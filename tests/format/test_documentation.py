@@ -6,12 +6,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from arbllm.export import dense_model
 from arbllm.format.checkpoint import CHECKSUMS_KEY, EMBEDDINGS_KEY, LINEARS_KEY
+from arbllm.format.coding import coded_planes, encode
 from arbllm.model.embeddings import quantize_embeddings
 from tests.helpers import pack_randomly
 from tests.strategies import matrices
@@ -41,6 +43,16 @@ def test_any_matrix_reads_as_documented(matrix):
     np.testing.assert_allclose(
         matrix.dequantize().numpy(), names["dense_weight"](layout, tensors), rtol=RTOL, atol=ATOL
     )
+
+
+@pytest.mark.parametrize("coding", ["csr", "entropy"])
+@settings(max_examples=25)
+@given(matrix=matrices())
+def test_coded_bitmaps_read_as_documented(coding, matrix):
+    for name, width in coded_planes(matrix.layout, coding).items():
+        plane = matrix.tensors()[name]
+        decoded = programs()[f"decode_{coding}"](encode(plane, width, coding).numpy(), len(plane), width)
+        np.testing.assert_array_equal(decoded, plane.numpy())
 
 
 def test_embeddings_in_8_bits_read_as_documented(tmp_path):

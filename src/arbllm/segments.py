@@ -30,7 +30,7 @@ class SegmentsFit:
     Attributes:
         parts: one a segment, in stored order.
         reconstruction: W_hat, float32 (n, m).
-        errors: tr(D H D^T), H damped, once all segments are solved and after each round of refinement.
+        errors: tr(D H D^T), H damped, once all segments are solved and after each round of refinement that lowered it.
     """
 
     parts: list[Part]
@@ -45,7 +45,8 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
         weight: W, float32 (n, m), zero in columns that never fire.
         factor: of H.
         segments: kinds and widths; the cheaper kinds first.
-        rounds: refinement under H stops after so many rounds, or once a round gains less than ENOUGH of the error.
+        rounds: refinement under H stops after so many rounds, or once a round gains less than ENOUGH of the error. A
+            round that raises it, since scales are rounded, is undone.
     """
     order = processing_order(weight, factor, segments)
     hessian = factor.damped[order][:, order]
@@ -54,12 +55,16 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
     levels = problem.solve(segments, bounds)
     errors = [problem.error()]
     for _ in range(rounds):
-        levels = problem.refine(levels, bounds)
-        errors.append(problem.error())
+        refined = problem.refine(levels, bounds)
+        error = problem.error()
+        if error >= errors[-1]:  # rounding of scales is all that is left
+            break
+        levels = refined
+        errors.append(error)
         if errors[-2] - errors[-1] < ENOUGH * errors[-2]:
             break
     reconstruction = torch.empty_like(weight)
-    reconstruction[:, order] = problem.values.T
+    reconstruction[:, order] = torch.cat([level.values() for level in levels]).T
     parts = []
     for level, place in zip(levels, bounds, strict=True):
         columns, ascending = order[place].sort()

@@ -1,0 +1,75 @@
+import warnings
+
+import pytest
+import torch
+
+from arbllm.errors import ModelError
+from arbllm.factor import INVERSE_LEAF, factorize
+
+
+def hessian_of(columns: int = 40, tokens: int = 200, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, columns, generator=generator) * (0.5 + torch.rand(columns, generator=generator))
+    return 2 / tokens * inputs.T @ inputs
+
+
+@pytest.mark.parametrize("columns", [1, 40, 2 * INVERSE_LEAF + 44])
+def test_the_factor_is_the_damped_inverse(columns):
+    hessian = hessian_of(columns)
+    dead = columns // 6
+    if dead:
+        hessian[dead] = hessian[:, dead] = 0
+    factor = factorize(hessian, 0.01)
+    damped = hessian.clone()
+    if dead:
+        damped[dead, dead] = 1
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(columns)
+    torch.testing.assert_close(factor.damped, damped)
+    torch.testing.assert_close(factor.upper.T @ factor.upper @ damped, torch.eye(columns), rtol=0, atol=1e-3)
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert factor.dead.nonzero().flatten().tolist() == ([dead] if dead else [])
+    assert torch.equal(factor.hessian, hessian)
+
+
+def test_inputs_that_never_fire_at_all():
+    factor = factorize(torch.zeros(5, 5), 0.01)
+    assert factor.dead.all()
+    torch.testing.assert_close(factor.damped, 1.01 * torch.eye(5))
+
+
+def test_damping_is_raised_with_a_warning_where_cholesky_fails():
+    hessian = hessian_of()
+    hessian -= 0.5 * hessian.diagonal().mean() * torch.eye(40)
+    with pytest.warns(UserWarning, match="not positive definite at damping") as caught:
+        factor = factorize(hessian, 0.01)
+    first, last = (str(caught[place].message) for place in (0, -1))
+    assert "at damping 0.01; trying 0.04" in first
+    assert f"trying {factor.damping:g}" in last
+    assert torch.linalg.eigvalsh(factor.damped).min() > 0
+    torch.testing.assert_close(factor.upper.T @ factor.upper @ factor.damped, torch.eye(40), rtol=0, atol=1e-3)
+
+
+def test_fewer_tokens_than_columns_is_no_problem():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert factorize(hessian_of(tokens=5)).damping == 0.01
+
+
+def test_half_precision_is_factorised_in_single():
+    assert factorize(hessian_of().half()).upper.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_entries_that_are_not_numbers_are_refused(bad):
+    hessian = hessian_of()
+    hessian[3, 4] = bad
+    with pytest.raises(ModelError, match=r"Hessian has NaN or infinite entries.*--dtype float32"):
+        factorize(hessian)
+
+
+@pytest.mark.filterwarnings("ignore:the Hessian is not positive definite")
+def test_a_matrix_that_no_damping_helps_is_refused():
+    hessian = torch.eye(4)
+    hessian[0, 1] = hessian[1, 0] = 1e9
+    with pytest.raises(ModelError, match=r"at any damping.*calibrate"):
+        factorize(hessian)

@@ -1,0 +1,165 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arbllm import segments as module
+from arbllm.binarize.joint import choose_levels, start
+from arbllm.factor import Factor, factorize
+from arbllm.format.layout import Segment
+from arbllm.segments import fit_segments, processing_order
+
+KINDS = ((1, 1), (2, 1), (2, 2), (4, 2))
+
+
+def problem(
+    rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = (), tokens: int = 200
+) -> tuple[torch.Tensor, Factor]:
+    """A weight, zero where inputs never fire, and the factor of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(tokens, columns, generator=generator) @ mixing
+    weight[:, dead] = inputs[:, dead] = 0
+    return weight, factorize(2 / tokens * inputs.T @ inputs)
+
+
+def error_of(difference: torch.Tensor, factor: Factor) -> float:
+    """tr(D H D^T), H damped."""
+    return float(((difference @ factor.damped) * difference).sum())
+
+
+def mixed(columns: int, kind: int = 1, better: int = 8, cuts: int = 2) -> list[Segment]:
+    """About `cuts` segments of one kind, and one of the next."""
+    widths = [part.numel() for part in torch.arange(columns - better).chunk(cuts)]
+    return [Segment(width, *KINDS[kind]) for width in widths] + [Segment(better, *KINDS[kind + 1])]
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.sampled_from([1, 2, 24]),
+    segments=st.sampled_from(
+        [
+            *[[Segment(columns, *kind)] for columns in (1, 13) for kind in KINDS],
+            *[mixed(columns, kind) for columns in (16, 29, 60) for kind in range(3)],
+        ]
+    ),
+    dead=st.booleans(),
+)
+def test_parts_reconstruction_and_errors_tell_the_same(seed, rows, segments, dead):
+    columns = sum(segment.width for segment in segments)
+    weight, factor = problem(rows, columns, seed, (0, columns // 2) if dead and columns > 2 else ())
+    fit = fit_segments(weight, factor, segments, rounds=15)
+    rebuilt = torch.full_like(weight, torch.nan)
+    for part, segment in zip(fit.parts, segments, strict=True):
+        assert (len(part.columns), len(part.zones), len(part.zones[0].terms)) == segment
+        assert (part.columns.diff() > 0).all()
+        rebuilt[:, part.columns] = part.reconstruct()
+    torch.testing.assert_close(rebuilt, fit.reconstruction)
+    whole = error_of(weight, factor)
+    assert fit.errors[-1] == pytest.approx(error_of(weight - rebuilt, factor), rel=1e-3, abs=1e-6 * whole)
+    assert all(later < earlier for earlier, later in itertools.pairwise(fit.errors))
+    assert fit.errors[-1] < 0.6 * whole + 1e-12
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), rows=st.sampled_from([1, 3, 24]), kind=st.sampled_from([0, 1, 2]))
+def test_a_round_raises_the_error_by_no_more_than_the_rounding_of_scales(seed, rows, kind):
+    """Without rounding a round cannot raise it. Rounding changes a weight by 3 % at most, the error by its square."""
+    weight, factor = problem(rows, 40, seed)
+    order = processing_order(weight, factor, mixed(40, kind))
+    hessian = factor.damped[order][:, order]
+    solving = module._Problem(weight.T[order].contiguous(), hessian, factorize(hessian, 1e-6).upper)
+    bounds = module._bounds(mixed(40, kind))
+    levels = solving.solve(mixed(40, kind), bounds)
+    for _ in range(6):
+        before = solving.error()
+        levels = solving.refine(levels, bounds)
+        assert solving.error() <= before + 0.03**2 * error_of(weight, factor)
+        exact = error_of((solving.weight - solving.values).T, Factor(hessian, hessian, factor.dead, 0.0))
+        assert solving.error() == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_round_that_raises_the_error_is_undone(monkeypatch):
+    weight, factor = problem(8, 24)
+    kept = fit_segments(weight, factor, mixed(24), rounds=0)
+    assert len(kept.errors) == 1
+    refine = module._Problem.refine
+
+    def spoil(solving, levels, bounds):
+        refined = refine(solving, levels, bounds)
+        solving.pull *= 100
+        return refined
+
+    monkeypatch.setattr(module._Problem, "refine", spoil)
+    fit = fit_segments(weight, factor, mixed(24), rounds=5)
+    assert fit.errors == kept.errors
+    assert torch.equal(fit.reconstruction, kept.reconstruction)
+
+
+def test_refinement_gains_and_ends_by_itself():
+    weight, factor = problem(48, 96)
+    first = fit_segments(weight, factor, mixed(96), rounds=0)
+    refined = fit_segments(weight, factor, mixed(96), rounds=50)
+    assert refined.errors[0] == first.errors[0]
+    assert refined.errors[-1] < 0.95 * first.errors[0]
+    assert 2 < len(refined.errors) < 20
+    gains = [1 - later / earlier for earlier, later in itertools.pairwise(refined.errors)]
+    assert all(gain >= module.ENOUGH for gain in gains[:-1])
+
+
+def test_correlated_inputs_are_made_use_of():
+    weight, factor = problem(48, 96)
+    rounded = choose_levels(weight.T.contiguous(), start(weight.T, 2, 1), torch.eye(96)).values().T
+    fit = fit_segments(weight, factor, [Segment(96, 2, 1)], rounds=15)
+    assert fit.errors[-1] < 0.6 * error_of(weight - rounded, factor)
+
+
+def test_later_segments_make_up_for_earlier_ones():
+    """What the first pass leaves is less than what its segments would leave if each saw the original weight."""
+    weight, factor = problem(48, 96)
+    segments = [Segment(48, 2, 1), Segment(48, 2, 1)]
+    fit = fit_segments(weight, factor, segments, rounds=0)
+    apart = weight.clone()
+    for part in fit.parts:
+        own = factorize(factor.hessian[part.columns][:, part.columns])
+        kept = fit_segments(weight[:, part.columns], own, [Segment(48, 2, 1)], rounds=0)
+        apart[:, part.columns] -= kept.reconstruction
+    assert fit.errors[0] < 0.9 * error_of(apart, factor)
+
+
+# Order.
+
+
+def test_the_more_a_column_weighs_the_more_bits_it_gets():
+    weight, factor = problem(24, 40, dead=(3, 17))
+    segments = [Segment(16, 1, 1), Segment(16, 1, 1), Segment(8, 2, 1)]
+    order = processing_order(weight, factor, segments)
+    assert order.sort().values.tolist() == list(range(40))
+    inverse = torch.linalg.inv(factor.damped.double())
+    energy = weight.double().square().sum(0) / inverse.diagonal()
+    assert energy[order[32:]].min() >= energy[order[:32]].max()
+    assert {3, 17} <= set(order[:32].tolist())
+    # Inside a kind, segments notwithstanding, by falling H_jj.
+    diagonal = factor.damped.diagonal()
+    for kind in (order[:32], order[32:]):
+        assert (diagonal[kind].diff() <= 0).all()
+
+
+def test_dead_inputs_and_silent_layers():
+    weight, factor = problem(5, 24, dead=tuple(range(24)))
+    fit = fit_segments(weight, factor, mixed(24), rounds=3)
+    assert torch.count_nonzero(fit.reconstruction) == 0
+    weight, factor = problem(5, 24, dead=(0, 5, 23))
+    fit = fit_segments(weight, factor, mixed(24), rounds=3)
+    assert torch.isfinite(fit.reconstruction).all()
+
+
+def test_the_same_input_gives_the_same_result():
+    weight, factor = problem(12, 40)
+    first, second = (fit_segments(weight, factor, mixed(40), rounds=5) for _ in range(2))
+    assert first.errors == second.errors
+    assert torch.equal(first.reconstruction, second.reconstruction)

@@ -9,56 +9,6 @@ from arbllm.format.layout import Layout, Segment
 from tests.helpers import random_matrix
 from tests.strategies import matrices
 
-# Embedding and head of LLaMA-7B, 32,000 tokens, and the linears of its 32 decoder blocks: (rows, columns).
-VOCABULARY, WIDTH, HIDDEN, DEPTH = 32_000, 4096, 11_008, 32
-LINEARS = [*4 * [(WIDTH, WIDTH)], (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
-
-
-def layout(rows, columns, salient_groups, column_scaled):
-    """As the paper counts: two groups, blocks of 128, 9 % of the columns salient, some in every block."""
-    blocks = columns // 128
-    segments = []
-    for block in range(blocks):
-        salient = round(0.09 * columns * (block + 1) / blocks) - round(0.09 * columns * block / blocks)
-        segments += [Segment(128 - salient, 2, 1), Segment(salient, salient_groups, 2)]
-    return Layout(
-        rows=rows,
-        columns=columns,
-        segments=tuple(segments),
-        ordering="bitmap",
-        block_size=128,
-        scale_bits=16,
-        row_means=not column_scaled,
-        column_scaled=column_scaled,
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "salient_groups", "column_scaled", "true_bits", "gigabytes"),
-    [
-        ("billm", 1, False, 2.97, 2.93),
-        ("arb-x + cgb", 2, False, 3.34, 3.23),
-        ("arb-rc, column+group", 1, True, 2.60, 2.63),
-        ("arb-rc + cgb", 2, True, 2.85, 2.83),
-    ],
-)
-def test_published_size_of_llama_7b(name, salient_groups, column_scaled, true_bits, gigabytes):
-    layouts = {
-        f"{block}.{index}": layout(rows, columns, salient_groups, column_scaled)
-        for block in range(DEPTH)
-        for index, (rows, columns) in enumerate(LINEARS)
-    }
-    embedding = ((VOCABULARY, WIDTH), 2 * VOCABULARY * WIDTH)
-    norm = ((WIDTH,), 2 * WIDTH)
-    shapes = {"embed": embedding, "head": embedding, **{f"norm.{index}": norm for index in range(2 * DEPTH + 1)}}
-    size = model_size(layouts, shapes)
-    if salient_groups == 1:  # the paper stores group numbers of salient columns too, which have one group
-        true_bits -= 0.09
-        gigabytes -= 0.09 * size.linears.weights / 8e9
-    assert size.linears.true_bits == pytest.approx(true_bits, abs=0.01)
-    assert size.linears.nominal_bits == pytest.approx(1.09, abs=0.001)
-    assert size.nbytes / 1e9 == pytest.approx(gigabytes, abs=0.01)
-
 
 @given(matrix=matrices())
 def test_size_is_that_of_the_tensors(matrix):

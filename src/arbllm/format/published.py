@@ -1,7 +1,7 @@
 """Storage as the papers on ARB-LLM (arXiv 2410.03129) and BiLLM (arXiv 2402.04291) count it: formulas of shapes alone.
 
-They stand beside `arbllm.format.accounting`, which counts what is stored. Blocks have 128 columns; all numbers that
-are not bits or signs have 16 bits.
+They stand beside `arbllm.format.accounting`, which counts what is stored: `published_layout` is what stores the same.
+Blocks have 128 columns; all numbers that are not bits or signs have 16 bits.
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from arbllm.format.layout import Layout, Segment
+
 BLOCK_SIZE = 128
 NUMBER_BITS = 16
 SALIENT_SHARE = 0.09
 """Salient columns over all columns. With this share the formulas give the paper's memory table."""
 ROW_AND_COLUMN = "arb-rc"
 METHODS = ("billm", "arb-x", ROW_AND_COLUMN)
+GIGABYTES = {
+    ("billm", False): ((2.93, 5.36), (2.19, 3.92)),
+    ("arb-x", False): ((2.93, 5.36), (2.19, 3.92)),
+    ("arb-x", True): ((3.23, 5.95), (2.49, 4.51)),
+    (ROW_AND_COLUMN, False): ((2.63, 4.77), (1.89, 3.33)),
+    (ROW_AND_COLUMN, True): ((2.83, 5.17), (2.09, 3.73)),
+}
+"""The paper's memory table: (method, with CGB) -> GB of LLaMA-7B and 13B, raw, and with what it calls CSR."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +103,24 @@ def published_bytes(
 def half_precision_bytes(shape: ModelShape) -> int:
     """Bytes of the model with 16 bits a weight."""
     return shape.linear_weights * NUMBER_BITS // 8 + shape.dense_bytes
+
+
+def published_layout(
+    method: str, rows: int, columns: int, *, cgb: bool, salient_share: float = SALIENT_SHARE
+) -> Layout:
+    """A layout that stores what `published_bits` counts, the salient columns spread evenly over the blocks."""
+    segments = []
+    for start in range(0, columns, BLOCK_SIZE):
+        stop = min(start + BLOCK_SIZE, columns)
+        salient = round(salient_share * stop) - round(salient_share * start)
+        segments += [Segment(stop - start - salient, 2, 1), Segment(salient, 2 if cgb else 1, 2)]
+    return Layout(
+        rows=rows,
+        columns=columns,
+        segments=tuple(segment for segment in segments if segment.width),
+        ordering="bitmap",
+        block_size=BLOCK_SIZE,
+        scale_bits=NUMBER_BITS,
+        row_means=method != ROW_AND_COLUMN,
+        column_scaled=method == ROW_AND_COLUMN,
+    )

@@ -8,7 +8,10 @@ def test_defaults_and_round_trip():
     config = BinarizationConfig(method="arb-x", groups=4, damping=0.02)
     assert BinarizationConfig.from_dict(config.to_dict()) == config
     assert BinarizationConfig().to_dict() == {
-        "method": "arb-rc",
+        "method": "arb-rcx",
+        "bits": 2.25,
+        "allocation": "measured",
+        "scale_block": 512,
         "partition": "cgb",
         "groups": 2,
         "block_size": 128,
@@ -22,7 +25,14 @@ def test_defaults_and_round_trip():
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("method", "gptq", "billm, arb, arb-x, arb-rc"),
+        ("method", "gptq", "billm, arb, arb-x, arb-rc, arb-rcx"),
+        ("bits", 1.0, "between 1.1 and 4"),
+        ("bits", 4.5, "between 1.1 and 4"),
+        ("bits", "2", "between 1.1 and 4"),
+        ("bits", float("nan"), "between 1.1 and 4"),
+        ("allocation", "equal", "measured, uniform"),
+        ("scale_block", 4, "at least 8"),
+        ("scale_block", 512.0, "whole number"),
         ("partition", "rows", "column\\+group"),
         ("groups", 3, "2, 4"),
         ("split_on", "x", "weight, saliency"),
@@ -41,3 +51,17 @@ def test_bad_options_name_what_is_allowed(option, value, says):
 def test_unknown_options_are_refused():
     with pytest.raises(ConfigError, match="unknown option 'colour'"):
         BinarizationConfig.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize("method", ["billm", "arb", "arb-x", "arb-rc"])
+def test_bits_belong_to_joint_refinement_alone(method):
+    assert BinarizationConfig(method).bits is None
+    with pytest.raises(ConfigError, match="choose arb-rcx"):
+        BinarizationConfig(method, bits=2.25)
+
+
+def test_bits_of_joint_refinement():
+    assert BinarizationConfig().bits == BinarizationConfig("arb-rcx", bits=None).bits == 2.25
+    assert BinarizationConfig(bits=3).bits == 3
+    for bits in (1.1, 4.0):
+        assert BinarizationConfig.from_dict(BinarizationConfig(bits=bits).to_dict()).bits == bits

@@ -4,7 +4,15 @@ import json
 import pytest
 from rich.console import Console
 
-from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
+from arbllm.model.events import (
+    BlockFinished,
+    BlockStarted,
+    BlockTuned,
+    DistillationFinished,
+    DistillationStep,
+    JobStarted,
+    LinearQuantized,
+)
 from arbllm.progress import JsonLinesLog, ProgressDisplay, WindowDisplay, _clock
 
 
@@ -19,7 +27,7 @@ EVENTS = [
     BlockStarted(0, 2),
     linear("self_attn.q_proj", 10, 0.02, 2.0),
     linear("mlp.up_proj", 30, 0.04, 4.0),
-    BlockFinished(0, 2, 4.0, 1.0, 2.0, 1.0, peak_memory_bytes=1_500_000_000),
+    BlockFinished(0, 2, 4.0, 1.0, 2.0, 0.0, 1.0, peak_memory_bytes=1_500_000_000),
 ]
 
 
@@ -49,6 +57,28 @@ def test_on_a_terminal_the_linear_its_error_bits_time_and_memory():
     assert "4.00 bits" in shown
     assert "left" in shown
     assert "GB" in shown
+
+
+def test_tuning_shows_in_the_line_of_its_block_alone():
+    display = ProgressDisplay(Console(file=(file := io.StringIO()), width=200))
+    tuned = BlockTuned(0, 2, before=0.0512, after=0.0498, steps=30, seconds=3.0)
+    for event in [*EVENTS[:-1], tuned, EVENTS[-1], BlockStarted(1, 2), EVENTS[-1]]:
+        display(event)
+    first, second = file.getvalue().splitlines()[1:]
+    assert "mean output error 0.0300, tuned from 0.0512 to 0.0498, 3.50 true bits" in first
+    assert "tuned" not in second
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_distillation_ends_with_a_line(terminal):
+    console = Console(file=(file := io.StringIO()), force_terminal=terminal, width=200, color_system=None)
+    with ProgressDisplay(console) as display:
+        display(DistillationStep(3, 8, 0.1234))
+        display._progress.refresh()
+        display(DistillationFinished(0.2, 0.15, 7, 12.0))
+    shown = file.getvalue()
+    assert "distilled from 0.2000 to 0.1500 nats a token in 7 steps, 12.0 s" in shown
+    assert ("divergence 0.1234" in shown) == terminal
 
 
 def test_a_second_job_starts_from_zero():

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from arbllm.device import check_disk_space
 from arbllm.errors import ConfigError
-from arbllm.format.checkpoint import open_checkpoint, output_directory
+from arbllm.format.checkpoint import open_checkpoint
+from arbllm.format.output import output_directory
 from arbllm.integrations.embeddings import dense_embeddings, packed_embeddings
 from arbllm.model.source import open_model
 from arbllm.nn import BinaryLinear

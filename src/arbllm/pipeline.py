@@ -23,9 +23,10 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.accounting import matrix_size
-from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint, output_directory
+from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.layout import Layout, Segment
+from arbllm.format.output import output_directory
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.distill import DISTILLATION_RATE, distill_model

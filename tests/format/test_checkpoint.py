@@ -1,13 +1,11 @@
-import errno
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from arbllm.errors import ArbllmError, CheckpointError
+from arbllm.errors import CheckpointError
 from arbllm.format.checkpoint import (
     CHECKSUMS_KEY,
     FORMAT_VERSION,
@@ -15,7 +13,6 @@ from arbllm.format.checkpoint import (
     checksum,
     file_metadata,
     open_checkpoint,
-    output_directory,
     verify,
 )
 from tests.helpers import random_matrix
@@ -47,10 +44,6 @@ def write(directory, *, matrix=MATRIX, shards=1, change_tensors=None, change_con
         change_config(config)
     (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
     return directory
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def flip(file: Path, offset: int) -> None:
@@ -248,93 +241,3 @@ def test_checksum_is_of_bytes_in_row_major_order():
 def test_bytes_on_disk_of_a_file_and_of_a_bin_directory(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(bytes(10))
     assert bytes_on_disk(tmp_path) == bytes_on_disk(tmp_path / "pytorch_model.bin") == 10
-
-
-def test_output_appears_whole(tmp_path):
-    out = tmp_path / "new" / "out"
-    with output_directory(out) as work:
-        (work / "file").write_text("done")
-        assert not out.exists()
-        assert work.parent == out.parent
-    assert (out / "file").read_text() == "done"
-    assert names(out.parent) == ["out"]
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
-def test_nothing_half_written_stays(tmp_path, error):
-    def job():
-        with output_directory(tmp_path / "out") as work:
-            (work / "file").write_text("half")
-            raise error
-
-    with pytest.raises(type(error)):
-        job()
-    assert names(tmp_path) == []
-
-
-def test_an_existing_directory_is_refused_before_any_work(tmp_path):
-    (tmp_path / "kept").write_text("old")
-    with pytest.raises(ArbllmError, match=r"exists and is not empty.*--overwrite"), output_directory(tmp_path):
-        pytest.fail("work was begun")
-    assert names(tmp_path) == ["kept"]
-
-
-def test_an_empty_directory_is_taken(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with output_directory(out) as work:
-        (work / "file").write_text("done")
-    assert names(out) == ["file"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_overwrite_replaces_in_the_end_only(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    with pytest.raises(ValueError, match="no"), output_directory(out, overwrite=True):
-        raise ValueError("no")
-    assert names(out) == ["config.json"]
-    with output_directory(out, overwrite=True) as work:
-        (work / "new").write_text("new")
-        assert names(out) == ["config.json"]
-    assert names(out) == ["new"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_overwrite_does_not_replace_what_is_no_model(tmp_path):
-    (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(ArbllmError, match="holds files, but no model"), output_directory(tmp_path, overwrite=True):
-        pytest.fail("work was begun")
-    assert names(tmp_path) == ["letters.txt"]
-
-
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(ArbllmError, match=r"out: cannot be made \(Not a directory\)"),
-        output_directory(tmp_path / "file" / "out"),
-    ):
-        pytest.fail("work was begun")
-
-
-def test_a_file_is_no_output_directory(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(ArbllmError, match="is a file"), output_directory(tmp_path / "out", overwrite=True):
-        pytest.fail("work was begun")
-
-
-@pytest.fixture(params=["python", "safetensors"])
-def full_disk(request):
-    if request.param == "python":
-        return OSError(errno.ENOSPC, "No space left on device")
-    return SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def test_a_full_disk_is_told(tmp_path, full_disk):
-    with (
-        pytest.raises(ArbllmError, match="out: no space left on the disk"),
-        output_directory(tmp_path / "out"),
-    ):
-        raise full_disk
-    assert names(tmp_path) == []

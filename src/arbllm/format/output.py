@@ -1,0 +1,83 @@
+"""Output directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from arbllm.errors import ArbllmError
+
+
+@contextmanager
+def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to write in that becomes `out` when the block ends well, and vanishes when it does not.
+
+    It lies beside `out`, on the same disk, and takes the place of an existing `out` only in the end.
+
+    Args:
+        out: the directory to be; an empty one may exist.
+        overwrite: replace an `out` that holds a model (a config.json), but nothing else: a slip of the finger must not
+            cost a home directory.
+
+    Raises:
+        ArbllmError: `out` exists and may not be replaced, or cannot be made; the disk is full.
+    """
+    out = Path(out).resolve()
+    _check_replaceable(out, overwrite)
+    work = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise ArbllmError(f"{out}: cannot be made ({error.strerror}); choose another output directory") from error
+    try:
+        yield work
+        _replace(out, work)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise ArbllmError(
+            f"{out}: no space left on the disk; free some, or choose an output directory on another disk"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse an `out` that holds what may not be lost."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ArbllmError(f"{out} is a file; choose another output directory")
+    if any(out.iterdir()) and not overwrite:
+        raise ArbllmError(f"{out} exists and is not empty; choose another output directory, or pass --overwrite")
+    if any(out.iterdir()) and not (out / "config.json").exists():
+        raise ArbllmError(f"{out} holds files, but no model: --overwrite does not replace it; choose another directory")
+
+
+def _replace(out: Path, work: Path) -> None:
+    """Put `work` in the place of `out`; should that fail, the old `out` stays."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_suffix(".old")
+    out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether an error comes of a full disk; safetensors tells so in words alone."""
+    full = {errno.ENOSPC, errno.EDQUOT}
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return isinstance(error, SafetensorError) and any(f"os error {code}" in str(error) for code in full)

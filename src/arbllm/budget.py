@@ -14,6 +14,7 @@ from arbllm.format.layout import Layout, Segment
 
 KINDS = ((1, 1), (2, 1), (2, 2), (4, 2))
 """(groups, terms) of columns of 1, 2, 3 and 4 bits a weight, not counting scales."""
+OUTLIER = Segment(1, 1, 1)
 ERROR_PER_BIT = 3.7  # by which the output error falls with each bit a weight, as measured on real matrices
 BISECTIONS = 24
 TINY = 1e-30
@@ -21,7 +22,7 @@ COLUMNS_AT_A_TIME = 8  # segments begin at whole bytes
 SAVED_BY_A_SEGMENT = 8  # times COLUMNS_AT_A_TIME: more than the columns that its row scales would pay for
 
 
-def joint_layout(rows: int, columns: int, bits: float, scale_block: int) -> Layout:
+def joint_layout(rows: int, columns: int, bits: float, scale_block: int, outliers: int = 0) -> Layout:
     """The layout for ARB-RCX that comes nearest to `bits` from below.
 
     Columns are of two kinds, b and b + 1 bits before scales: of all mixtures with the same bits it has the least error,
@@ -32,45 +33,51 @@ def joint_layout(rows: int, columns: int, bits: float, scale_block: int) -> Layo
         columns: m.
         bits: true bits a weight, everything counted.
         scale_block: columns of a segment, about.
+        outliers: columns that each get a segment of their own, the last ones, if the bits allow it: row scales of 8
+            bits then describe every weight to 1.5 %.
 
     Raises:
         ConfigError: even one bit a column costs more, scales included.
     """
+    shape = rows, columns, scale_block, outliers
     for kind in range(len(KINDS) - 1, -1, -1):
-        if _bits(rows, columns, kind, 0, scale_block) <= bits:
+        if _bits(*shape, kind) <= bits:
             break
     else:
-        least = _bits(rows, columns, 0, 0, scale_block)
+        if outliers:
+            return joint_layout(rows, columns, bits, scale_block)
+        least = _bits(*shape, 0)
         raise ConfigError(
             f"a {rows} x {columns} matrix takes at least {least:.3f} bits a weight with its scales, "
             f"more than {bits:g}; ask for more bits"
         )
     if kind == len(KINDS) - 1:
-        return _layout(rows, columns, kind, 0, scale_block)
-    low, high = 0, columns // COLUMNS_AT_A_TIME
+        return _layout(*shape, kind)
+    low, high = 0, (columns - outliers) // COLUMNS_AT_A_TIME
     while low < high:
         middle = (low + high + 1) // 2
-        if _bits(rows, columns, kind, COLUMNS_AT_A_TIME * middle, scale_block) <= bits:
+        if _bits(*shape, kind, COLUMNS_AT_A_TIME * middle) <= bits:
             low = middle
         else:
             high = middle - 1
     # Not quite a bisection: where one segment less of the cheaper kind is needed, more columns cost less than fewer.
-    for further in range(min(low + SAVED_BY_A_SEGMENT, columns // COLUMNS_AT_A_TIME), low, -1):
-        if _bits(rows, columns, kind, COLUMNS_AT_A_TIME * further, scale_block) <= bits:
+    for further in range(min(low + SAVED_BY_A_SEGMENT, (columns - outliers) // COLUMNS_AT_A_TIME), low, -1):
+        if _bits(*shape, kind, COLUMNS_AT_A_TIME * further) <= bits:
             low = further
             break
-    return _layout(rows, columns, kind, COLUMNS_AT_A_TIME * low, scale_block)
+    return _layout(*shape, kind, COLUMNS_AT_A_TIME * low)
 
 
-def _bits(rows: int, columns: int, kind: int, better: int, scale_block: int) -> float:
-    return matrix_size(_layout(rows, columns, kind, better, scale_block)).true_bits
+def _bits(rows: int, columns: int, scale_block: int, outliers: int, kind: int, better: int = 0) -> float:
+    return matrix_size(_layout(rows, columns, scale_block, outliers, kind, better)).true_bits
 
 
-def _layout(rows: int, columns: int, kind: int, better: int, scale_block: int) -> Layout:
-    """Columns of one kind, then `better` columns of the next."""
-    segments = _cut(columns - better, kind, scale_block)
+def _layout(rows: int, columns: int, scale_block: int, outliers: int, kind: int, better: int = 0) -> Layout:
+    """Columns of one kind, then `better` columns of the next, then outliers."""
+    segments = _cut(columns - outliers - better, kind, scale_block) if columns > outliers + better else []
     if better:
         segments += _cut(better, kind + 1, scale_block)
+    segments += [OUTLIER] * outliers
     return Layout(
         rows=rows,
         columns=columns,
@@ -127,7 +134,7 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> di
     weights = {name: demand.rows * demand.columns for name, demand in demands.items()}
     wishes = {name: log(max(demand.worth, TINY) / weights[name], ERROR_PER_BIT) for name, demand in demands.items()}
     least = {
-        name: max(FEWEST_BITS, _bits(demand.rows, demand.columns, 0, 0, scale_block))
+        name: max(FEWEST_BITS, _bits(demand.rows, demand.columns, scale_block, 0, 0))
         for name, demand in demands.items()
     }
     total = sum(weights.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from arbllm.factor import Factor, factorize
 from arbllm.format.layout import Segment
 
 FIRST_ROUNDS = 3
+OUTLIER_ENERGY, MOST_OUTLIERS = 20.0, 0.01  # times the mean energy, share of the columns
 ENOUGH = 0.006
 NO_DAMPING = 1e-6  # the Hessian is damped already
 
@@ -72,22 +74,34 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
     return SegmentsFit(parts, reconstruction, tuple(errors))
 
 
+def outliers(hessian: Tensor) -> int:
+    """How many columns carry so much of the activations' energy that each deserves a segment of its own.
+
+    A few inputs of a language model are hundreds of times as large as the rest, on a few tokens. What such a column is
+    off by hides the error that all other tokens see, and later columns give their precision to make up for it.
+    """
+    energy = hessian.diagonal()
+    count = int((energy > OUTLIER_ENERGY * energy.mean()).sum())
+    return min(count, int(MOST_OUTLIERS * len(energy)))
+
+
 def processing_order(weight: Tensor, factor: Factor, segments: Sequence[Segment]) -> Tensor:
     """The order in which columns are solved, int64 (m).
 
-    The more bits, the greater ||w_j||^2 / (H^-1)_jj, a column's energy that no other column can make up for; inside a
-    kind by falling H_jj.
+    Segments of a single column get the greatest H_jj. Of the others, the more bits, the greater
+    ||w_j||^2 / (H^-1)_jj, a column's energy that no other column can make up for; inside a kind by falling H_jj.
     """
+    diagonal = factor.damped.diagonal()
+    single = sum(segment.width == 1 for segment in segments)
     energy = weight.square().sum(0) / factor.upper.square().sum(0)
+    energy[diagonal.argsort(descending=True, stable=True)[:single]] = torch.inf
     ranked = energy.argsort(descending=True, stable=True)
-    widths: dict[tuple[int, int], int] = {}
-    for segment in segments:
-        widths[segment.groups, segment.terms] = widths.get((segment.groups, segment.terms), 0) + segment.width
-    places, stop = [], len(ranked)
-    for width in widths.values():
-        members = ranked[stop - width : stop]
-        places.append(members[factor.damped.diagonal()[members].argsort(descending=True, stable=True)])
-        stop -= width
+    places, start = [], 0
+    for _, run in groupby(segments, key=lambda segment: (segment.groups, segment.terms, segment.width == 1)):
+        stop = start + sum(segment.width for segment in run)
+        members = ranked[len(ranked) - stop : len(ranked) - start]
+        places.append(members[diagonal[members].argsort(descending=True, stable=True)])
+        start = stop
     return torch.cat(places)
 
 

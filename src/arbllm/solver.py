@@ -17,7 +17,7 @@ from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.assemble import assemble
 from arbllm.format.matrix import BinaryMatrix, SolveReport
-from arbllm.segments import fit_segments
+from arbllm.segments import fit_segments, outliers
 
 
 def quantize_matrix(
@@ -74,7 +74,8 @@ class _Solved(NamedTuple):
 def _solve_segments(original: Tensor, factor: Factor, config: BinarizationConfig, method: Method) -> _Solved:
     """ARB-RCX within the budget of bits."""
     assert config.bits is not None, "the configuration fills it in"
-    layout = joint_layout(original.shape[0], original.shape[1], config.bits, config.scale_block)
+    rows, columns = original.shape
+    layout = joint_layout(rows, columns, config.bits, config.scale_block, outliers(factor.hessian))
     weight = original.clone()
     weight[:, factor.dead] = 0
     fit = fit_segments(weight, factor, layout.segments, config.iterations)

@@ -41,7 +41,8 @@ _PAGE = """\
 # Fidelity
 
 How near the methods come to the paper's own reference implementation, on three linear layers of SmolLM2-135M with
-their Hessians. `braq` is BiLLM, `+cgb` has the column-group bitmap; blocks of 128 columns, 15 iterations, one thread.
+their Hessians. `braq` is BiLLM, `+cgb` has the column-group bitmap; blocks of 128 columns, 15 iterations, processor
+seconds of one thread.
 
 Errors are output errors, tr(D H Dᵀ) / tr(W H Wᵀ). *Faithful* is `split_on="saliency"`, `compensation="reference"`: what
 the reference does. *Default* chooses the group threshold by the error of the weight itself and compensates exactly, at
@@ -162,12 +163,12 @@ def as_markdown(headings: tuple[str, ...], rows: Rows) -> str:
 
 
 def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
-    """The call's last result and the median of its wall-clock seconds."""
+    """The call's last result and the median of its processor seconds, which other jobs on the machine hardly change."""
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         result = call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return result, median(seconds)
 
 

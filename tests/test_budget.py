@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arbllm import budget as module
-from arbllm.budget import COLUMNS_AT_A_TIME, ERROR_PER_BIT, KINDS, Demand, allocate, joint_layout
+from arbllm.budget import COLUMNS_AT_A_TIME, ERROR_PER_BIT, KINDS, OUTLIER, Demand, allocate, joint_layout
 from arbllm.config import FEWEST_BITS, MOST_BITS
 from arbllm.errors import ConfigError
 from arbllm.format.accounting import matrix_size, total_size
@@ -176,3 +176,17 @@ def test_no_other_division_is_better():
 def test_bits_below_the_least_are_refused():
     with pytest.raises(ConfigError, match=r"at least 1\.\d+ bits a weight with scales, more than 1.12"):
         allocate(demands({"a": 1.0}, 64, 64), 1.12, 512)
+
+
+@pytest.mark.parametrize(("rows", "columns"), MATRICES)
+@pytest.mark.parametrize("bits", [1.3, 2.25, 4.0])
+def test_outliers_come_last_and_are_paid_for(rows, columns, bits):
+    layout = joint_layout(rows, columns, bits, 512, outliers=3)
+    assert layout.segments[-3:] == (OUTLIER,) * 3
+    assert sum(segment.width for segment in layout.segments) == columns
+    assert bits_of(layout) <= bits
+
+
+def test_outliers_are_left_out_where_the_bits_do_not_suffice():
+    least = next(bits / 1000 for bits in range(1100, 4000) if asked(192, 576, bits / 1000, 512))
+    assert OUTLIER not in joint_layout(192, 576, least, 512, outliers=5).segments

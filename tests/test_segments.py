@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from arbllm import segments as module
 from arbllm.binarize.joint import choose_levels, start
+from arbllm.config import BinarizationConfig
 from arbllm.factor import Factor, factorize
 from arbllm.format.layout import Segment
-from arbllm.segments import fit_segments, processing_order
+from arbllm.segments import fit_segments, outliers, processing_order
+from arbllm.solver import quantize_matrix
 
 KINDS = ((1, 1), (2, 1), (2, 2), (4, 2))
 
@@ -163,3 +165,28 @@ def test_the_same_input_gives_the_same_result():
     first, second = (fit_segments(weight, factor, mixed(40), rounds=5) for _ in range(2))
     assert first.errors == second.errors
     assert torch.equal(first.reconstruction, second.reconstruction)
+
+
+def with_outliers(columns: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (64, m) and the Hessian of inputs of which two are a thousand times as large on a few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2048, columns, generator=generator)
+    inputs[:4, [7, 100]] *= 3000
+    return torch.randn(64, columns, generator=generator), 2 / 2048 * inputs.T @ inputs
+
+
+def test_outlying_inputs_get_segments_of_their_own():
+    weight, hessian = with_outliers()
+    assert outliers(hessian) == 2
+    matrix = quantize_matrix(weight, hessian, BinarizationConfig(bits=2.6))
+    assert [segment.width for segment in matrix.layout.segments[-2:]] == [1, 1]
+    order = matrix.column_order()
+    assert order is not None
+    assert set(order[-2:].tolist()) == {7, 100}
+
+
+def test_outliers_are_few():
+    hessian = torch.eye(400)
+    assert outliers(hessian) == 0
+    hessian[range(9), range(9)] = 5e4
+    assert outliers(hessian) == 4  # 1 % of the columns

@@ -58,7 +58,7 @@ def test_of_all_mixtures_it_is_the_best_that_the_bits_pay_for(rows, columns, bit
         layout
         for kind in range(len(KINDS))
         for better in range(0, columns if kind + 1 < len(KINDS) else 1, COLUMNS_AT_A_TIME)
-        if bits_of(layout := module._layout(rows, columns, kind, better, scale_block)) <= bits
+        if bits_of(layout := module._layout(rows, columns, scale_block, 0, kind, better)) <= bits
     ]
     assert asked(rows, columns, bits, scale_block) == (payable[-1] if payable else None)
 

@@ -70,17 +70,21 @@ def test_parts_reconstruction_and_errors_tell_the_same(seed, rows, segments, dea
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), rows=st.sampled_from([1, 3, 24]), kind=st.sampled_from([0, 1, 2]))
 def test_a_round_raises_the_error_by_no_more_than_the_rounding_of_scales(seed, rows, kind):
-    """Without rounding a round cannot raise it. Rounding changes a weight by 3 % at most, the error by its square."""
+    """Without rounding a round cannot raise it.
+
+    Rounding changes a weight by about 3 % at most, and about an optimum the error rises by tr(E H E^T) alone.
+    """
     weight, factor = problem(rows, 40, seed)
     order = processing_order(weight, factor, mixed(40, kind))
     hessian = factor.damped[order][:, order]
     solving = module._Problem(weight.T[order].contiguous(), hessian, factorize(hessian, 1e-6).upper)
     bounds = module._bounds(mixed(40, kind))
     levels = solving.solve(mixed(40, kind), bounds)
+    allowed = 0.03**2 * float(torch.linalg.eigvalsh(hessian).max() * weight.square().sum())
     for _ in range(6):
         before = solving.error()
         levels = solving.refine(levels, bounds)
-        assert solving.error() <= before + 0.03**2 * error_of(weight, factor)
+        assert solving.error() <= before + allowed
         exact = error_of((solving.weight - solving.values).T, Factor(hessian, hessian, factor.dead, 0.0))
         assert solving.error() == pytest.approx(exact, rel=1e-3)
 

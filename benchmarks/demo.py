@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
 PROMPT = "Python is a programming language that"
-WINDOWS, CALIBRATION, CONTEXT = 16, 12, 1024
-SHORTER = ("--iterations", "2", "--tune", "16")
+WINDOWS, CALIBRATION, CONTEXT = 16, 8, 1024
+SHORTER = ("--iterations", "1", "--tune", "8")
 NEW_TOKENS = 40
 
 Row = tuple[str, str, str]

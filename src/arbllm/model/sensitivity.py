@@ -25,6 +25,7 @@ from arbllm.model.capture import capture_inputs, compute_dtype, gather_hessians,
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
+PIECE = 256  # tokens that go backward through the model at a time: memory grows with them
 
 
 def measure_demands(model: PreTrainedModel, windows: Tensor, device: torch.device) -> dict[str, Demand]:
@@ -70,9 +71,11 @@ def _loss_rises(
         hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.requires_grad_()).remove)
         for linear in totals:
             hooks.callback(linear.module.register_forward_hook(partial(watch, linear)).remove)
-        for window in windows.to(device).split(1):
-            logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-            nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum").backward()
+        length = min(PIECE, windows.shape[1])
+        pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, 1, length)
+        for piece in pieces.to(device):
+            logits = model(input_ids=piece, use_cache=False).logits[0, :-1]
+            nn.functional.cross_entropy(logits.float(), piece[0, 1:], reduction="sum").backward()
     model.to(home, dtype)
     return totals
 

@@ -99,7 +99,7 @@ def test_where_nothing_is_gained_everything_stays(monkeypatch):
 def spoil(trainer: Trainer, step: int, loss: Tensor) -> None:
     with torch.no_grad():
         for parameter in trainer.parameters:
-            parameter += 1.0
+            parameter.add_(1.0)
 
 
 def test_norms_are_tuned_and_everything_else_stays_as_it_was():

@@ -11,6 +11,7 @@ from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
 from arbllm.evaluation.report import report
 from arbllm.format.checkpoint import bytes_on_disk, verify
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
+from arbllm.model.tune import Tuning
 from arbllm.nn import BinaryLinear
 from tests.tiny import save_tiny
 
@@ -60,7 +61,8 @@ def test_the_directory_has_all_that_users_need(job):
 def test_config_tells_how_it_was_made(job):
     config = json.loads((job[0].path / "config.json").read_text())["quantization_config"]
     assert config["binarization"] == arbllm.BinarizationConfig().to_dict()
-    assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 0}
+    steps = {"tune": Tuning().steps, "distill": 0}
+    assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 0, **steps}
     assert config["statistics"].keys() == config["linears"].keys()
 
 

@@ -80,8 +80,9 @@ def test_every_option_of_the_method_reaches_the_checkpoint(dense, tmp_path):
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     succeed("quantize", dense, tmp_path / "packed", *TEXT, *flags, "--seed", 5)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert config["binarization"] == options
-    assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 5}
+    assert config["binarization"].items() >= options.items()
+    steps = {"tune": 0, "distill": 0}
+    assert config["calibration"] == {"text": "builtin", "windows": 4, "window_length": 64, "seed": 5, **steps}
 
 
 def test_embeddings_in_8_bits(dense, tmp_path):
@@ -104,7 +105,7 @@ def test_eval_agrees_for_packed_and_exported(packed, tmp_path):
     options = ("--text", "builtin", "--context", 64, "--max-windows", 5, "--device", "cpu", "--json")
     values = [json.loads(succeed("eval", model, *options).stdout) for model in (packed, tmp_path / "dense")]
     assert values[0]["perplexity"] == pytest.approx(values[1]["perplexity"], rel=1e-4)
-    assert values[0]["true_bits_per_weight"] > values[0]["nominal_bits_per_weight"] > 1
+    assert values[0]["true_bits_per_weight"] > values[0]["nominal_bits_per_weight"] >= 1
     assert "true_bits_per_weight" not in values[1]
     assert values[0]["bytes_on_disk"] < values[1]["bytes_on_disk"]
     assert all(value["windows"] == 5 and value["peak_memory_bytes"] > 0 for value in values)
@@ -137,7 +138,7 @@ def test_inspect(packed):
 
 
 def test_inspect_lists_the_blocks_in_order(tmp_path):
-    pack_tiny(tmp_path, layers=11, hidden_size=8)
+    pack_tiny(tmp_path, layers=11, hidden_size=16)
     values = json.loads(succeed("inspect", tmp_path / "packed", "--json").stdout)
     blocks = [int(linear["name"].split(".")[2]) for linear in values["linears"]]
     assert blocks == sorted(blocks)

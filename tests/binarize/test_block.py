@@ -28,7 +28,7 @@ def test_signs_are_never_zero():
 
 def test_rounding_is_idempotent_and_changes_scales_by_less_than_float16_spacing():
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
-    for method in METHODS.values():
+    for method in [method for method in METHODS.values() if not method.joint]:
         block = binarize_block(weight, weight.square(), torch.eye(32), method).block
         stored = block.rounded()
         assert torch.equal(stored.reconstruct(), stored.rounded().reconstruct())

@@ -15,7 +15,7 @@ from arbllm.model.capture import compute_dtype
 from arbllm.model.events import DistillationFinished, DistillationStep, OnEvent
 from arbllm.model.tune import Best, Trainer, Tuning, norm_weights
 from arbllm.model.walk import replace_module
-from arbllm.nn import BinaryLinear
+from arbllm.nn import BinaryLinear, PackedModule
 from arbllm.tunable import TunableLinear
 
 CHECKS = 4
@@ -51,10 +51,14 @@ def distill_model(
         emit: told of every step and of the end.
     """
     start, home, dtype = time.perf_counter(), model.device, model.dtype
+    kept = _plain_buffers(model)
     for each in (model, teacher):
         each.to(device, compute_dtype(each.dtype, device)).eval()
     result = distill(model, teacher, windows, tuning, lambda *step: emit(DistillationStep(*step)))
     model.to(home, dtype)
+    for name, buffer in kept.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = buffer
     emit(DistillationFinished(*result, seconds=time.perf_counter() - start))
 
 
@@ -125,6 +129,16 @@ def divergence(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) ->
         wanted = teacher(input_ids=ids.to(teacher.device), use_cache=False).logits[0].float().log_softmax(-1)
     found = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     return nn.functional.kl_div(found, wanted.to(found.device), log_target=True, reduction="batchmean")
+
+
+def _plain_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Buffers of all but packed modules, such as rotary frequencies, which stay float32 in half-precision models."""
+    return {
+        f"{name}.{key}".removeprefix("."): buffer
+        for name, module in model.named_modules()
+        if not isinstance(module, PackedModule)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def _open_scales(model: PreTrainedModel) -> dict[str, TunableLinear]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from arbllm.budget import Demand
 from arbllm.factor import factorize
-from arbllm.model.capture import capture_inputs, compute_dtype, gather_hessians, resident
+from arbllm.model.capture import capture_inputs, gather_hessians, resident
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
@@ -54,7 +54,6 @@ def _loss_rises(
     model: PreTrainedModel, blocks: list[DecoderBlock], windows: Tensor, device: torch.device
 ) -> dict[Linear, float]:
     """Sum over tokens of sum_i g_i^2 y_i^2 for the outputs y of every linear."""
-    home, dtype = model.device, model.dtype
     totals = {linear: 0.0 for block in blocks for linear in block.linears}
 
     def watch(linear: Linear, _: nn.Module, __: Any, output: Tensor) -> None:
@@ -65,18 +64,17 @@ def _loss_rises(
 
         output.register_hook(add)
 
-    model.to(device, compute_dtype(dtype, device)).eval()
-    with ExitStack() as hooks, _frozen(model):
+    model.eval()
+    length = min(PIECE, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, 1, length)
+    with resident(model, device), ExitStack() as hooks, _frozen(model):
         embedding = model.get_input_embeddings()
         hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.requires_grad_()).remove)
         for linear in totals:
             hooks.callback(linear.module.register_forward_hook(partial(watch, linear)).remove)
-        length = min(PIECE, windows.shape[1])
-        pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, 1, length)
         for piece in pieces.to(device):
             logits = model(input_ids=piece, use_cache=False).logits[0, :-1]
             nn.functional.cross_entropy(logits.float(), piece[0, 1:], reduction="sum").backward()
-    model.to(home, dtype)
     return totals
 
 

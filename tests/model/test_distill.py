@@ -6,7 +6,7 @@ import torch
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
 from arbllm.model.distill import distill, distill_model
-from arbllm.model.events import DistillationFinished, DistillationStep
+from arbllm.model.events import DistillationFinished, DistillationStep, Event
 from arbllm.model.quantize import quantize_model
 from arbllm.model.tune import Tuning
 from arbllm.nn import BinaryLinear
@@ -36,7 +36,7 @@ def test_divergence_on_held_out_text_never_rises_and_only_scales_change():
 def test_a_half_precision_model_comes_back_as_it_was():
     model, teacher = packed(torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    events = []
+    events: list[Event] = []
     distill_model(model, teacher, random_windows(), Tuning(2), CPU, events.append)
     assert dtypes == {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     assert [type(event) for event in events] == [DistillationStep] * 2 + [DistillationFinished]

@@ -10,6 +10,7 @@ Two figures a linear, from a few windows of text:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arbllm.budget import Demand
-from arbllm.factor import factorize
-from arbllm.model.capture import capture_inputs, gather_hessians, resident
+from arbllm.errors import ModelError
+from arbllm.factor import Factor, factorize
+from arbllm.model.capture import InputGroup, capture_inputs, gather_hessians, resident
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
@@ -88,13 +90,27 @@ def _efforts(
         with resident(block.module, device):
             outputs = torch.empty_like(hidden)
             for group in gather_hessians(block, call.to(device), hidden, outputs):
-                factor = factorize(group.hessian, DAMPING)
+                factor = _factorize(group)
                 for linear in group.linears:
                     weight = linear.weight.float()
                     floor = weight.square().sum(0) @ factor.upper.diagonal().square().reciprocal()
                     efforts[linear] = float(floor / ((weight @ factor.hessian) * weight).sum().clamp(min=1e-30))
             hidden = outputs
     return efforts
+
+
+def _factorize(group: InputGroup) -> Factor:
+    """The factor of a group; its warnings are left to the solver, which meets the same Hessian.
+
+    Raises:
+        ModelError: the Hessian is not finite; names the layer.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return factorize(group.hessian, DAMPING)
+        except ModelError as error:
+            raise ModelError(f"{group.linears[0].name}: {error}") from error
 
 
 @contextmanager

@@ -1,36 +1,45 @@
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from arbllm.config import BinarizationConfig
-from arbllm.errors import ModelError
+from arbllm.budget import allocate
+from arbllm.config import ALLOCATIONS, BinarizationConfig
+from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
 from arbllm.model.quantize import quantize_model
+from arbllm.model.sensitivity import measure_demands
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 from tests.model.tiny_models import random_windows, tiny_model
 
-CONFIG = BinarizationConfig(block_size=16, iterations=2)
+CONFIG = BinarizationConfig(iterations=2)
+PAPER = BinarizationConfig("arb-rc", block_size=16, iterations=2)
 CPU = torch.device("cpu")
 
 
-def test_every_linear_is_calibrated_on_what_the_quantized_prefix_produces():
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["joint", "paper"])
+def test_every_linear_is_calibrated_on_what_the_quantized_prefix_produces(config):
     """The same job spelled out: block by block, dense weights replaced by what the solver returns."""
     model, windows = tiny_model("llama"), random_windows()
-    quantize_model(model, windows, CONFIG)
+    quantize_model(model, windows, config)
     dense = tiny_model("llama")
     blocks = find_blocks(dense)
+    configs = {linear.name: config for block in blocks for linear in block.linears}
+    if config.bits is not None:
+        shares = allocate(measure_demands(dense, windows[:2], CPU), config.bits, config.scale_block)
+        configs = {name: replace(config, bits=share) for name, share in shares.items()}
     hidden, calls = capture_inputs(dense, blocks, windows, CPU)
     for block, call in zip(blocks, calls, strict=True):
         for group in gather_hessians(block, call, hidden):
             for linear in group.linears:
-                expected = quantize_matrix(linear.weight, group.hessian, CONFIG)
+                expected = quantize_matrix(linear.weight, group.hessian, configs[linear.name])
                 packed = model.get_submodule(linear.name).matrix
                 assert packed.layout == expected.layout
                 assert all(torch.equal(packed.tensors()[name], tensor) for name, tensor in expected.tensors().items())
@@ -53,6 +62,30 @@ def test_only_the_linears_of_the_blocks_change():
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_the_budget_holds_for_the_whole_model(allocation):
+    config = BinarizationConfig(bits=3.0, allocation=allocation, scale_block=16, iterations=0)
+    results = quantize_model(tiny_model("llama"), random_windows(), config)
+    stored = 8 * sum(result.bytes for result in results)
+    assert stored <= 3.0 * sum(result.rows * result.columns for result in results)
+    bits = {(result.rows, result.columns): set() for result in results}
+    for result in results:
+        bits[result.rows, result.columns].add(result.true_bits)
+    alike = all(len(found) == 1 for found in bits.values())
+    assert alike == (allocation == "uniform")
+
+
+def test_a_budget_that_cannot_be_kept_is_refused():
+    with pytest.raises(ConfigError, match=r"at least 1\.\d+ bits a weight with scales, more than 1.1"):
+        quantize_model(tiny_model("llama"), random_windows(), BinarizationConfig(bits=1.1))
+
+
+def test_without_a_budget_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr("arbllm.model.quantize.measure_demands", lambda *_: pytest.fail("measured"))
+    for config in (PAPER, BinarizationConfig(allocation="uniform", iterations=0)):
+        quantize_model(tiny_model("llama", num_hidden_layers=1), random_windows(), config)
+
+
 def test_events_tell_the_whole_job():
     events: list = []
     model = tiny_model("llama")
@@ -72,6 +105,7 @@ def test_events_tell_the_whole_job():
     finished = [event for event in events if isinstance(event, BlockFinished)]
     for event in finished:
         assert event.seconds >= event.capture_seconds + event.solve_seconds + event.propagate_seconds
+        assert event.tune_seconds < event.seconds / 10
         assert event.peak_memory_bytes > 10**6
         assert all(0 < result.seconds < event.solve_seconds for result in results if result.block == event.block)
     assert finished[0].to_dict()["event"] == "block_finished"
@@ -80,12 +114,13 @@ def test_events_tell_the_whole_job():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_the_storage_dtype_stays(name, dtype):
+@pytest.mark.parametrize(("config", "scales"), [(CONFIG, torch.uint8), (PAPER, torch.float16)], ids=["joint", "paper"])
+def test_the_storage_dtype_stays(name, dtype, config, scales):
     model = tiny_model(name).to(dtype)
-    quantize_model(model, random_windows(), CONFIG)
+    quantize_model(model, random_windows(), config)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     packed = [module for module in model.modules() if isinstance(module, BinaryLinear)]
-    assert {module.row_scales.dtype for module in packed} == {torch.float16}
+    assert {module.row_scales.dtype for module in packed} == {scales}
     assert any(module.bias is not None and module.bias.dtype == dtype for module in packed)
     assert torch.isfinite(model(random_windows()).logits).all()
 

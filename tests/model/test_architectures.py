@@ -12,7 +12,7 @@ from arbllm.model.source import open_model_only
 from arbllm.nn import BinaryLinear
 from tests.model.tiny_models import MODELS, random_windows, tiny_model
 
-CONFIG = BinarizationConfig(block_size=16, iterations=2)
+CONFIG = BinarizationConfig(iterations=2)
 
 
 def logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -70,12 +70,20 @@ def test_a_tied_head_stays_tied(name, tmp_path):
         assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize(
-    ("method", "partition", "groups"),
-    [("billm", "column+group", 2), ("arb", "cgb", 2), ("arb-x", "cgb", 2), ("arb-rc", "cgb", 4), ("arb-rc", "none", 2)],
-)
-def test_every_method_through_a_whole_model(method, partition, groups, tmp_path):
-    config = BinarizationConfig(method=method, partition=partition, groups=groups, block_size=16, iterations=2)
+PAPER = {"block_size": 16, "iterations": 2}
+CONFIGS = [
+    BinarizationConfig("billm", partition="column+group", **PAPER),
+    BinarizationConfig("arb", partition="cgb", **PAPER),
+    BinarizationConfig("arb-x", partition="cgb", **PAPER),
+    BinarizationConfig("arb-rc", partition="cgb", groups=4, **PAPER),
+    BinarizationConfig("arb-rc", partition="none", **PAPER),
+    BinarizationConfig("arb-rcx", bits=1.9, iterations=2),
+    BinarizationConfig("arb-rcx", bits=3.4, scale_block=16, iterations=2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.method}-{config.partition}-{config.bits}")
+def test_every_method_through_a_whole_model(config, tmp_path):
     model, windows = tiny_model("llama"), random_windows()
     quantize_model(model, windows, config)
     mark_packed(model, {"binarization": config.to_dict()})

@@ -68,7 +68,7 @@ def test_the_budget_holds_for_the_whole_model(allocation):
     results = quantize_model(tiny_model("llama"), random_windows(), config)
     stored = 8 * sum(result.bytes for result in results)
     assert stored <= 3.0 * sum(result.rows * result.columns for result in results)
-    bits = {(result.rows, result.columns): set() for result in results}
+    bits: dict[tuple[int, int], set[float]] = {(result.rows, result.columns): set() for result in results}
     for result in results:
         bits[result.rows, result.columns].add(result.true_bits)
     alike = all(len(found) == 1 for found in bits.values())

@@ -14,7 +14,8 @@ from results import FULL, ROOT, TEXT_WINDOWS, load_rows
 mpl.use("svg")
 from matplotlib import pyplot
 
-COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93"}
+COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
+           "gptq": "#2a9134", "rtn": "#9e7b5a"}  # fmt: skip
 
 
 def main() -> None:
@@ -25,15 +26,16 @@ def main() -> None:
     mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for row, figures in rows.items():
+        family = row.partition(" ")[0]
         if row == FULL:
             axes.axhline(figures["perplexity"], color="black", linestyle=":", linewidth=1)
             axes.annotate(f"full precision, {figures['perplexity']:.1f}", (0.99, figures["perplexity"]), (0, 4),
                           xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")  # fmt: skip
             continue
-        size = figures["quantize"]["bytes_on_disk"] / 1e6
-        axes.scatter(figures["true_bits_per_weight"], figures["perplexity"], s=size, color=COLOURS[row], zorder=2)
+        size, bits = figures["quantize"]["bytes_on_disk"] / 1e6, figures["quantize"]["true_bits_per_weight"]
+        axes.scatter(bits, figures["perplexity"], s=size, color=COLOURS[family], zorder=2)
         axes.annotate(f"{row}, {figures['perplexity']:.1f} ({size:.0f} MB)",
-                      (figures["true_bits_per_weight"], figures["perplexity"]), (9, 0),
+                      (bits, figures["perplexity"]), (9, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_yscale("log")
     axes.set_yticks((20, 50, 100, 200, 500), labels=("20", "50", "100", "200", "500"))

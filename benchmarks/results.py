@@ -1,7 +1,7 @@
 """Perplexity, size and cost of every method on SmolLM2-135M: writes docs/results.md.
 
     python benchmarks/results.py                         the paper's methods, as far as not there yet, then the page
-    python benchmarks/results.py --all                   arb-rcx at eight budgets as well: days on two cores
+    python benchmarks/results.py --all                   arb-rcx at eight budgets and its peers: days on two cores
     python benchmarks/results.py --row arb-rc            one row
     python benchmarks/results.py --max-windows 50        the first 50 windows of the text alone
     python benchmarks/results.py --table                 only the table, from the rows that are there
@@ -35,6 +35,7 @@ FIGURES = ROOT / "docs" / "results"
 CHECKPOINTS = ROOT / "out" / "results"
 FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
+PEERS = {f"{family} {bits}": f"{family}-{bits}" for family in ("rtn", "gptq") for bits in (2, 3, 4)}
 BITS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.5, 2.85, 3.25)
 WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
 C4 = " on C4"
@@ -54,7 +55,7 @@ def joint_rows() -> dict[str, tuple[str, ...]]:
 
 
 JOINT = joint_rows()
-ROWS = (FULL, *METHODS, *JOINT)
+ROWS = (FULL, *METHODS, *JOINT, *PEERS)
 
 _PAGE = """\
 # Results
@@ -81,7 +82,9 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, calibrated on {windows} windows: of the validation text of
 WikiText-2, or, where the row says so, of C4. *Tuned* rows had each block's scales and norms tuned after it was solved,
-*distilled* ones 100 steps of distillation in the end; *uniform* gives all linears the same bits.
+*distilled* ones 100 steps of distillation in the end; *uniform* gives all linears the same bits. `rtn` and `gptq` round
+to uniform grids, one a row and 128 columns, clipped by search, in the same loop on the same windows; their true bits
+count scales and zeros, and their megabytes are those that packed weights would take.
 
 {table}
 """
@@ -158,9 +161,11 @@ def evaluation(row: str, max_windows: int) -> dict[str, Any]:
 def quantize(row: str, out: Path) -> dict[str, Any]:
     """Quantize the demonstration model as a row says."""
     text = DATA.parent / "c4" / "c4_sample.txt" if row.endswith(C4) else DATA / "wiki.valid.raw"
-    windows = JOINT_WINDOWS if row in JOINT else WINDOWS
-    method = JOINT.get(row, ("--method", row, "--partition", "cgb"))
+    windows = WINDOWS if row in METHODS else JOINT_WINDOWS
     calibration = ("--calibration", text, "--windows", str(windows), "--window-length", str(CONTEXT))
+    if row in PEERS:
+        return arbllm("peer", demonstration_model(), out, "--method", PEERS[row], *calibration, "--overwrite")
+    method = JOINT.get(row, ("--method", row, "--partition", "cgb"))
     return arbllm("quantize", demonstration_model(), out, *method, *calibration, "--overwrite")
 
 
@@ -200,7 +205,7 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
             windows=f"{'' if whole else 'the first '}{one['windows']} windows",
             context=CONTEXT,
             calibration=WINDOWS,
-            table=table({row: figures for row, figures in rows.items() if row not in JOINT}),
+            table=table({row: figures for row, figures in rows.items() if row in (FULL, *METHODS)}),
             joint=joint_section(rows),
             rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
             machine=job["machine"],
@@ -213,7 +218,7 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
 
 def joint_section(rows: dict[str, dict[str, Any]]) -> str:
     """The table of arb-rcx, with what it is; empty without a row of it."""
-    found = {row: figures for row, figures in rows.items() if row in JOINT}
+    found = {row: figures for row, figures in rows.items() if row in JOINT or row in PEERS}
     if not found:
         return ""
     return _JOINT.format(windows=JOINT_WINDOWS, table=table({FULL: rows[FULL]} | found)) + "\n"

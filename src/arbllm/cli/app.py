@@ -11,6 +11,7 @@ from arbllm.cli.evaluate import evaluate
 from arbllm.cli.export import export
 from arbllm.cli.generate import generate
 from arbllm.cli.inspect import inspect
+from arbllm.cli.peer import peer
 from arbllm.cli.quantize import quantize
 
 app = typer.Typer(
@@ -44,3 +45,4 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("peer")(peer)

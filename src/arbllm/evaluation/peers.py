@@ -1,0 +1,198 @@
+"""Methods that binarization is compared with, by name: `rtn-4`, `gptq-3`, `hqq-2` and whatever is registered here.
+
+Each rounds one linear after the other in the same loop over decoder blocks, on the same Hessians, and leaves an
+ordinary dense checkpoint; what its codes, scales and zeros would take packed is counted, not stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from arbllm.baselines import BITS, Rounded, gptq, round_to_nearest
+from arbllm.device import check_disk_space, choose_device
+from arbllm.errors import ConfigError
+from arbllm.evaluation.measure import measure
+from arbllm.factor import Factor
+from arbllm.format.output import output_directory
+from arbllm.model.events import OnEvent
+from arbllm.model.rounding import RoundLinear, round_model
+from arbllm.model.source import open_model_only, open_tokenizer
+from arbllm.model.walk import find_blocks
+from arbllm.text import calibration_windows
+
+SUMMARY_FILE = "peer.json"
+GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A family of methods that differ in their bits.
+
+    Attributes:
+        bits: bits of a code that it knows.
+        build: from bits, the function that rounds one linear.
+    """
+
+    bits: tuple[int, ...]
+    build: Callable[[int], RoundLinear]
+
+
+@dataclass(frozen=True)
+class PeerSummary:
+    """What a peer made of a model. The checkpoint is dense; sizes are those that packed weights would have.
+
+    Attributes:
+        path: the dense checkpoint.
+        method: the peer, by name.
+        linears: linears rounded.
+        weights: their weights.
+        true_bits_per_weight: bits a weight of them, scales and zeros counted.
+        nominal_bits_per_weight: bits of a code.
+        output_error: mean over them of tr(D H D^T) / tr(W H W^T).
+        bytes_on_disk: what the weight files would take: packed linears, and the rest as it is.
+        linear_bytes: of it, the linears.
+        dense_bytes: what the model's tensors take, in the dtype that it was stored in.
+        dense_linear_bytes: of it, the linears.
+        seconds: wall-clock time, from opening the model to the finished checkpoint.
+        peak_memory_bytes: greatest resident memory of the process meanwhile.
+        peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
+        output_errors: of each linear, by name.
+    """
+
+    path: Path
+    method: str
+    linears: int
+    weights: int
+    true_bits_per_weight: float
+    nominal_bits_per_weight: float
+    output_error: float
+    bytes_on_disk: int
+    linear_bytes: int
+    dense_bytes: int
+    dense_linear_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
+    output_errors: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without those that do not apply."""
+        return {key: value for key, value in (asdict(self) | {"path": str(self.path)}).items() if value is not None}
+
+
+def find_peer(name: str) -> tuple[RoundLinear, int]:
+    """The function that rounds one linear, and the bits of its codes, of a peer such as `gptq-3`.
+
+    Raises:
+        ConfigError: there is none of this name; lists those there are.
+    """
+    family, _, bits = name.rpartition("-")
+    adapter = ADAPTERS.get(family)
+    if adapter is None or bits not in map(str, adapter.bits):
+        raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(peer_names())}")
+    return adapter.build(int(bits)), int(bits)
+
+
+def peer_names() -> list[str]:
+    """All peers by name."""
+    return [f"{family}-{bits}" for family, adapter in ADAPTERS.items() for bits in adapter.bits]
+
+
+def quantize_peer(
+    model: str | Path,
+    out: str | Path,
+    method: str,
+    *,
+    calibration: str = "c4",
+    windows: int = 128,
+    window_length: int = 2048,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+) -> PeerSummary:
+    """Round a model and write it as an ordinary dense checkpoint, with `peer.json`, its summary.
+
+    Args:
+        model: a hub id, a local directory or a `.gguf` file.
+        out: the directory to write.
+        method: a name of `peer_names`.
+        calibration: see `arbllm.quantize`, as for the arguments below.
+        windows: calibration windows.
+        window_length: tokens of a window.
+        seed: of the choice of windows.
+        device: where to compute, one decoder block at a time; None for the GPU where there is one.
+        dtype: to open the model in; `auto` as it is stored.
+        trust_remote_code: run model code that comes with the checkpoint.
+        overwrite: replace an existing `out`.
+        on_event: told of every step as it happens.
+
+    Raises:
+        ArbllmError: the model, the text, the method or the disk do not allow it.
+    """
+    round_linear, bits = find_peer(method)
+    out = Path(out)
+    with output_directory(out, overwrite) as work:
+        with measure() as measured:
+            tokenizer = open_tokenizer(str(model), trust_remote_code)
+            tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
+            opened = open_model_only(str(model), dtype, trust_remote_code=trust_remote_code)
+            dense_bytes, dense_linear_bytes = dense_sizes(opened)
+            check_disk_space(dense_bytes, work)
+            results = round_model(
+                opened, tokens, round_linear, nominal_bits=bits, device=choose_device(device), on_event=on_event
+            )
+            opened.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        weights = sum(result.rows * result.columns for result in results)
+        linear_bytes = sum(result.bytes for result in results)
+        summary = PeerSummary(
+            path=out,
+            method=method,
+            linears=len(results),
+            weights=weights,
+            true_bits_per_weight=8 * linear_bytes / weights,
+            nominal_bits_per_weight=bits,
+            output_error=mean(result.output_error for result in results),
+            bytes_on_disk=dense_bytes - dense_linear_bytes + linear_bytes,
+            linear_bytes=linear_bytes,
+            dense_bytes=dense_bytes,
+            dense_linear_bytes=dense_linear_bytes,
+            output_errors={result.name: result.output_error for result in results},
+            **asdict(measured),
+        )
+        (work / SUMMARY_FILE).write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of all tensors of a dense model (shared ones once), and of the linears of its decoder blocks."""
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+
+
+def _nearest(bits: int) -> RoundLinear:
+    def run(weight: Tensor, _: Factor) -> Rounded:
+        return round_to_nearest(weight, bits, group_size=GROUP_SIZE)
+
+    return run
+
+
+def _gptq(bits: int) -> RoundLinear:
+    def run(weight: Tensor, factor: Factor) -> Rounded:
+        return gptq(weight, factor.hessian, bits, group_size=GROUP_SIZE, factor=factor)
+
+    return run
+
+
+ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq)}

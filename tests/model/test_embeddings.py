@@ -163,7 +163,8 @@ def test_codes_that_did_not_reach_the_model_are_refused(saved, monkeypatch):
             original(model, target_name, *arguments, **options)
 
     monkeypatch.setattr(core_model_loading, "set_param_for_module", forgetful)
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.codes did not reach the model"):
+    # The memory of a tensor that was not filled may by chance still hold the codes; then transformers' report tells.
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.codes(,| did not reach the model)"):
         arbllm.load(saved["llama-tied"])
 
 

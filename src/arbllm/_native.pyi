@@ -1,0 +1,4 @@
+"""Kernels of arbllm in C++."""
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that can be chosen, the best first."""

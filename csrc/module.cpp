@@ -5,4 +5,5 @@
 NB_MODULE(_native, module) {
     module.doc() = "Kernels of arbllm in C++.";
     bind_processor(module);
+    bind_sweep(module);
 }

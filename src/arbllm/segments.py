@@ -133,8 +133,9 @@ class _Problem:
             target, triangle = remaining[place], self.upper[place, place]
             metric = torch.cholesky_inverse(triangle, upper=True)
             levels = feed_forward(target, start(target, segment.groups, segment.terms), triangle)
+            goal = metric @ target
             for _ in range(FIRST_ROUNDS):
-                levels = choose_levels(target, refit_scales(target, levels, metric), metric)
+                levels = choose_levels(goal, refit_scales(goal, levels, metric), metric)
             self.values[place] = levels.values()
             error = torch.linalg.solve_triangular(triangle.T, target - self.values[place], upper=False)
             remaining[place.stop :] -= self.upper[place, place.stop :].T @ error
@@ -147,9 +148,8 @@ class _Problem:
         refined = []
         for level, place in zip(levels, bounds, strict=True):
             metric, before = self.hessian[place, place], self.values[place].clone()
-            factor = torch.linalg.cholesky(metric)
-            target = before + torch.cholesky_solve(self.pull[place], factor)
-            level = refit_scales(target, choose_levels(target, level, metric), metric)
+            goal = torch.addmm(self.pull[place], metric, before)
+            level = refit_scales(goal, choose_levels(goal, level, metric), metric)
             self.values[place] = level.values()
             self.pull.addmm_(self.hessian[:, place], self.values[place] - before, alpha=-1)
             refined.append(level)

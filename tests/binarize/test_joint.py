@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbllm.binarize.joint import (
-    TILE,
     Levels,
     choose_levels,
     feed_forward,
@@ -17,6 +16,7 @@ from arbllm.binarize.joint import (
     solve_rows,
     start,
 )
+from arbllm.binarize.sweep import TILE
 
 KINDS = list(itertools.product((1, 2, 4), (1, 2)))
 WEIGHTS = ("random", "dead input", "constant", "zero", "one magnitude")
@@ -58,7 +58,7 @@ def random_levels(seed: int, groups: int, terms: int, rows: int = 12, columns: i
         values = 0.1 + torch.rand(groups * terms, length, generator=generator)
         return values * (1 - 2 * torch.randint(2, values.shape, generator=generator))
 
-    choices = torch.randint(groups * 2**terms, (columns, rows), generator=generator)
+    choices = torch.randint(groups * 2**terms, (columns, rows), generator=generator).byte()
     return Levels(groups, terms, choices, scales(rows), scales(columns))
 
 
@@ -82,9 +82,9 @@ def test_every_step_lowers_the_loss_or_leaves_it(seed, rows, columns, groups, te
     for _ in range(3):
         basis = levels.basis()
         for step in (
-            lambda now: solve_rows(weight, now, basis, metric),  # noqa: B023
-            lambda now: solve_columns(weight, now, basis, metric),  # noqa: B023
-            lambda now: choose_levels(weight, now, metric),
+            lambda now: solve_rows(metric @ weight, now, basis, metric),  # noqa: B023
+            lambda now: solve_columns(metric @ weight, now, basis, metric),  # noqa: B023
+            lambda now: choose_levels(metric @ weight, now, metric),
         ):
             levels = step(levels)
             losses.append(loss(weight, levels, metric))
@@ -166,19 +166,19 @@ def test_scales_reach_the_least_squares_optimum(shape, groups, terms, weights):
     weight, metric = problem(5, rows=shape[0], columns=shape[1], weights=weights)
     levels = first_levels(weight, metric, groups, terms)
     allowed = 1e-4 * energy(weight, metric)
-    rows = solve_rows(weight, levels, levels.basis(), metric)
+    rows = solve_rows(metric @ weight, levels, levels.basis(), metric)
     assert loss(weight, rows, metric) <= least_loss(*row_systems(weight, levels, metric)) + allowed
-    columns = solve_columns(weight, rows, None, metric)
+    columns = solve_columns(metric @ weight, rows, None, metric)
     assert loss(weight, columns, metric) <= least_loss(*column_system(weight, rows, metric)) + allowed
 
 
 def test_well_posed_scales_are_those_of_lstsq():
     weight, metric = problem(6, rows=60, columns=16)
     levels = first_levels(weight, metric, 2, 1)
-    rows = solve_rows(weight, levels, levels.basis(), metric)
+    rows = solve_rows(metric @ weight, levels, levels.basis(), metric)
     expected = torch.linalg.lstsq(*row_systems(weight, levels, metric)).solution[..., 0].T
     torch.testing.assert_close(rows.rows, expected.float(), rtol=1e-3, atol=1e-3)
-    columns = solve_columns(weight, rows, None, metric)
+    columns = solve_columns(metric @ weight, rows, None, metric)
     expected = torch.linalg.lstsq(*column_system(weight, rows, metric)).solution.view(2, 16)
     torch.testing.assert_close(columns.columns, expected.float(), rtol=1e-3, atol=1e-3)
 
@@ -188,8 +188,8 @@ def test_slots_that_no_weight_uses_keep_their_scales():
     levels = random_levels(7, 4, 2)
     levels = Levels(4, 2, levels.choices % 8, levels.rows, levels.columns)  # groups 0 and 1 alone
     basis = levels.basis()
-    rows = solve_rows(weight, levels, basis, metric)
-    columns = solve_columns(weight, levels, basis, metric)
+    rows = solve_rows(metric @ weight, levels, basis, metric)
+    columns = solve_columns(metric @ weight, levels, basis, metric)
     torch.testing.assert_close(rows.rows[4:], levels.rows[4:])
     torch.testing.assert_close(columns.columns[4:], levels.columns[4:])
     assert not torch.equal(rows.rows[:4], levels.rows[:4])
@@ -229,7 +229,7 @@ def test_what_is_rounded_stays():
 def test_refitted_scales_are_stored_ones_and_better():
     weight, metric = problem(9, rows=60, columns=40)
     levels = first_levels(weight, metric, 2, 2)
-    refitted = refit_scales(weight, levels, metric)
+    refitted = refit_scales(metric @ weight, levels, metric)
     assert torch.equal(refitted.rounded().values(), refitted.values())
     assert loss(weight, refitted, metric) < loss(weight, levels, metric)
 
@@ -273,7 +273,9 @@ def test_feed_forward_is_what_its_description_says(groups, terms, columns):
 def test_a_sweep_takes_each_weight_to_its_best_level(groups, terms, columns):
     weight, metric = problem(11, rows=4, columns=columns)
     levels = random_levels(11, groups, terms, 4, columns)
-    torch.testing.assert_close(choose_levels(weight, levels, metric).values(), naive_sweep(weight, levels, metric))
+    torch.testing.assert_close(
+        choose_levels(metric @ weight, levels, metric).values(), naive_sweep(weight, levels, metric)
+    )
 
 
 @settings(max_examples=30)
@@ -282,7 +284,7 @@ def test_a_single_column_gets_its_nearest_levels(seed, groups, terms):
     weight, metric = problem(seed, columns=1)
     levels = random_levels(seed, groups, terms, columns=1)
     nearest = (levels.table()[:, 0] - weight[0]).abs().amin(0)
-    for chosen in (choose_levels(weight, levels, metric), feed_forward(weight, levels, upper_of(metric))):
+    for chosen in (choose_levels(metric @ weight, levels, metric), feed_forward(weight, levels, upper_of(metric))):
         torch.testing.assert_close((chosen.values() - weight).abs()[0], nearest)
 
 

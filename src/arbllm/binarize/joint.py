@@ -8,7 +8,8 @@ The paper leaves open how to refine row and column scales under L2, since they c
   their column scales, solve a linear least-squares problem; then every weight moves to the best of its reachable
   levels, column by column.
 
-Each step lowers the loss or leaves it. Tensors are column-major here, (K, n), as columns are what is swept.
+Each step lowers the loss or leaves it. None needs W itself, only the goal G = P W^T. Tensors are column-major here,
+(K, n), as columns are what is swept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from arbllm.binarize.block import Part, Term, Zone
 from arbllm.binarize.scales import positive_codes, shares
+from arbllm.binarize.sweep import Pass, sweep
 
-TILE = 32
+STRIPS = 4
+SLOTS_AT_A_TIME = 4
 RIDGE = 1e-5
 TINY = torch.finfo(torch.float32).tiny
 
@@ -44,7 +47,7 @@ class Levels:
     Attributes:
         groups: 1, 2 or 4.
         terms: signs a weight, 1 or 2.
-        choices: int64 (K, n), the level of each weight.
+        choices: uint8 (K, n), the level of each weight.
         rows: float32 (slots, n), row scales.
         columns: float32 (slots, K), column scales.
     """
@@ -74,7 +77,7 @@ class Levels:
 
     def values(self) -> Tensor:
         """W_hat, float32 (K, n)."""
-        return self.table().gather(0, self.choices[None])[0]
+        return self.table().gather(0, self.choices[None].long())[0]
 
     def to_part(self, columns: Tensor) -> Part:
         """The same as zones and terms.
@@ -102,7 +105,7 @@ class Levels:
             group, term = divmod(slot, self.terms)
             negative = (self.rows[slot] < 0)[None, :] ^ (self.columns[slot] < 0)[:, None]
             if negative.any():
-                flipped |= (negative & (self.choices >> self.terms == group)).long() << (self.terms - 1 - term)
+                flipped |= (negative & (self.choices >> self.terms == group)).byte() << (self.terms - 1 - term)
         rows, columns = positive_codes(self.rows.abs()), positive_codes(self.columns.abs())
         steps = (rows.largest * columns.largest).half().float()
         return replace(
@@ -133,7 +136,7 @@ def start(weight: Tensor, groups: int, terms: int) -> Levels:
         magnitudes = torch.stack([magnitudes.sum(1), magnitudes.diff(dim=1)[:, 0]], 1) / 2
     factors = magnitudes.flatten()[:, None]
     return Levels(
-        groups, terms, torch.zeros_like(weight, dtype=torch.int64), factors * rows, columns.expand(len(factors), -1)
+        groups, terms, torch.zeros_like(weight, dtype=torch.uint8), factors * rows, columns.expand(len(factors), -1)
     )
 
 
@@ -143,20 +146,20 @@ def loss(weight: Tensor, levels: Levels, metric: Tensor) -> float:
     return float(((metric @ error) * error).sum())
 
 
-def refit_scales(weight: Tensor, levels: Levels, metric: Tensor) -> Levels:
+def refit_scales(goal: Tensor, levels: Levels, metric: Tensor) -> Levels:
     """Row scales of all slots, rounded as they are stored, then the column scales that suit them, rounded too."""
     basis = levels.basis()
-    levels = solve_columns(weight, solve_rows(weight, levels, basis, metric).rounded(), None, metric)
+    levels = solve_columns(goal, solve_rows(goal, levels, basis, metric).rounded(), None, metric)
     return levels.rounded()
 
 
-def solve_rows(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) -> Levels:
+def solve_rows(goal: Tensor, levels: Levels, basis: Tensor, metric: Tensor) -> Levels:
     """Row scales of all slots: for each row the normal equations (u P u^T) r = u P w with u_s = M_s B_s c_s.
 
     A ridge toward the present scales keeps slots that no weight uses where they are, and the step monotone.
 
     Args:
-        weight: W_b^T, float32 (K, n).
+        goal: G = P W_b^T, float32 (K, n).
         levels: the segment so far.
         basis: `levels.basis()`.
         metric: P, float32 (K, K).
@@ -164,7 +167,7 @@ def solve_rows(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) ->
     terms = basis * levels.columns[:, :, None]
     images = metric @ terms
     gram = torch.stack([(images * term).sum(1) for term in terms], 1).permute(2, 0, 1).contiguous()
-    target = (images * weight).sum(1).T
+    target = (goal * terms).sum(1).T
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=TINY)
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     rows, failed = torch.linalg.solve_ex(gram, target + ridge[:, None] * levels.rows.T)
@@ -172,46 +175,54 @@ def solve_rows(weight: Tensor, levels: Levels, basis: Tensor, metric: Tensor) ->
     return replace(levels, rows=torch.where(usable, rows.T, levels.rows))
 
 
-def solve_columns(weight: Tensor, levels: Levels, basis: Tensor | None, metric: Tensor) -> Levels:
-    """Column scales of all slots and columns: A c = b with A = (V^T V) * P[j, j'], v_sj = M_s B_s r_s in column j.
+def solve_columns(goal: Tensor, levels: Levels, basis: Tensor | None, metric: Tensor) -> Levels:
+    """Column scales of all columns: A c = b with A = (V^T V) * P[j, j'], v_sj = M_s B_s r_s in column j.
 
-    A is positive semidefinite by the Schur product theorem; the ridge toward the present scales makes it definite.
-    Arguments as in `solve_rows`.
+    A is positive semidefinite by the Schur product theorem; the ridge toward the present scales makes it definite. Of
+    many slots, some at a time are solved for, the others as they are. Arguments as in `solve_rows`.
     """
-    basis = levels.basis() if basis is None else basis
-    slots, width = levels.columns.shape
-    vectors = (basis * levels.rows[:, None, :]).flatten(0, 1)
-    system = vectors @ vectors.T
-    system.view(slots, width, slots, width).mul_(metric[:, None, :])
-    target = ((metric @ weight) * vectors.view(slots, width, -1)).sum(2).flatten()
-    ridge = RIDGE * system.diagonal().mean().clamp(min=TINY)
-    system.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        return levels
-    columns = torch.cholesky_solve((target + ridge * levels.columns.flatten())[:, None], factor)
-    return replace(levels, columns=columns.view(slots, width))
+    vectors = (levels.basis() if basis is None else basis) * levels.rows[:, None, :]
+    slots, width, _ = vectors.shape
+    columns = levels.columns.clone()
+    for start in range(0, slots, SLOTS_AT_A_TIME):
+        some = slice(start, start + SLOTS_AT_A_TIME)
+        wanted = goal
+        if slots > SLOTS_AT_A_TIME:
+            others = columns.clone()
+            others[some] = 0
+            wanted = goal - metric @ (vectors * others[:, :, None]).sum(0)
+        flat = vectors[some].flatten(0, 1)
+        system = _lower_gram(flat)
+        system.view(-1, width, len(flat) // width, width).mul_(metric[:, None, :])
+        ridge = (RIDGE * system.diagonal().mean()).clamp(min=TINY)
+        system.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not failed:
+            target = (vectors[some] * wanted).sum(2).flatten() + ridge * columns[some].flatten()
+            columns[some] = torch.cholesky_solve(target[:, None], factor).view(-1, width)
+    return replace(levels, columns=columns)
 
 
-def choose_levels(weight: Tensor, levels: Levels, metric: Tensor) -> Levels:
+def _lower_gram(vectors: Tensor) -> Tensor:
+    """V V^T (k, k) at and below the diagonal, all that Cholesky looks at; a strip at a time saves most of the rest."""
+    gram = vectors.new_zeros(len(vectors), len(vectors))
+    height = -(-len(vectors) // STRIPS)
+    for start in range(0, len(vectors), height):
+        stop = start + height
+        torch.mm(vectors[start:stop], vectors[:stop].T, out=gram[start:stop, :stop])
+    return gram
+
+
+def choose_levels(goal: Tensor, levels: Levels, metric: Tensor) -> Levels:
     """One sweep of coordinate descent over the columns, all rows at once, choosing group and signs of each weight.
 
     With the other columns fixed, the best value of column j is t = W_hat_j + (P E)_j / P_jj: take the nearest level.
     Arguments as in `solve_rows`.
     """
-    sweep = _Sweep(levels)
     values = levels.values()
-    pull = metric @ (weight - values)
-    steps = metric.diagonal().reciprocal().tolist()
-    for tile in _tiles(len(values)):
-        inner = metric[tile, tile, None].unbind(1)
-        rows = zip(values[tile].unbind(), pull[tile].unbind(), steps[tile], inner, strict=True)
-        for place, (value, force, step, influence) in enumerate(rows, start=1):
-            change = sweep.choose_next(torch.add(value, force, alpha=step)).sub(value)
-            pull[tile.start + place : tile.stop].addcmul_(influence[place:], change, value=-1)
-        change = sweep.values[tile] - values[tile]
-        pull[tile.stop :].addmm_(metric[tile.stop :, tile], change, alpha=-1)
-    return sweep.levels()
+    task = Pass(torch.addmm(goal, metric, values, alpha=-1), values, metric.diagonal().reciprocal(), metric)
+    choices, _ = sweep(levels.rows, levels.columns, levels.terms, task)
+    return replace(levels, choices=choices)
 
 
 def feed_forward(weight: Tensor, levels: Levels, upper: Tensor) -> Levels:
@@ -224,56 +235,7 @@ def feed_forward(weight: Tensor, levels: Levels, upper: Tensor) -> Levels:
         levels: scales; their choices are not looked at.
         upper: U_bb, float32 (K, K), upper triangular.
     """
-    sweep = _Sweep(levels)
-    remaining = weight.clone()
-    spread = (upper / upper.diagonal()[:, None]).T.contiguous()
-    for tile in _tiles(len(weight)):
-        inner = spread[tile, tile, None].unbind(1)
-        for place, (wanted, influence) in enumerate(zip(remaining[tile].unbind(), inner, strict=True), start=1):
-            error = wanted.sub_(sweep.choose_next(wanted))
-            remaining[tile.start + place : tile.stop].addcmul_(influence[place:], error, value=-1)
-        remaining[tile.stop :].addmm_(spread[tile.stop :, tile], remaining[tile], alpha=-1)
-    return sweep.levels()
-
-
-class _Sweep:
-    """Chooses the levels of one column after the other, from the first on.
-
-    Levels come in pairs of opposite signs, so the search is among magnitudes, for the magnitude that is wanted.
-
-    Attributes:
-        values: what was chosen, float32 (K, n).
-    """
-
-    def __init__(self, levels: Levels) -> None:
-        self._levels = levels
-        half = levels.table().unflatten(0, (levels.groups, 2, -1))[:, 0].flatten(0, 1)
-        self._negative = half < 0
-        self._magnitudes = half.abs_().transpose(0, 1).contiguous()
-        self._numbers = torch.zeros_like(levels.choices)
-        self._distances = torch.empty_like(self._magnitudes[0])
-        self._least = torch.empty_like(half[0, 0])
-        self.values = torch.empty_like(half[0])
-        self._columns = zip(self._magnitudes.unbind(), self._numbers.unbind(), self.values.unbind(), strict=True)
-
-    def choose_next(self, wanted: Tensor) -> Tensor:
-        """Take the levels nearest to `wanted` (n) in the next column; returns their values."""
-        magnitudes, numbers, values = next(self._columns)
-        if len(magnitudes) > 1:
-            torch.sub(magnitudes, wanted.abs(), out=self._distances)
-            torch.min(self._distances.abs_(), 0, out=(self._least, numbers))
-            magnitudes = magnitudes.gather(0, numbers[None])
-        return torch.copysign(magnitudes[0], wanted, out=values)
-
-    def levels(self) -> Levels:
-        """The scales as they were, with the levels chosen."""
-        terms = self._levels.terms
-        negative = self.values.signbit() ^ self._negative.gather(0, self._numbers[None])[0]
-        sign, second = negative.long() << (terms - 1), self._numbers & (terms - 1)
-        if terms == 2:  # a negative first sign turns the second one round too
-            second = second ^ negative
-        return replace(self._levels, choices=self._numbers >> (terms - 1) << terms | sign | second)
-
-
-def _tiles(columns: int) -> list[slice]:
-    return [slice(start, min(start + TILE, columns)) for start in range(0, columns, TILE)]
+    spread = (upper / upper.diagonal()[:, None]).T
+    task = Pass(weight, None, torch.ones_like(weight[:, 0]), spread.neg())
+    choices, _ = sweep(levels.rows, levels.columns, levels.terms, task)
+    return replace(levels, choices=choices)

@@ -190,13 +190,14 @@ class ProgressDisplay:
         )
 
 
-class WindowDisplay:
-    """Shows an evaluation on stderr: a bar on a terminal, a line for each tenth of the windows elsewhere."""
+class _CountDisplay:
+    """Shows how far a count has come on stderr: a bar on a terminal, a line for each tenth elsewhere."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, unit: str, console: Console | None = None) -> None:
+        self.unit = unit
         self.console = console or Console(stderr=True)
         self._progress = Progress(
-            TextColumn("[bold]window"),
+            TextColumn(f"[bold]{unit}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=16),
             TextColumn("{task.description}"),
@@ -215,12 +216,35 @@ class WindowDisplay:
     ) -> None:
         self._progress.stop()
 
+    def _show(self, done: int, total: int, description: str = "") -> None:
+        self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, description=description)
+        if not self.console.is_terminal and (done * 10 // total) > ((done - 1) * 10 // total):
+            self.console.print(f"{self.unit} {done}/{total}{description and f': {description}'}", highlight=False)
+        if done == total:
+            self._progress.stop()
+
+
+class WindowDisplay(_CountDisplay):
+    """Shows an evaluation on text, by windows."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__("window", console)
+
     def __call__(self, done: int, total: int, perplexity: float) -> None:
         """Show that `done` of `total` windows are evaluated, and the perplexity so far."""
-        self._progress.start()
-        self._progress.update(self._task, completed=done, total=total, description=f"perplexity {perplexity:.2f}")
-        if not self.console.is_terminal and (done * 10 // total) > ((done - 1) * 10 // total):
-            self.console.print(f"window {done}/{total}: perplexity {perplexity:.2f}", highlight=False)
+        self._show(done, total, f"perplexity {perplexity:.2f}")
+
+
+class RequestDisplay(_CountDisplay):
+    """Shows an evaluation on tasks, by answers scored."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__("answer", console)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` answers are scored."""
+        self._show(done, total)
 
 
 def _clock(seconds: float) -> str:

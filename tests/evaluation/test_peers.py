@@ -49,10 +49,10 @@ def test_calibration_pays(dense, tmp_path):
 
 def test_the_checkpoint_is_an_ordinary_model(dense, tmp_path):
     quantize_peer(dense, tmp_path / "out", "rtn-8", **TEXT)
-    options = {"text": "builtin", "context": 64, "max_windows": 2, "device": "cpu"}
+    options = {"texts": ["builtin"], "context": 64, "max_windows": 2, "device": "cpu"}
     scores = [evaluate(str(model), **options) for model in (dense, tmp_path / "out")]
     assert scores[1].true_bits_per_weight is None
-    assert scores[1].perplexity == pytest.approx(scores[0].perplexity, rel=0.01)
+    assert scores[1].texts["builtin"].perplexity == pytest.approx(scores[0].texts["builtin"].perplexity, rel=0.01)
     weights = [AutoModelForCausalLM.from_pretrained(model).lm_head.weight for model in (dense, tmp_path / "out")]
     assert torch.equal(*weights)
 

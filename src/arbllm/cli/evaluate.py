@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
 from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
+if TYPE_CHECKING:
+    from arbllm.evaluation.evaluate import Evaluation
+
 
 def evaluate(
     model: Model,
     text: Annotated[
-        str, typer.Option(help="wikitext2, ptb or c4 (from the hub), a text file, or builtin.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            help="wikitext2, ptb or c4 (from the hub), a text file, or builtin; several with commas.",
+            show_default="wikitext2, or none with --tasks",
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.", show_default="all")] = None,
     skip_windows: Annotated[int, typer.Option(help="Leave out so many windows first: a text in pieces.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks, with commas: arc_easy,arc_challenge,boolq,hellaswag,openbookqa,piqa,..."),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' raw data sets.", show_default="from the hub")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task at most.", show_default="all")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the perplexity of MODEL, dense or packed.
+    """Measure the perplexity of MODEL, dense or packed, and its accuracy on question answering tasks.
 
     The usual protocol: the text joined, tokenised once, cut into windows that do not overlap. On a CPU in float32.
 
@@ -35,35 +51,62 @@ def evaluate(
     `arbllm eval smollm2-packed --text wiki.test.raw --max-windows 20`
 
     `arbllm eval model.gguf --text builtin --context 1024 --json`
+
+    `arbllm eval smollm2-packed --text wikitext2,ptb,c4 --tasks arc_easy,piqa --limit 200`
     """
     with command(debug):
         from arbllm.evaluation.evaluate import evaluate as run
-        from arbllm.progress import WindowDisplay
+        from arbllm.progress import RequestDisplay, WindowDisplay
 
+        texts = names(text) if text or tasks else ["wikitext2"]
         say("opening", model)
-        with WindowDisplay() as display:
+        with WindowDisplay() as windows_display, RequestDisplay() as request_display:
             result = run(
                 model,
-                text,
+                texts,
                 context=context,
                 max_windows=max_windows,
                 skip_windows=skip_windows,
+                tasks=names(tasks),
+                task_data=task_data,
+                limit=limit,
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                on_window=display,
+                on_window=windows_display,
+                on_request=request_display,
             )
         if json:
             print_json(result.to_dict())
             return
-        facts = {
-            "perplexity": f"{result.perplexity:.3f}",
-            "windows": f"{result.windows} of {result.context} tokens",
-            "size on disk": format_bytes(result.bytes_on_disk) if result.bytes_on_disk else "unknown",
-            "time": f"{result.seconds:.0f} s",
-            "peak memory": format_bytes(result.peak_memory_bytes),
-        }
-        if result.true_bits_per_weight is not None:
-            facts["true bits a weight"] = f"{result.true_bits_per_weight:.3f}"
-            facts["nominal bits a weight"] = f"{result.nominal_bits_per_weight:.3f}"
-        print_facts(facts)
+        print_facts(_facts(result))
+
+
+def names(text: str | None) -> list[str]:
+    """The names in a list with commas; none in None."""
+    return [name for name in map(str.strip, (text or "").split(",")) if name]
+
+
+def _facts(result: Evaluation) -> dict[str, str]:
+    facts = {}
+    for text, score in result.texts.items():
+        label = "perplexity" if len(result.texts) == 1 else f"perplexity, {Path(text).name}"
+        facts[label] = f"{score.perplexity:.3f}"
+        facts["windows" if len(result.texts) == 1 else f"windows, {Path(text).name}"] = (
+            f"{score.windows} of {score.context} tokens"
+        )
+    for task in result.tasks:
+        normalized = f", normalized {task.acc_norm:.3f} ± {task.acc_norm_stderr:.3f}" if task.acc_norm_stderr else ""
+        facts[task.task] = f"{task.acc:.3f} ± {task.acc_stderr:.3f}{normalized} ({task.items} items)"
+    if result.tasks:
+        values = result.to_dict()
+        facts["average"] = f"{values['average_acc']:.3f}, normalized {values['average_acc_norm']:.3f}"
+    facts |= {
+        "size on disk": format_bytes(result.bytes_on_disk) if result.bytes_on_disk else "unknown",
+        "time": f"{result.seconds:.0f} s",
+        "peak memory": format_bytes(result.peak_memory_bytes),
+    }
+    if result.true_bits_per_weight is not None:
+        facts["true bits a weight"] = f"{result.true_bits_per_weight:.3f}"
+        facts["nominal bits a weight"] = f"{result.nominal_bits_per_weight:.3f}"
+    return facts

@@ -1,0 +1,93 @@
+"""lm-evaluation-harness: hands it a model that is open already, packed or dense.
+
+Only the functions here import the harness, which is an optional dependency (`pip install arbllm[eval]`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from arbllm.errors import ConfigError
+
+LOGIT_BYTES = 256 * 2**20
+OnRequest = Callable[[int, int], None]
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    limit: int | None = None,
+    on_request: OnRequest | None = None,
+) -> dict[str, Any]:
+    """Run tasks of the harness zero-shot, as many texts at a time as have `LOGIT_BYTES` of logits.
+
+    Args:
+        model: a causal LM, in its evaluation dtype and on its device.
+        tokenizer: its tokenizer.
+        tasks: names of the harness, or task configurations as dicts.
+        limit: items of each task at most; None for all.
+        on_request: called with (requests done, requests in all); a request is one answer to one item.
+
+    Returns:
+        What `lm_eval.simple_evaluate` returns, without samples.
+
+    Raises:
+        ConfigError: the harness is not installed.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("tasks need lm-evaluation-harness: pip install 'arbllm[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that it takes
+    lm = _wrap(model, tokenizer, on_request)
+    # To look through the harness's own thousands of tasks takes it a while.
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+    results = lm_eval.simple_evaluate(
+        lm, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False, task_manager=manager
+    )
+    assert results, "there is one process alone"
+    return results
+
+
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_request: OnRequest | None) -> Any:
+    """The harness's model class around ours, with batches by memory and progress by request."""
+    from lm_eval.models.huggingface import HFLM
+
+    class OpenModel(HFLM):
+        _batch_end = _batch_length = 0
+
+        def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+            """Texts of the batch that request `pos` falls into: asked for one after the other, longest first."""
+            if pos >= self._batch_end:
+                _, context, continuation = n_reordered_requests[pos]
+                length = min(len(context) + len(continuation), self.max_length)
+                self._batch_length = max(1, batch_tokens // length)
+                self._batch_end = pos + self._batch_length
+            return self._batch_length
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> Any:
+            self.cache_hook = _Progress(len(requests), on_request)
+            self._batch_end = self._batch_length = 0
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True)
+
+    batch_tokens = LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)
+    return OpenModel(pretrained=model, tokenizer=tokenizer, batch_size="auto")
+
+
+class _Progress:
+    """Stands where the harness would put answers into a cache: it is told of each as it is known."""
+
+    def __init__(self, total: int, on_request: OnRequest | None) -> None:
+        self.done, self.total, self.on_request = 0, total, on_request
+
+    def add_partial(self, *_: Any) -> None:
+        self.done += 1
+        if self.on_request:
+            self.on_request(self.done, self.total)

@@ -4,6 +4,7 @@
 
 NB_MODULE(_native, module) {
     module.doc() = "Kernels of arbllm in C++.";
+    bind_lookup(module);
     bind_processor(module);
     bind_sweep(module);
 }

@@ -1,0 +1,110 @@
+// Bindings of the look-up kernels: arbllm/kernels/cpu.py calls them with the addresses of tensors that it has checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "bindings.h"
+#include "prepare.h"
+#include "processor.h"
+
+namespace nb = nanobind;
+using namespace arbllm;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Kernels by their number in instruction_sets().
+const Kernel& chosen(int number) {
+    static const std::vector<const Kernel*> kernels = [] {
+        std::vector<const Kernel*> found;
+        for (const auto& name : instruction_sets()) {
+            found.push_back(kernel_named(name.c_str()));
+        }
+        return found;
+    }();
+    if (number < 0 || number >= static_cast<int>(kernels.size()) || !kernels[number]) {
+        throw std::invalid_argument("no such instruction set: see instruction_sets()");
+    }
+    return *kernels[number];
+}
+
+Prepared opened(uintptr_t address) {
+    const auto* start = at<const uint8_t>(address);
+    if (at<const Header>(address)->magic != MAGIC) {
+        throw std::invalid_argument("not a prepared matrix");
+    }
+    return Prepared(start);
+}
+
+Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<int64_t, 10>>& places,
+                   const std::array<uintptr_t, 4>& planes, const std::array<int64_t, 4>& plane_bytes,
+                   uintptr_t row_scales, uintptr_t row_means, uintptr_t column_scales, uintptr_t order) {
+    Packed packed{};
+    packed.rows = rows;
+    packed.columns = columns;
+    for (const auto& p : places) {
+        packed.places.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]});
+        packed.row_scale_slots += p[1] * p[2];
+        packed.row_mean_slots += p[1];
+    }
+    Plane* const into[] = {&packed.signs, &packed.low, &packed.high, &packed.second};
+    for (int i = 0; i < 4; ++i) {
+        *into[i] = {at<const uint8_t>(planes[i]), plane_bytes[i]};
+    }
+    packed.row_scales = at<const float>(row_scales);
+    packed.row_means = at<const float>(row_means);
+    packed.column_scales = at<const float>(column_scales);
+    packed.order = at<const int64_t>(order);
+    return packed;
+}
+
+}  // namespace
+
+void bind_lookup(nb::module_& module) {
+    module.attr("LANES") = LANES;
+    module.attr("MOST_TOKENS") = MOST_TOKENS;
+
+    nb::class_<Packed>(module, "Packed", "A packed matrix in memory that its owner keeps.")
+        .def_static("at", &packed_from, nb::arg("rows"), nb::arg("columns"), nb::arg("places"), nb::arg("planes"),
+                    nb::arg("plane_bytes"), nb::arg("row_scales"), nb::arg("row_means"), nb::arg("column_scales"),
+                    nb::arg("order"), "From addresses, 0 for what is absent.")
+        .def("prepared_bytes", &prepared_bytes, "Bytes that `prepare` writes.")
+        .def(
+            "prepare", [](const Packed& self, uintptr_t to, int threads) { prepare(self, at<uint8_t>(to), threads); },
+            nb::arg("to"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+            "Write the matrix as the kernels want it, to an address divisible by 64.");
+
+    module.def(
+        "multiply",
+        [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t stride, bool bfloat16, int set,
+           int threads) {
+            const Kernel& kernel = chosen(set);
+            const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
+                                          bfloat16 ? Number::bfloat16 : Number::float32};
+            kernel.multiply(opened(prepared), activations, threads);
+        },
+        nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("stride"), nb::arg("bfloat16"),
+        nb::arg("instruction_set"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+        "y = x W^T for at most MOST_TOKENS tokens.");
+
+    module.def(
+        "unpack",
+        [](uintptr_t prepared, int64_t first, int64_t last, uintptr_t to, int set, int threads) {
+            chosen(set).unpack(opened(prepared), first, last, at<float>(to), threads);
+        },
+        nb::arg("prepared"), nb::arg("first"), nb::arg("last"), nb::arg("to"), nb::arg("instruction_set"),
+        nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+        "Blocks of LANES rows of W, transposed, in the prepared order: float32 (columns, LANES * (last - first)).");
+
+    module.def(
+        "order", [](uintptr_t prepared) { return reinterpret_cast<uintptr_t>(opened(prepared).order); },
+        nb::arg("prepared"), "Address of the natural column, int32, of each prepared one.");
+}

@@ -1,0 +1,47 @@
+#include "lookup_kernel.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+namespace arbllm {
+namespace {
+
+struct Avx2 {
+    static constexpr int lanes = 32;
+    using Bytes = __m256i;
+
+    static Bytes zero() { return _mm256_setzero_si256(); }
+    static Bytes load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+    static Bytes table(const uint8_t* from) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static Bytes low(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+    static Bytes high(Bytes a) { return low(_mm256_srli_epi16(a, 4)); }
+    static Bytes lookup(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+    static Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+    static Bytes sub16(Bytes a, Bytes b) { return _mm256_sub_epi16(a, b); }
+    static Bytes up8(Bytes a) { return _mm256_slli_epi16(a, 8); }
+    static Bytes down8(Bytes a) { return _mm256_srli_epi16(a, 8); }
+    static void add_scaled(float* to, Bytes numbers, float scale) {
+        add_eight(to, _mm256_castsi256_si128(numbers), scale);
+        add_eight(to + 8, _mm256_extracti128_si256(numbers, 1), scale);
+    }
+
+  private:
+    static void add_eight(float* to, __m128i numbers, float scale) {
+        const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(numbers));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_set1_ps(scale), wide, _mm256_loadu_ps(to)));
+    }
+};
+
+}  // namespace
+
+const Kernel* kernel_avx2() {
+    static const Kernel kernel{"avx2", multiply<Avx2>, unpack};
+    return &kernel;
+}
+
+}  // namespace arbllm
+#else
+const arbllm::Kernel* arbllm::kernel_avx2() { return nullptr; }
+#endif

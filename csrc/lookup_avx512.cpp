@@ -1,0 +1,47 @@
+#include "lookup_kernel.h"
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+
+namespace arbllm {
+namespace {
+
+struct Avx512 {
+    static constexpr int lanes = 64;
+    using Bytes = __m512i;
+
+    static Bytes zero() { return _mm512_setzero_si512(); }
+    static Bytes load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static Bytes table(const uint8_t* from) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static Bytes low(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+    static Bytes high(Bytes a) { return low(_mm512_srli_epi16(a, 4)); }
+    static Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+    static Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
+    static Bytes sub16(Bytes a, Bytes b) { return _mm512_sub_epi16(a, b); }
+    static Bytes up8(Bytes a) { return _mm512_slli_epi16(a, 8); }
+    static Bytes down8(Bytes a) { return _mm512_srli_epi16(a, 8); }
+    static void add_scaled(float* to, Bytes numbers, float scale) {
+        add_sixteen(to, _mm512_castsi512_si256(numbers), scale);
+        add_sixteen(to + 16, _mm512_extracti64x4_epi64(numbers, 1), scale);
+    }
+
+  private:
+    static void add_sixteen(float* to, __m256i numbers, float scale) {
+        const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(numbers));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(scale), wide, _mm512_loadu_ps(to)));
+    }
+};
+
+}  // namespace
+
+const Kernel* kernel_avx512() {
+    static const Kernel kernel{"avx512", multiply<Avx512>, unpack};
+    return &kernel;
+}
+
+}  // namespace arbllm
+#else
+const arbllm::Kernel* arbllm::kernel_avx512() { return nullptr; }
+#endif

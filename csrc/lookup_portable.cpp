@@ -1,0 +1,71 @@
+#include "lookup_kernel.h"
+
+namespace arbllm {
+namespace {
+
+struct Portable {
+    static constexpr int lanes = 16;
+    struct Bytes {
+        uint16_t pairs[lanes / 2];
+    };
+    struct Table {
+        uint8_t entries[16];
+    };
+
+    // f applied to the numbers of 16 bits of one or two vectors.
+    template <class F>
+    static Bytes each(F f) {
+        Bytes result;
+        for (int i = 0; i < lanes / 2; ++i) {
+            result.pairs[i] = static_cast<uint16_t>(f(i));
+        }
+        return result;
+    }
+
+    static Bytes zero() { return {}; }
+    static Bytes load(const uint8_t* from) {
+        return each([&](int i) { return from[2 * i] | from[2 * i + 1] << 8; });
+    }
+    static Table table(const uint8_t* from) {
+        Table table;
+        std::memcpy(table.entries, from, 16);
+        return table;
+    }
+    static Bytes low(Bytes a) {
+        return each([&](int i) { return a.pairs[i] & 0x0f0f; });
+    }
+    static Bytes high(Bytes a) {
+        return each([&](int i) { return a.pairs[i] >> 4 & 0x0f0f; });
+    }
+    static Bytes lookup(const Table& table, Bytes index) {
+        return each([&](int i) {
+            return table.entries[index.pairs[i] & 255] | table.entries[index.pairs[i] >> 8] << 8;
+        });
+    }
+    static Bytes add16(Bytes a, Bytes b) {
+        return each([&](int i) { return a.pairs[i] + b.pairs[i]; });
+    }
+    static Bytes sub16(Bytes a, Bytes b) {
+        return each([&](int i) { return a.pairs[i] - b.pairs[i]; });
+    }
+    static Bytes up8(Bytes a) {
+        return each([&](int i) { return a.pairs[i] << 8; });
+    }
+    static Bytes down8(Bytes a) {
+        return each([&](int i) { return a.pairs[i] >> 8; });
+    }
+    static void add_scaled(float* to, Bytes numbers, float scale) {
+        for (int i = 0; i < lanes / 2; ++i) {
+            to[i] += scale * static_cast<float>(numbers.pairs[i]);
+        }
+    }
+};
+
+}  // namespace
+
+const Kernel* kernel_portable() {
+    static const Kernel kernel{"portable", multiply<Portable>, unpack};
+    return &kernel;
+}
+
+}  // namespace arbllm

@@ -1,0 +1,178 @@
+"""The CPU kernel: table look-up in the C++ extension for a few tokens, the vendor's matrix product for more.
+
+How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to MOST_LOOKUP_TOKENS tokens,
+and where an exact product is not asked for, entries of tables are rounded to 8 bits, which makes an error of under 1 %
+of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from arbllm.errors import ConfigError
+from arbllm.format.matrix import BinaryMatrix
+
+MOST_LOOKUP_TOKENS = 16
+"""With more tokens, unpacking the weight takes less time than look-ups."""
+TILE_WEIGHTS = 2**21
+"""Weights that are unpacked at a time for many tokens: 8 MB."""
+ALIGNMENT = 64
+
+_DIRECT = (torch.float32, torch.bfloat16)  # other dtypes are converted first
+
+_library = torch.library.Library("arbllm", "FRAGMENT")
+_library.define("cpu_matmul(Tensor x, Tensor prepared, int rows, bool exact, int instruction_set) -> Tensor")
+
+
+@cache
+def native() -> ModuleType | None:
+    """The C++ extension, or None, with a warning, if it was not built."""
+    try:
+        return import_module("arbllm._native")
+    except ImportError:
+        warnings.warn(
+            "arbllm was installed without its C++ kernels, so packed layers compute with PyTorch alone, which is "
+            "several times slower; install a C++ compiler, then arbllm again",
+            stacklevel=3,
+        )
+        return None
+
+
+def available() -> bool:
+    """Whether the extension was built; says so, once, if not."""
+    return native() is not None
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that this processor has and the kernel knows, the best first; none without the extension."""
+    module = native()
+    return module.instruction_sets() if module else []
+
+
+def prepare(matrix: BinaryMatrix) -> Tensor:
+    """The matrix as the kernel reads it: bytes, uint8, of about the size of the packed tensors.
+
+    Args:
+        matrix: its tensors are on the CPU.
+    """
+    layout, stored = matrix.layout, {name: tensor.contiguous() for name, tensor in matrix.tensors().items()}
+    row_scales, column_scales = (None if scales is None else scales.contiguous() for scales in matrix.scales())
+    row_means = stored["row_means"].float() if layout.row_means else None
+    order = matrix.column_order()
+    planes = [stored.get(name) for name in ("signs", "group_bitmap", "group_bitmap_high", "second_signs")]
+    packed = _native().Packed.at(
+        layout.rows,
+        layout.columns,
+        [[*place.segment, *place[1:]] for place in layout.places],
+        [_address(plane) for plane in planes],
+        [0 if plane is None else plane.shape[1] for plane in planes],
+        *map(_address, (row_scales, row_means, column_scales, order)),
+    )
+    size = packed.prepared_bytes()
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNMENT
+    packed.prepare(memory.data_ptr() + start, torch.get_num_threads())
+    return memory[start : start + size]
+
+
+def multiply(
+    x: Tensor, prepared: Tensor, rows: int, *, exact: bool = False, instruction_set: str | None = None
+) -> Tensor:
+    """Multiply by a prepared weight: y = x W^T.
+
+    Args:
+        x: (..., m) of any floating dtype and any strides.
+        prepared: from `prepare`.
+        rows: n.
+        exact: whether all arithmetic is to be in float32, however few the tokens.
+        instruction_set: one of `instruction_sets`; None for the best.
+
+    Returns:
+        (..., n) in the dtype of x.
+
+    Raises:
+        ConfigError: this processor does not have the instruction set.
+    """
+    chosen = 0 if instruction_set is None else _number(instruction_set)
+    y = torch.ops.arbllm.cpu_matmul(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), prepared, rows, exact, chosen)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+
+def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
+    """Multiply by the packed weight: y = x W^T; prepares the matrix each time, so `BinaryLinear` does not call it."""
+    return multiply(x, prepare(matrix), matrix.layout.rows)
+
+
+def _number(instruction_set: str) -> int:
+    known = instruction_sets()
+    if instruction_set not in known:
+        raise ConfigError(f"instruction set {instruction_set!r} is not available; choose one of {', '.join(known)}")
+    return known.index(instruction_set)
+
+
+def _native() -> ModuleType:
+    module = native()
+    if module is None:
+        raise ConfigError("arbllm was installed without its C++ kernels; install a C++ compiler, then arbllm again")
+    return module
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@torch.library.impl(_library, "cpu_matmul", "CPU")
+def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: int) -> Tensor:
+    if x.dtype not in _DIRECT:
+        return _compute(x.float(), prepared, rows, exact, instruction_set).to(x.dtype)
+    tokens = x.shape[0]
+    if exact or tokens > MOST_LOOKUP_TOKENS:
+        return _by_tiles(x, prepared, rows, instruction_set)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = x.new_empty(tokens, rows)
+    if tokens:
+        _native().multiply(
+            prepared.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            x.stride(0),
+            x.dtype == torch.bfloat16,
+            instruction_set,
+            torch.get_num_threads(),
+        )
+    return y
+
+
+@torch.library.impl(_library, "cpu_matmul", "Meta")
+def _fake(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> Tensor:
+    """y = x W^T in float32, a tile of rows unpacked at a time."""
+    module, address, columns = _native(), prepared.data_ptr(), x.shape[1]
+    ordered = x.float().index_select(1, order(prepared, columns))
+    lanes = module.LANES
+    blocks, step = -(-rows // lanes), max(1, TILE_WEIGHTS // (lanes * columns))
+    y, memory = x.new_empty(x.shape[0], rows), ordered.new_empty(columns * lanes * min(step, blocks))
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks)
+        tile = memory[: columns * lanes * (last - first)].view(columns, -1)
+        module.unpack(address, first, last, tile.data_ptr(), instruction_set, torch.get_num_threads())
+        start, stop = lanes * first, min(lanes * last, rows)
+        y[:, start:stop] = (ordered @ tile)[:, : stop - start]
+    return y
+
+
+def order(prepared: Tensor, columns: int) -> Tensor:
+    """The natural column of each prepared one, int32 (m); shares memory with `prepared`."""
+    start = _native().order(prepared.data_ptr()) - prepared.data_ptr()
+    return prepared[start : start + 4 * columns].view(torch.int32)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import arbllm
+from arbllm.cli.compare import compare
 from arbllm.cli.evaluate import evaluate
 from arbllm.cli.export import export
 from arbllm.cli.generate import generate
@@ -46,3 +47,4 @@ app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("peer")(peer)
+app.command("compare")(compare)

@@ -22,6 +22,8 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.factor import Factor
 from arbllm.format.output import output_directory
+from arbllm.integrations.hqq import BITS as HQQ_BITS
+from arbllm.integrations.hqq import hqq_round
 from arbllm.model.events import OnEvent
 from arbllm.model.rounding import RoundLinear, round_model
 from arbllm.model.source import open_model_only, open_tokenizer
@@ -61,6 +63,7 @@ class PeerSummary:
         linear_bytes: of it, the linears.
         dense_bytes: what the model's tensors take, in the dtype that it was stored in.
         dense_linear_bytes: of it, the linears.
+        embedding_bytes: of it, embeddings, head and whatever other matrices there are.
         seconds: wall-clock time, from opening the model to the finished checkpoint.
         peak_memory_bytes: greatest resident memory of the process meanwhile.
         peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
@@ -78,6 +81,7 @@ class PeerSummary:
     linear_bytes: int
     dense_bytes: int
     dense_linear_bytes: int
+    embedding_bytes: int
     seconds: float
     peak_memory_bytes: int
     peak_device_memory_bytes: int | None
@@ -147,7 +151,7 @@ def quantize_peer(
             tokenizer = open_tokenizer(str(model), trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
             opened = open_model_only(str(model), dtype, trust_remote_code=trust_remote_code)
-            dense_bytes, dense_linear_bytes = dense_sizes(opened)
+            dense_bytes, dense_linear_bytes, embedding_bytes = dense_sizes(opened)
             check_disk_space(dense_bytes, work)
             results = round_model(
                 opened, tokens, round_linear, nominal_bits=bits, device=choose_device(device), on_event=on_event
@@ -168,6 +172,7 @@ def quantize_peer(
             linear_bytes=linear_bytes,
             dense_bytes=dense_bytes,
             dense_linear_bytes=dense_linear_bytes,
+            embedding_bytes=embedding_bytes,
             output_errors={result.name: result.output_error for result in results},
             **asdict(measured),
         )
@@ -175,10 +180,11 @@ def quantize_peer(
     return summary
 
 
-def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes of all tensors of a dense model (shared ones once), and of the linears of its decoder blocks."""
+def dense_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Bytes of all tensors of a dense model (shared ones once), of its blocks' linears, and of other matrices."""
     everything = sum(parameter.nbytes for parameter in model.parameters())
-    return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+    linears = sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+    return everything, linears, sum(p.nbytes for p in model.parameters() if p.ndim > 1) - linears
 
 
 def _nearest(bits: int) -> RoundLinear:
@@ -195,4 +201,12 @@ def _gptq(bits: int) -> RoundLinear:
     return run
 
 
-ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq)}
+def _hqq(bits: int) -> RoundLinear:
+    def run(weight: Tensor, _: Factor) -> Rounded:
+        return hqq_round(weight, bits)
+
+    return run
+
+
+# A new peer is a function that rounds one matrix, and an entry here.
+ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq), "hqq": Adapter(HQQ_BITS, _hqq)}

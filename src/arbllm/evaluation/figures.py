@@ -1,0 +1,192 @@
+"""The pictures of a comparison, as matplotlib figures: narrow, so that a phone shows their letters at full size."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from arbllm.errors import ConfigError
+from arbllm.evaluation.frontier import Row, frontier, score, shown
+from arbllm.evaluation.methods import FULL, PARTS
+
+SIZE = (5.0, 4.6)
+COLOURS = {
+    FULL: "#22223b", "rtn": "#9c6644", "gptq": "#2a9134", "hqq": "#0077b6", "billm": "#8d99ae", "arb": "#e0a458",
+    "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
+}  # fmt: skip
+OTHER = "#555555"
+MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
+PART_COLOURS = ("#6c757d", "#6a4c93", "#b39cd0", "#e0a458", "#c8553d", "#a8dadc", "#dee2e6")
+
+
+def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Figures by file name, those that the rows allow.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'") from error
+    figures = {}
+    with mpl.rc_context(
+        {"font.size": 11, "font.family": "sans-serif", "svg.hashsalt": "arbllm", "svg.fonttype": "path"}
+    ):
+        for text in rows[0]["perplexity"] if rows else ():
+            stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+            figures[f"pareto-bits-{stem}"] = pareto(rows, text, "true_bits")
+            figures[f"pareto-bytes-{stem}"] = pareto(rows, text, "bytes")
+        if any(row.get("output_errors") for row in rows):
+            figures["error-by-layer"] = error_by_layer(rows)
+            figures["error-by-kind"] = error_by_kind(rows)
+        figures["storage"] = storage(rows)
+    return figures
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG."""
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as an `svg` element to put into a page, its ids its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return re.sub(
+        r'(<svg [^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg [^>]*?height=")[^"]*"', r"\1auto\"", svg[svg.index("<svg") :]),
+    )
+
+
+def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
+    """Perplexity against true bits or megabytes, both logarithmic, the frontier as a line."""
+    figure, axes = _axes()
+    unit = 1.0 if size == "true_bits" else 1e6
+    finite = [row for row in rows if math.isfinite(score(row, text))]
+    best = frontier(finite, text, size)
+    axes.plot([row[size] / unit for row in best], [score(row, text) for row in best], color="#bbbbbb", zorder=1,
+              label="frontier", drawstyle="steps-post")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for number, row in enumerate(finite):
+        family = row["family"]
+        point = (row[size] / unit, score(row, text))
+        axes.scatter(*point, color=COLOURS.get(family, OTHER), marker=MARKERS.get(family, "o"), zorder=3,
+                     s=70 if row in best else 36, edgecolor="black" if row in best else "none")  # fmt: skip
+        above = number % 2 == 0
+        axes.annotate(row["method"], point, (5, 5 if above else -5), textcoords="offset points", fontsize=9,
+                      va="bottom" if above else "top", color=COLOURS.get(family, OTHER), zorder=4)  # fmt: skip
+    _plain_ticks(axes, [row[size] / unit for row in finite], [score(row, text) for row in finite])
+    axes.margins(x=0.18, y=0.12)
+    axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
+    axes.set_ylabel(f"perplexity, {text}")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
+def error_by_layer(rows: Sequence[Row]) -> Any:
+    """Mean output error of each decoder block's linears, a line a method."""
+    figure, axes = _axes()
+    for row in rows:
+        if errors := row.get("output_errors"):
+            blocks = _grouped((_block(name), error) for name, error in errors.items())
+            axes.plot(list(blocks), [mean(values) for values in blocks.values()], label=row["method"], linewidth=1.4,
+                      color=COLOURS.get(row["family"], OTHER), marker=MARKERS.get(row["family"], "o"), markersize=3,
+                      alpha=_shade(row, rows))  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("mean output error")
+    _legend(figure, axes)
+    return figure
+
+
+def error_by_kind(rows: Sequence[Row]) -> Any:
+    """Mean output error by kind of linear, a mark a method."""
+    figure, axes = _axes()
+    kinds: list[str] = []
+    for row in rows:
+        if errors := row.get("output_errors"):
+            means = {
+                kind: mean(values)
+                for kind, values in _grouped((name.rpartition(".")[2], e) for name, e in errors.items()).items()
+            }
+            kinds = list(means)
+            axes.scatter(list(means.values()), range(len(kinds)), label=row["method"], s=44, alpha=_shade(row, rows),
+                         color=COLOURS.get(row["family"], OTHER), marker=MARKERS.get(row["family"], "o"))  # fmt: skip
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.set_xscale("log")
+    axes.set_xlabel("mean output error")
+    _legend(figure, axes)
+    return figure
+
+
+def storage(rows: Sequence[Row]) -> Any:
+    """What the bytes of each file are, a bar a method."""
+    figure, axes = _axes(height=1.6 + 0.32 * len(rows))
+    left = [0.0] * len(rows)
+    names = [row["method"] for row in rows]
+    for part, colour in zip(PARTS, PART_COLOURS, strict=True):
+        widths = [row["parts"][part] / 1e6 for row in rows]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=colour, label=part, edgecolor="white", linewidth=0.4)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("megabytes")
+    _legend(figure, axes)
+    return figure
+
+
+def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+def _plain_ticks(axes: Any, xs: Iterable[float], ys: Iterable[float]) -> None:
+    """Ticks at round numbers, written out, on two logarithmic axes."""
+    for axis, values in ((axes.xaxis, list(xs)), (axes.yaxis, list(ys))):
+        low, high = min(values), max(values)
+        steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+        ticks = [step * 10.0**power for power in range(-2, 8) for step in steps]
+        ticks = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
+        axis.set_ticks(ticks, [shown(tick).removesuffix(".00") if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+
+
+def _shade(row: Row, rows: Sequence[Row]) -> float:
+    """Members of a family in one colour, the more bits the stronger."""
+    bits = sorted(other["true_bits"] for other in rows if other["family"] == row["family"])
+    return 0.4 + 0.6 * (bits.index(row["true_bits"]) + 1) / len(bits)
+
+
+def _grouped(pairs: Iterable[tuple[Any, float]]) -> dict[Any, list[float]]:
+    groups: dict[Any, list[float]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _block(name: str) -> int:
+    """The number of a linear's decoder block: the first number in its name."""
+    return int(next(part for part in name.split(".") if part.isdecimal()))

@@ -1,0 +1,197 @@
+"""What `arbllm compare` can run, by name, and what each makes of a model.
+
+| name | |
+| --- | --- |
+| `fp16` | the model as it is |
+| `billm`, `arb`, `arb-x`, `arb-rc` | the paper's, with its column-group bitmap |
+| `arb-rcx`, `arb-rcx-2.25` | with a budget of true bits, tuned by block; `-untuned` or `-distilled` may follow |
+| `rtn-4`, `gptq-3`, `hqq-2` | peers, see `arbllm.evaluation.peers` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arbllm.binarize.methods import METHODS
+from arbllm.config import DEFAULT_BITS, BinarizationConfig
+from arbllm.errors import ConfigError
+from arbllm.evaluation.peers import dense_sizes, find_peer, peer_names, quantize_peer
+from arbllm.evaluation.report import report
+from arbllm.model.events import OnEvent
+from arbllm.model.source import open_model_only
+from arbllm.pipeline import quantize
+
+FULL = "fp16"
+JOINT = "arb-rcx"
+DISTILLATION_STEPS = 100
+# Parts of a file that pictures and tables tell apart, and the tensors of packed linears that fall under them.
+PARTS = {
+    "codes": (),
+    "signs": ("signs",),
+    "second signs": ("second_signs",),
+    "bitmaps": ("group_bitmap", "column_bitmap", "column_order"),
+    "scales": ("row_scales", "row_means", "column_scales"),
+    "embeddings": (),
+    "rest": (),
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How every method of a comparison is calibrated; see `arbllm.quantize`."""
+
+    text: str = "c4"
+    windows: int = 128
+    window_length: int = 2048
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """As `arbllm.quantize` names them."""
+        return {
+            "calibration": self.text,
+            "windows": self.windows,
+            "window_length": self.window_length,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "overwrite": True,
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method by name, resolved.
+
+    Attributes:
+        name: as asked for.
+        config: of a binarization; None for another method.
+        tune: steps of tuning each block; None for the default.
+        distill: steps of distillation.
+    """
+
+    name: str
+    config: BinarizationConfig | None = None
+    tune: int | None = None
+    distill: int = 0
+
+    @property
+    def family(self) -> str:
+        """The method without its bits."""
+        if self.config:
+            return self.config.method
+        return self.name if self.name == FULL else self.name.rpartition("-")[0]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none; lists those there are.
+    """
+    if name == FULL:
+        return Recipe(name)
+    if name in METHODS and name != JOINT:
+        return Recipe(name, BinarizationConfig(method=name))
+    if name == JOINT or name.startswith(f"{JOINT}-"):
+        return _joint(name)
+    try:
+        find_peer(name)
+    except ConfigError:
+        known = (FULL, *METHODS, f"{JOINT}-{DEFAULT_BITS}", f"{JOINT}-{DEFAULT_BITS}-untuned", *peer_names())
+        raise ConfigError(f"method {name!r} is unknown; choose from {', '.join(known)}") from None
+    return Recipe(name)
+
+
+def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_event: OnEvent | None) -> dict[str, Any]:
+    """Quantize `model` into the directory `out`, and what that gave, as plain values.
+
+    Returns:
+        `nominal_bits`, `true_bits`, `bytes` (the whole file), `parts` (bytes by the names of `PARTS`), `seconds`,
+        `peak_memory_bytes`, `output_error` (mean) and `output_errors` (by linear); of `fp16` the sizes alone, and
+        nothing is written.
+
+    Raises:
+        ArbllmError: see `arbllm.quantize`.
+    """
+    if recipe.name == FULL:
+        return _as_it_is(model, calibration)
+    if recipe.config is None:
+        return _peer(recipe.name, model, out, calibration, on_event)
+    summary = quantize(
+        model,
+        out,
+        config=recipe.config,
+        tune=recipe.tune,
+        distill=recipe.distill,
+        on_event=on_event,
+        **calibration.options(),
+    )
+    found = report(out, contents=False)
+    stored = found.size.linears.parts
+    parts = {part: sum(stored[tensor] for tensor in tensors) for part, tensors in PARTS.items()}
+    parts |= {"embeddings": found.size.embeddings, "rest": summary.bytes_on_disk - sum(stored.values())}
+    parts["rest"] -= found.size.embeddings
+    return {
+        "nominal_bits": summary.nominal_bits_per_weight,
+        "true_bits": summary.true_bits_per_weight,
+        "bytes": summary.bytes_on_disk,
+        "parts": parts,
+        "seconds": summary.seconds,
+        "peak_memory_bytes": summary.peak_memory_bytes,
+        "output_error": summary.output_error,
+        "output_errors": {linear.name: linear.output_error for linear in found.linears},
+    }
+
+
+def _joint(name: str) -> Recipe:
+    words = name.removeprefix(JOINT).strip("-").split("-")
+    tuning = {"untuned": (0, 0), "distilled": (None, DISTILLATION_STEPS)}
+    tune, distill = tuning[words.pop()] if words[-1] in tuning else (None, 0)
+    try:
+        bits = float(words[0]) if words and words[0] else DEFAULT_BITS
+        if len(words) > 1:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"method {name!r} is unknown; write {JOINT}-BITS, {JOINT}-BITS-untuned or -distilled"
+        ) from None
+    return Recipe(name, BinarizationConfig(method=JOINT, bits=bits), tune, distill)
+
+
+def _as_it_is(model: str, calibration: Calibration) -> dict[str, Any]:
+    opened = open_model_only(model, calibration.dtype, trust_remote_code=calibration.trust_remote_code)
+    everything, linears, embeddings = dense_sizes(opened)
+    bits = 8.0 * opened.dtype.itemsize
+    return {
+        "nominal_bits": bits,
+        "true_bits": bits,
+        "bytes": everything,
+        "parts": _parts(linears, 0, embeddings, everything - linears - embeddings),
+    }
+
+
+def _peer(name: str, model: str, out: Path, calibration: Calibration, on_event: OnEvent | None) -> dict[str, Any]:
+    summary = quantize_peer(model, out, name, on_event=on_event, **calibration.options())
+    codes = round(summary.nominal_bits_per_weight * summary.weights / 8)
+    others = summary.dense_bytes - summary.dense_linear_bytes
+    return {
+        "nominal_bits": summary.nominal_bits_per_weight,
+        "true_bits": summary.true_bits_per_weight,
+        "bytes": summary.bytes_on_disk,
+        "parts": _parts(codes, summary.linear_bytes - codes, summary.embedding_bytes, others - summary.embedding_bytes),
+        "seconds": summary.seconds,
+        "peak_memory_bytes": summary.peak_memory_bytes,
+        "output_error": summary.output_error,
+        "output_errors": summary.output_errors,
+    }
+
+
+def _parts(codes: int, scales: int, embeddings: int, rest: int) -> dict[str, int]:
+    """Bytes by part of a model whose weights are codes with scales and zeros, or plain numbers."""
+    return dict.fromkeys(PARTS, 0) | {"codes": codes, "scales": scales, "embeddings": embeddings, "rest": rest}

@@ -1,0 +1,222 @@
+"""The Triton kernel behind PyTorch: the operator `arbllm::triton_matmul`, and which of its kernels runs when.
+
+Up to some 16 tokens products are taken straight from the bits (`triton_matvec`); up to some hundreds, weights are made
+in registers (`triton_matmul`); beyond, they are written out in pieces for the vendor's matrix product. With
+TRITON_INTERPRET=1 in the environment before the first import everything runs on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from arbllm.format.layout import ORDERINGS, Layout, Segment
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels import reference, triton_configuration, triton_matmul, triton_matvec
+from arbllm.kernels.triton_configuration import Configuration, FewTokens
+from arbllm.kernels.triton_layout import CHUNK, ROWS_OF_A_WORD, SINGLES, Prepared, prepare, tiles_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SLICE = 8
+"""Columns of inputs that one program scales; products with fewer are padded to these."""
+LEAST_CHUNKS = 8
+"""Chunks of columns that are worth a program."""
+THREADS_OF_A_WARP = 32
+
+_prepared = WeakTensorKeyDictionary()  # signs -> versions of all stored tensors, and what was prepared from them
+
+
+def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
+    """Multiply by the packed weight: y = x W^T.
+
+    The first call with a matrix repacks it (see `triton_layout`); that copy lives as long as the matrix's signs.
+
+    Args:
+        x: (..., m) of any strides. Products of bfloat16 and float16 are exact but for the sums, which are in float32,
+            and inputs times column scales, which have 11 bits; of float32 they are good to some 20 bits. Other dtypes
+            and inputs that need a gradient take the reference kernel.
+        matrix: the packed W (n, m), on the device of x.
+
+    Returns:
+        (..., n) in the dtype of x.
+    """
+    if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or not x.numel():
+        return reference.matmul(x, matrix)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.ops.arbllm.triton_matmul(rows, list(matrix.tensors().values()), _numbers(matrix.layout))
+    return y.view(*x.shape[:-1], matrix.layout.rows)
+
+
+def prepared(layout: Callable[[], Layout], stored: Sequence[Tensor]) -> Prepared:
+    """A matrix as the kernels read it, made at the first call and again after its tensors were written to.
+
+    Args:
+        layout: gives the layout, where it is needed.
+        stored: the tensors of `Layout.tensors`, in its order.
+    """
+    versions = [tensor._version for tensor in stored if not tensor.is_inference()]
+    known, found = _prepared.get(stored[0], (None, None))
+    if found is None or known != versions:
+        sizes = layout()
+        found = prepare(BinaryMatrix.from_tensors(sizes, dict(zip(sizes.tensors(), stored, strict=True))))
+        _prepared[stored[0]] = versions, found
+    return found
+
+
+def _numbers(layout: Layout) -> list[int]:
+    """A layout in whole numbers, which an operator can take."""
+    numbers = [layout.rows, layout.columns, ORDERINGS.index(layout.ordering), layout.block_size, layout.scale_bits]
+    numbers += [int(layout.row_means), int(layout.column_scaled)]
+    return numbers + [number for segment in layout.segments for number in segment]
+
+
+def _layout(numbers: Sequence[int]) -> Layout:
+    rows, columns, ordering, block_size, scale_bits, row_means, column_scaled, *segments = numbers
+    return Layout(
+        rows=rows,
+        columns=columns,
+        segments=tuple(Segment(*segments[place : place + 3]) for place in range(0, len(segments), 3)),
+        ordering=ORDERINGS[ordering],
+        block_size=block_size,
+        scale_bits=scale_bits,
+        row_means=bool(row_means),
+        column_scaled=bool(column_scaled),
+    )
+
+
+@torch.library.custom_op("arbllm::triton_matmul", mutates_args=())
+def triton_matmul_operator(x: Tensor, stored: list[Tensor], numbers: list[int]) -> Tensor:
+    """y = x W^T.
+
+    Args:
+        x: contiguous, (tokens, m), one of `DTYPES`.
+        stored: the tensors of `Layout.tensors`, in its order; the first are the signs.
+        numbers: of the layout.
+    """
+    ready = prepared(partial(_layout, numbers), stored)
+    configuration = configuration_of(x.device).of(ready.layout.rows, ready.layout.columns, len(x))
+    with _on(x.device):
+        return multiply(x, ready, configuration)
+
+
+@triton_matmul_operator.register_fake
+def _(x: Tensor, stored: list[Tensor], numbers: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], numbers[0])
+
+
+@cache
+def configuration_of(device: torch.device) -> Configuration:
+    """How kernels are launched on a device."""
+    return triton_configuration.load(torch.cuda.get_device_name(device) if device.type == "cuda" else "any")
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def multiply(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
+    """y = x W^T by the kernel that suits the number of tokens; x (tokens, m) is contiguous."""
+    if len(x) <= configuration.few.most_tokens:
+        return multiply_few(x, matrix, configuration)
+    xs = x.index_select(1, matrix.order)
+    return (multiply_many if len(x) <= configuration.many.most_tokens else multiply_dense)(xs, matrix, configuration)
+
+
+def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
+    """y = x W^T straight from the bits."""
+    layout, launch, tokens = matrix.layout, configuration.few, len(x)
+    parts = 2 if x.dtype == torch.float32 else 1
+    most = max((groups for groups, _ in matrix.kinds), default=1) if layout.column_scaled else 1
+    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms in matrix.kinds), default=1)
+    size = _tokens_at_a_time(tokens, most * parts, planes, launch)
+    width = max(SLICE, size * most * parts)
+    blocks, places = triton.cdiv(tokens, size), triton.cdiv(matrix.quarter, launch.rows)
+    units = matrix.units(_chunks(layout, launch.programs, places * blocks))
+    runs, most_tiles = len(matrix.runs), max((tiles_of(layout, kind) for kind in matrix.kinds), default=1)
+    z = x.new_empty(blocks * matrix.tiles * CHUNK * width, dtype=torch.float16)
+    norms, sums = x.new_empty(2, max(blocks * runs * most_tiles * width, 1), dtype=torch.float32)
+    counters = x.new_empty(blocks * places, dtype=torch.int32)
+    addends = x.new_empty(len(units) * tokens * layout.rows if len(units) > 1 else 1, dtype=torch.float32)
+    y = x.new_empty(tokens, layout.rows)
+    flags = {**_flags(matrix), "PARTS": parts, "MOST_TILES": most_tiles, "TOKENS": size, "N": width}
+    span = triton.next_power_of_2(max((run.chunks for run in matrix.runs), default=1))
+    triton_matvec.scale_inputs[(max(runs, 1), most_tiles, blocks * (width // SLICE))](
+        x, matrix.order, matrix.column_scales, matrix.steps, matrix.run_table, z, norms, sums, counters,
+        runs, matrix.tiles, tokens, layout.columns, places, SLICE=SLICE, SPAN=span, **flags,
+    )  # fmt: skip
+    triton_matvec.few_tokens[(places, len(units), blocks)](
+        x, matrix.words, z, norms, sums, matrix.row_scales, matrix.row_means, matrix.run_table, units,
+        matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
+        runs, matrix.tiles, tokens, layout.columns, layout.rows, matrix.quarter, len(matrix.singles),
+        KINDS=matrix.kinds, SPLIT=len(units) > 1, M=launch.rows, WORDS=launch.words,
+        num_warps=launch.warps, num_stages=launch.stages, **flags,
+    )  # fmt: skip
+    return y
+
+
+def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
+    """y = x W^T with weights made in registers; xs (tokens, columns) is in the order of `Prepared.order`."""
+    layout, launch, tokens = matrix.layout, configuration.many, len(xs)
+    blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(matrix.quarter, launch.rows)
+    units = matrix.units(_chunks(layout, launch.programs, places * blocks))
+    split = len(units) > 1
+    counters = torch.zeros(blocks * places if split else 1, dtype=torch.int32, device=xs.device)
+    addends = xs.new_empty(len(units) * tokens * layout.rows if split else 1, dtype=torch.float32)
+    y = xs.new_empty(tokens, layout.rows)
+    triton_matmul.many_tokens[(places, len(units), blocks)](
+        xs, matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table, units,
+        matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
+        tokens, xs.shape[1], matrix.single_start, layout.rows, matrix.quarter, len(matrix.singles),
+        KINDS=matrix.kinds, SPLIT=split, PRECISION="tf32x3" if xs.dtype == torch.float32 else "tf32",
+        TOKENS=launch.tokens, M=launch.rows, WORDS=launch.words,
+        num_warps=launch.warps, num_stages=launch.stages, **_flags(matrix),
+    )  # fmt: skip
+    return y
+
+
+def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
+    """y = x W^T with pieces of the weight written out; xs as in `multiply_many`."""
+    layout, launch, quarter = matrix.layout, configuration.dense, matrix.quarter
+    columns = xs.shape[1]
+    piece = max(1, min(quarter, launch.scratch_megabytes * 10**6 // (4 * columns * xs.element_size())))
+    y = xs.new_empty(len(xs), 4 * quarter)
+    quarters = y.view(len(xs), 4, quarter)
+    for start in range(0, quarter, piece):
+        piece = min(piece, quarter - start)
+        dense = xs.new_empty(4 * piece, columns)
+        grid = triton.cdiv(piece, launch.rows), len(matrix.runs) + triton.cdiv(len(matrix.singles), SINGLES)
+        triton_matmul.dequantize[grid](
+            matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table,
+            matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, dense,
+            start, piece, len(matrix.runs), columns, matrix.single_start, layout.rows, quarter, len(matrix.singles),
+            KINDS=matrix.kinds, M=launch.rows, num_warps=launch.warps, **_flags(matrix),
+        )  # fmt: skip
+        quarters[:, :, start : start + piece] = (xs @ dense.T).view(len(xs), 4, piece)
+    return y[:, : layout.rows].contiguous()
+
+
+def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens) -> int:
+    """Tokens of a program, a power of two, each of which takes some columns of inputs: as many as registers hold."""
+    registers = ROWS_OF_A_WORD * planes * launch.rows / (THREADS_OF_A_WARP * launch.warps)
+    widest = max(SLICE, launch.accumulators / registers)
+    size = 1
+    while size < tokens and 2 * size * columns <= widest:
+        size *= 2
+    return size
+
+
+def _chunks(layout: Layout, programs: int, others: int) -> int:
+    """Chunks of columns for each program so that there are about so many, if there are `others` for each."""
+    wanted = max(1, programs // others)
+    return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(layout.columns, CHUNK), wanted))
+
+
+def _flags(matrix: Prepared) -> dict[str, bool]:
+    layout = matrix.layout
+    return {"SCALED": layout.column_scaled, "CODES": layout.scale_bits == 8, "MEANS": layout.row_means}

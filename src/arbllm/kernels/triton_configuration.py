@@ -1,0 +1,129 @@
+"""How the Triton kernels are launched: tuned ahead and kept as data, one file a GPU, so that no call has to search.
+
+`benchmarks/tune_triton.py` writes such a file. A GPU without one is served by `default.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "configurations"
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """Launch of `triton_matvec.few_tokens`.
+
+    Attributes:
+        most_tokens: with more tokens, another kernel runs.
+        rows: rows of words of a program, a power of two of at least 16; each stands for four rows of the matrix.
+        words: words that a step of its loop reads of each: 16 for 64 columns, 32 for 128.
+        programs: about how many programs to launch, if columns can be divided so.
+        accumulators: float32 registers of a thread for sums, at most; they limit the tokens of a program.
+        warps: of a program.
+        stages: steps of the loop whose words are on their way at a time.
+    """
+
+    most_tokens: int
+    rows: int
+    words: int
+    programs: int
+    accumulators: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """Launch of `triton_matmul.many_tokens`; fields as in `FewTokens`.
+
+    Attributes:
+        most_tokens: with more, the weight is written out in pieces.
+        tokens: of a program, a power of two of at least 16.
+        rows: see `FewTokens`; likewise the others.
+    """
+
+    most_tokens: int
+    tokens: int
+    rows: int
+    words: int
+    programs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Launch of `triton_matmul.dequantize`.
+
+    Attributes:
+        rows: rows of words of a program.
+        scratch_megabytes: dense weights that exist at a time, in 10^6 bytes.
+        warps: of a program.
+    """
+
+    rows: int
+    scratch_megabytes: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All launches on one GPU.
+
+    Attributes:
+        device: the GPU's name, as PyTorch gives it.
+        few: for a few tokens.
+        many: for more.
+        dense: for the most.
+        shapes: what is better for some sizes: objects with `rows`, `columns`, `tokens` (the most that they are for),
+            and fields of `few` or `many` under these names.
+    """
+
+    device: str
+    few: FewTokens
+    many: ManyTokens
+    dense: Dense
+    shapes: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, rows: int, columns: int, tokens: int) -> Configuration:
+        """This configuration with what is better for a matrix of this size and so many tokens."""
+        fitting = [
+            shape
+            for shape in self.shapes
+            if (shape["rows"], shape["columns"]) == (rows, columns) and tokens <= shape["tokens"]
+        ]
+        if not fitting:
+            return self
+        best = min(fitting, key=lambda shape: shape["tokens"])
+        return replace(
+            self, few=replace(self.few, **best.get("few", {})), many=replace(self.many, **best.get("many", {}))
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Configuration:
+        """From what a file holds."""
+        return cls(
+            device=values["device"],
+            few=FewTokens(**values["few"]),
+            many=ManyTokens(**values["many"]),
+            dense=Dense(**values["dense"]),
+            shapes=values["shapes"],
+        )
+
+
+def file_of(device: str) -> Path:
+    """The file of a GPU, by its name as PyTorch gives it."""
+    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+@cache
+def load(device: str) -> Configuration:
+    """The configuration of a GPU, by its name; the default one where it has no file."""
+    file = file_of(device)
+    return Configuration.from_dict(json.loads((file if file.exists() else FOLDER / "default.json").read_text()))

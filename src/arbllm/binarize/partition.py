@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MOST_SALIENT_COLUMNS = 49
-PERCENTILES = tuple(range(10, 91))
+PERCENTILES = range(10, 91)
 SWEEPS = 3
 SAMPLE = 16384
 
@@ -112,11 +112,13 @@ def _nested(prefix: _Prefix, candidates: Tensor, groups: int) -> list[Tensor]:
 
 def _best(prefix: _Prefix, candidates: Tensor, below: Tensor | None, above: Tensor | None) -> Tensor:
     """The candidate between `below` and `above` that splits that range of magnitudes with the least error."""
-    low = candidates.new_zeros(()) if below is None else below
-    high = candidates.new_tensor(float("inf")) if above is None else above
-    inside = candidates[(candidates >= low) & (candidates <= high)]
-    if inside.numel() == 0:
-        return low
+    inside = candidates
+    if below is not None or above is not None:  # how many there are a GPU has to be waited for
+        low = candidates.new_zeros(()) if below is None else below
+        high = candidates.new_full((), torch.inf) if above is None else above
+        inside = candidates[(candidates >= low) & (candidates <= high)]
+        if inside.numel() == 0:
+            return low
     middle = prefix.within(inside)
     bounds = prefix.within(below), prefix.within(above, everything=True)
     return inside[(prefix.errors(bounds[0], middle) + prefix.errors(middle, bounds[1])).argmin()]
@@ -130,7 +132,12 @@ def _sample(values: Tensor) -> Tensor:
 def _percentiles(values: Tensor) -> Tensor:
     """The 10th to 90th percentiles, linearly interpolated (81 values)."""
     ordered = values.sort().values
-    position = torch.tensor(PERCENTILES, device=values.device, dtype=torch.float64) / 100 * (values.numel() - 1)
+    # Made where it is needed: a copy from the CPU would wait for the GPU.
+    position = (
+        torch.arange(PERCENTILES.start, PERCENTILES.stop, device=values.device, dtype=torch.float64)
+        / 100
+        * (values.numel() - 1)
+    )
     index = position.long()
     above = ordered[(index + 1).clamp(max=values.numel() - 1)]
     return torch.lerp(ordered[index], above, (position - index).float())

@@ -15,8 +15,16 @@ from arbllm.kernels import reference
 
 
 def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
-    """Multiply by the packed weight, y = x W^T: x (..., m), result (..., n) in its dtype."""
-    return _kernel()(x, matrix)
+    """Multiply by the packed weight: y = x W^T.
+
+    Args:
+        x: (..., m) of any floating dtype and any strides; on another device than a GPU the plain PyTorch kernel runs.
+        matrix: the packed W (n, m), on the device of x.
+
+    Returns:
+        (..., n) in the dtype of x.
+    """
+    return (_kernel() if x.is_cuda else reference.matmul)(x, matrix)
 
 
 @torch.compiler.assume_constant_result

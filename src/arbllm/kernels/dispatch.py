@@ -8,11 +8,11 @@ from torch import Tensor
 
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import reference
+from arbllm.kernels import cuda, reference
 
 Kernel = Callable[[Tensor, BinaryMatrix], Tensor]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.matmul}
+KERNELS: dict[str, Kernel] = {"reference": reference.matmul, "cuda": cuda.matmul}
 """Name -> kernel(x (..., m), matrix (n, m)) -> (..., n) in the dtype of x."""
 
 
@@ -37,4 +37,4 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     Returns:
         (..., n) in the dtype of x.
     """
-    return get_kernel("reference")(x, matrix)
+    return get_kernel("cuda" if x.is_cuda else "reference")(x, matrix)

@@ -181,21 +181,21 @@ def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.co
 
 
 @triton.jit
-def _bit_product(words, z, total, BIT: tl.constexpr, QUARTER: tl.constexpr):
-    """Add the product of one bit of the words, in one of the word's four rows, with inputs."""
-    if QUARTER == 3:
-        return tl.dot(masked(upper_bits(words), 8 + BIT), z, total)
-    else:
-        return tl.dot(masked(words, 4 * QUARTER + BIT), z, total)
+def _bit_products(words, inputs, total, QUARTER: tl.constexpr):
+    """Add the products of the four bits of one of the words' rows with the inputs of their columns, a tuple."""
+    source = upper_bits(words) if QUARTER == 3 else words
+    for bit in tl.static_range(4):
+        total = tl.dot(masked(source, 4 * (QUARTER if QUARTER < 3 else 2) + bit), inputs[bit], total)
+    return total
 
 
 @triton.jit
-def _multiply(sums, words, z, BIT: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Add the products of COUNT planes from FIRST with inputs to a tuple of four sums a plane, one a row of the words."""
+def _multiply(sums, words, inputs, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Add the products of COUNT planes from FIRST with inputs to a tuple of sums, four a plane for the words' rows."""
     result = ()
     for place in tl.static_range(len(sums)):
         if (place >= 4 * FIRST) & (place < 4 * (FIRST + COUNT)):
-            result = result + (_bit_product(words[place // 4], z, sums[place], BIT, place % 4),)
+            result = result + (_bit_products(words[place // 4], inputs, sums[place], place % 4),)
         else:
             result = result + (sums[place],)
     return result
@@ -256,16 +256,17 @@ def _one_run(
     for chunk in range(0, chunks, WORDS // 16):
         valid = (chunk + w // 16) < chunks
         planes = _planes(own + chunk * stride * BITS, valid[None, :], stride, m, quarter, GROUPS, TERMS)
-        for bit in tl.static_range(4):
-            for tile in tl.static_range(USED):
+        for tile in tl.static_range(USED):
+            tokens = ()
+            for bit in tl.static_range(4):
                 place = inputs + (chunk * USED + tile) * (64 * N) + bit * (16 * N)
-                tokens = tl.load(place, mask=valid[:, None], other=0)
-                if SCALED & (tile < TERMS):
-                    products = _multiply(products, planes, tokens, bit, tile * GROUPS, GROUPS)
-                elif SCALED:
-                    products = _multiply(products, planes, tokens, bit, PLANES, OTHERS)
-                else:
-                    products = _multiply(products, planes, tokens, bit, 0, PLANES + OTHERS)
+                tokens = tokens + (tl.load(place, mask=valid[:, None], other=0),)
+            if SCALED & (tile < TERMS):
+                products = _multiply(products, planes, tokens, tile * GROUPS, GROUPS)
+            elif SCALED:
+                products = _multiply(products, planes, tokens, PLANES, OTHERS)
+            else:
+                products = _multiply(products, planes, tokens, 0, PLANES + OTHERS)
     result = ()
     for place in tl.static_range(4):
         row = place * quarter + m

@@ -1,0 +1,77 @@
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from arbllm.kernels import cuda, reference, triton_configuration
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+
+def run(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@needs_triton
+def test_kernels_in_the_interpreter():
+    """In a process of its own: Triton reads the variable when it is imported, for good."""
+    assert " passed" in run("-m", "pytest", "-q", "tests/kernels/triton_cases.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu():
+    assert " passed" in run("-m", "pytest", "-q", "tests/kernels/triton_cases.py", TRITON_INTERPRET="0")
+
+
+@needs_triton
+def test_kernels_compile_for_an_h100():
+    """The interpreter forgives much: layouts of tensors, assembly and registers are the compiler's business."""
+    means = json.loads(run("tests/kernels/compile_triton.py", TRITON_INTERPRET="0"))
+    assert set(means) == {"scale_inputs", "few_tokens", "many_tokens", "dequantize"}
+    assert {"bits on tensor cores", "loads under way during products"} <= set(means["few_tokens"])
+
+
+def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    cuda._kernel.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton is not installed.*arbllm\[gpu\]"):
+        kernel = cuda._kernel()
+    assert kernel is cuda._kernel() is reference.matmul
+    assert not recwarn.list
+    cuda._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("file", sorted(triton_configuration.FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_configurations_are_readable(file):
+    configuration = triton_configuration.Configuration.from_dict(json.loads(file.read_text()))
+    assert file.stem == "default" or triton_configuration.file_of(configuration.device) == file
+
+
+def test_a_gpu_without_a_file_gets_the_default():
+    assert triton_configuration.load("NVIDIA Nonsense 1").device == "any"
+
+
+def test_shapes_take_precedence_up_to_their_tokens():
+    default = triton_configuration.load("any")
+    shapes = [
+        {"rows": 8, "columns": 16, "tokens": 1, "few": {"rows": 32}},
+        {"rows": 8, "columns": 16, "tokens": 4, "few": {"rows": 128}},
+    ]
+    configuration = triton_configuration.Configuration(default.device, default.few, default.many, default.dense, shapes)
+    assert [configuration.of(8, 16, tokens).few.rows for tokens in (1, 2, 4, 5)] == [32, 128, 128, default.few.rows]
+    assert configuration.of(9, 16, 1) == configuration

@@ -3,8 +3,10 @@ import warnings
 import pytest
 import torch
 
+from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
 from arbllm.factor import INVERSE_LEAF, factorize
+from arbllm.solver import quantize_matrix
 
 
 def hessian_of(columns: int = 40, tokens: int = 200, seed: int = 0) -> torch.Tensor:
@@ -73,3 +75,28 @@ def test_a_matrix_that_no_damping_helps_is_refused():
     hessian[0, 1] = hessian[1, 0] = 1e9
     with pytest.raises(ModelError, match=r"at any damping.*calibrate"):
         factorize(hessian)
+
+
+def test_shrinkage_weakens_correlations_alone():
+    hessian = hessian_of()
+    factor = factorize(hessian, 0.01, shrinkage=0.25)
+    unit = hessian.diagonal().mean()
+    expected = hessian + torch.diag(0.25 * hessian.diagonal() + 0.01 * unit)
+    torch.testing.assert_close(factor.damped, expected)
+    torch.testing.assert_close(factor.upper.T @ factor.upper @ expected, torch.eye(40), rtol=0, atol=1e-3)
+    assert torch.equal(factor.hessian, hessian)
+
+
+def test_shrinkage_helps_where_tokens_are_few():
+    """The error on all inputs of a matrix that was solved with what 60 tokens show of 40 inputs."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(40, 40, generator=generator) / 40**0.5 + torch.eye(40)
+    exact, inputs = mixing.T @ mixing, torch.randn(60, 40, generator=generator) @ mixing
+    weight, few = torch.randn(64, 40, generator=generator), inputs.T @ inputs / 60
+
+    def error(shrinkage: float) -> float:
+        factor = factorize(few, 0.01, shrinkage)
+        difference = weight - quantize_matrix(weight, few, BinarizationConfig(bits=2.6), factor=factor).dequantize()
+        return float(((difference @ exact) * difference).sum())
+
+    assert error((40 / 60) ** 0.5) < 0.95 * error(0.0)

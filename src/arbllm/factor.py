@@ -24,28 +24,31 @@ class Factor:
         upper: U, upper triangular, (H + lambda I)^-1 = U^T U, float32 (m, m).
         dead: bool (m), inputs that never fire (H_jj = 0).
         damping: lambda over the mean of diag H; larger than asked for where Cholesky needed it.
+        shrinkage: rho.
     """
 
     hessian: Tensor
     upper: Tensor
     dead: Tensor
     damping: float
+    shrinkage: float = 0.0
 
     @property
     def damped(self) -> Tensor:
-        """H + lambda I, with H_jj = 1 for inputs that never fire: positive definite, float32 (m, m)."""
-        damped = self.hessian.clone()
-        damped.diagonal()[self.dead] = 1.0
-        damped.diagonal().add_(self.damping * damped.diagonal().mean())
+        """H + rho diag(H) + lambda I, with H_jj = 1 for inputs that never fire: positive definite, float32 (m, m)."""
+        damped, unit = _shrunk(self.hessian, self.dead, self.shrinkage)
+        damped.diagonal().add_(self.damping * unit)
         return damped
 
 
-def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
+def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
     """Damp and factorise H, raising the damping fourfold with a warning for as long as Cholesky fails.
 
     Args:
         hessian: H = (2 / N) sum x x^T, (m, m).
         damping: lambda in units of the mean of diag H.
+        shrinkage: rho, in units of each H_jj: trust in correlations that few tokens have shown falls by 1 / (1 + rho),
+            as in the shrinkage estimators of covariance matrices (O. Ledoit and M. Wolf, 2004).
 
     Raises:
         ModelError: H has NaN or infinite entries, or is so far from positive definite that no damping helps.
@@ -54,19 +57,26 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
     if not torch.isfinite(hessian).all():
         raise ModelError("its Hessian has NaN or infinite entries: the activations overflowed; try --dtype float32")
     dead = hessian.diagonal() <= 0
-    damped = hessian.clone()
-    damped.diagonal()[dead] = 1.0
-    unit = damped.diagonal().mean()
+    damped, unit = _shrunk(hessian, dead, shrinkage)
     while damping < DAMPING_LIMIT:
         # With J the reversal of order, chol(J A J) gives A = R R^T, R upper triangular, so A^-1 = U^T U with U = R^-1.
         shifted = damped + damping * unit * torch.eye(damped.shape[0], device=damped.device)
         lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
         if not failed:
-            return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping)
+            return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping, shrinkage)
         raised = DAMPING_STEP * damping
         warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=2)
         damping = raised
     raise ModelError("its Hessian is not positive definite at any damping: calibrate on more or other text")
+
+
+def _shrunk(hessian: Tensor, dead: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """H + rho diag(H) with H_jj = 1 for inputs that never fire, (m, m), and the mean of diag H, by then without rho."""
+    shrunk = hessian.clone()
+    shrunk.diagonal()[dead] = 1.0
+    unit = shrunk.diagonal().mean()
+    shrunk.diagonal().mul_(1 + shrinkage)
+    return shrunk, unit
 
 
 def _inverse(upper: Tensor) -> Tensor:

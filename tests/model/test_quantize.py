@@ -38,8 +38,9 @@ def test_every_linear_is_calibrated_on_what_the_quantized_prefix_produces(config
     hidden, calls = capture_inputs(dense, blocks, windows, CPU)
     for block, call in zip(blocks, calls, strict=True):
         for group in gather_hessians(block, call, hidden):
+            factor = factorize(group.hessian, shrinkage=group.sampling_error if config is CONFIG else 0.0)
             for linear in group.linears:
-                expected = quantize_matrix(linear.weight, group.hessian, configs[linear.name])
+                expected = quantize_matrix(linear.weight, group.hessian, configs[linear.name], factor=factor)
                 packed = model.get_submodule(linear.name).matrix
                 assert packed.layout == expected.layout
                 assert all(torch.equal(packed.tensors()[name], tensor) for name, tensor in expected.tensors().items())
@@ -148,9 +149,9 @@ def test_the_last_block_is_not_propagated(monkeypatch):
 def test_linears_with_the_same_input_share_a_factorisation(monkeypatch):
     factorized = []
 
-    def count(hessian: Tensor, damping: float) -> Factor:
+    def count(hessian: Tensor, damping: float, shrinkage: float) -> Factor:
         factorized.append(hessian)
-        return factorize(hessian, damping)
+        return factorize(hessian, damping, shrinkage)
 
     monkeypatch.setattr("arbllm.model.quantize.factorize", count)
     quantize_model(tiny_model("llama"), random_windows(), CONFIG)
@@ -178,9 +179,9 @@ def test_activations_that_overflow_name_the_layer_and_the_remedy():
 
 
 def test_warnings_of_the_solver_name_the_layer(monkeypatch):
-    def warn(hessian: Tensor, damping: float) -> Factor:
+    def warn(hessian: Tensor, damping: float, shrinkage: float) -> Factor:
         warnings.warn("not positive definite", stacklevel=2)
-        return factorize(hessian, damping)
+        return factorize(hessian, damping, shrinkage)
 
     monkeypatch.setattr("arbllm.model.quantize.factorize", warn)
     with pytest.warns(UserWarning, match="not positive definite") as caught:

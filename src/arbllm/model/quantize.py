@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from arbllm.binarize.methods import get_method
 from arbllm.budget import Demand, allocate
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
@@ -20,7 +21,8 @@ from arbllm.errors import ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
-from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import measure_demands
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
@@ -39,13 +41,15 @@ def quantize_model(
     tuning: Tuning | None = None,
     device: torch.device | str | None = None,
     on_event: OnEvent | None = None,
+    progress: Progress | None = None,
 ) -> list[LinearQuantized]:
     """Binarize every linear of every decoder block, in place; embeddings, norms and head stay as they are.
 
     >>> quantize_model(model, calibration_windows("builtin", tokenizer, windows=16))
 
     Blocks are taken in order. Each is calibrated on what the quantized blocks before it produce, so later blocks can
-    make up for the errors of earlier ones; one block's activations and Hessians are in memory at a time. On a CPU, a
+    make up for the errors of earlier ones; one block's activations and Hessians are in memory at a time. Tuning draws
+    each block's output to what the dense model has there, so a second stream of activations is kept for it. On a CPU, a
     block stored in half precision is computed in float32. Embeddings are to be rounded before, if at all (see
     `quantize_embeddings`), so that blocks make up for that, too.
 
@@ -56,6 +60,8 @@ def quantize_model(
         tuning: tune each block's scales and norms after it is solved; None leaves them.
         device: where to compute, one block at a time; None for where the model is.
         on_event: told of every step as it happens (see `arbllm.model.events`).
+        progress: where finished blocks are kept; those that it has already are only run forward, and what was emitted
+            then is emitted again. None keeps nothing.
 
     Returns:
         One record per linear, in the model's order.
@@ -72,14 +78,18 @@ def quantize_model(
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
-    configs = _configs(model, blocks, windows, config, device)
+    configs = _configs(model, blocks, windows, config, device, progress)
+    unfinished = [block.index for block in blocks if progress is None or progress.block(block.index) is None]
+    last = max(unfinished, default=-1)  # activations are needed as far as there
     hidden, calls = capture_inputs(model, blocks, windows, device)
+    dense = hidden.clone() if tuning else None
     results: list[LinearQuantized] = []
     total = len(blocks)
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
         for call in calls:
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
-            results += _BlockJob(model, blocks.pop(0), total, device, configs, tuning, emit, pool).run(call, hidden)
+            job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, progress)
+            results += job.run(call, hidden, dense)
     return results
 
 
@@ -90,61 +100,117 @@ class _BlockJob:
     model: PreTrainedModel
     block: DecoderBlock
     blocks: int
+    last: int
     device: torch.device
     configs: Mapping[str, BinarizationConfig]
     tuning: Tuning | None
-    emit: OnEvent
+    on_event: OnEvent
     pool: Executor
+    progress: Progress | None = None
+    events: list[Event] = field(default_factory=list)
 
-    def run(self, call: BlockCall, hidden: Tensor) -> list[LinearQuantized]:
-        """Quantize the block, and turn its inputs `hidden` (N, L, d) into its outputs in place, except for the last."""
-        self.emit(BlockStarted(self.block.index, self.blocks))
+    def run(self, call: BlockCall, hidden: Tensor, dense: Tensor | None) -> list[LinearQuantized]:
+        """Quantize the block, or take what was made of it before, and turn its inputs into its outputs in place.
+
+        The inputs are `hidden` (N, L, d); they stay as they are where no later block needs them.
+
+        Where there is tuning, `dense` (N, L, d) is what the block reads in the dense model; it becomes what it puts out
+        there.
+        """
         home = self.block.linears[0].weight.device
         call = call.to(self.device)
+        done = self.progress.block(self.block.index) if self.progress else None
+        if done is not None:
+            return self._repeat(done, home, call, hidden, dense)
+        self.emit(BlockStarted(self.block.index, self.blocks))
         laps = [self._now()]
         with resident(self.block.module, self.device):
-            targets = torch.empty_like(hidden) if self.tuning else None
-            groups = gather_hessians(self.block, call, hidden, targets)
+            others = self._other_parameters()
+            if dense is not None:
+                propagate(self.block, call, dense)
+            groups = gather_hessians(self.block, call, hidden)
             laps.append(self._now())
             solved = self._solve(groups)
             laps.append(self._now())
-            if targets is not None:
-                solved = self._tune(solved, call, hidden, targets)
+            if dense is not None:
+                solved = self._tune(solved, call, hidden, dense)
             laps.append(self._now())
-            if self.block.index + 1 < self.blocks:
-                for linear, matrix, _ in solved:
-                    linear.set_weight(matrix.dequantize(linear.weight.dtype))
-                    replace_module(self.model, linear.name, linear.module)
-                propagate(self.block, call, hidden)
+            matrices = {linear: matrix for linear, matrix, _ in solved}
+            self._advance(matrices, call, hidden)
             laps.append(self._now())
-            for linear, matrix, _ in solved:
-                packed = BinaryLinear.from_matrix(
-                    matrix.map(lambda tensor: tensor.to(home)), linear.module.bias, linear.transposed
-                )
-                replace_module(self.model, linear.name, packed)
+            self._pack(matrices, home)
+            # As it computed, before it goes back to the dtype that it is stored in: a repetition must do the same.
+            kept = {name: parameter.detach().clone() for name, parameter in others.items()}
         start, captured, finished, tuned, propagated = laps
-        self.emit(
-            BlockFinished(
-                self.block.index,
-                self.blocks,
-                seconds=self._now() - start,
-                capture_seconds=captured - start,
-                solve_seconds=finished - captured,
-                tune_seconds=tuned - finished,
-                propagate_seconds=propagated - tuned,
-                peak_memory_bytes=self._peak_memory(),
-            )
+        event = BlockFinished(
+            self.block.index,
+            self.blocks,
+            seconds=self._now() - start,
+            capture_seconds=captured - start,
+            solve_seconds=finished - captured,
+            tune_seconds=tuned - finished,
+            propagate_seconds=propagated - tuned,
+            peak_memory_bytes=self._peak_memory(),
         )
+        if self.progress:
+            named = {linear.name: matrix for linear, matrix in matrices.items()}
+            self.progress.keep_block(self.block.index, FinishedBlock(named, kept, (*self.events, event)))
+        self.emit(event)
         return [record for _, _, record in solved]
+
+    def emit(self, event: Event) -> None:
+        """Tell of an event, and remember it."""
+        self.events.append(event)
+        self.on_event(event)
+
+    def _repeat(
+        self, done: FinishedBlock, home: torch.device, call: BlockCall, hidden: Tensor, dense: Tensor | None
+    ) -> list[LinearQuantized]:
+        """`run` for a block that is finished: forward alone, by the same steps."""
+        for event in done.events:
+            self.emit(event)
+        with resident(self.block.module, self.device), torch.no_grad():
+            if dense is not None and self.block.index < self.last:
+                propagate(self.block, call, dense)
+            for name, parameter in self._other_parameters().items():
+                parameter.copy_(done.others[name])
+            matrices = {
+                linear: done.matrices[linear.name].map(lambda tensor: tensor.to(self.device))
+                for linear in self.block.linears
+            }
+            self._advance(matrices, call, hidden)
+            self._pack(matrices, home)
+        return [event for event in done.events if isinstance(event, LinearQuantized)]
+
+    def _other_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters but the weights of the linears, by their names in the block; tuning changes them in place."""
+        weights = {linear.module.weight for linear in self.block.linears}
+        return {name: each for name, each in self.block.module.named_parameters() if each not in weights}
+
+    def _advance(self, matrices: Mapping[Linear, BinaryMatrix], call: BlockCall, hidden: Tensor) -> None:
+        """Run the block with its new weights, where a later block needs what it puts out."""
+        if self.block.index >= self.last:
+            return
+        for linear, matrix in matrices.items():
+            linear.set_weight(matrix.dequantize(linear.weight.dtype))
+            replace_module(self.model, linear.name, linear.module)
+        propagate(self.block, call, hidden)
+
+    def _pack(self, matrices: Mapping[Linear, BinaryMatrix], home: torch.device) -> None:
+        """Put packed linears in the place of the dense ones."""
+        for linear, matrix in matrices.items():
+            here = matrix.map(lambda tensor: tensor.to(home))
+            packed = BinaryLinear.from_matrix(here, linear.module.bias, linear.transposed)
+            replace_module(self.model, linear.name, packed)
 
     def _solve(self, groups: list[InputGroup]) -> list[Solved]:
         """Binarize all linears, those with the same input by one factorisation; emits them in the block's order."""
         factors: dict[Linear, Factor] = {}
         for group in groups:
             with _named(group.linears[0].name):
-                factors |= dict.fromkeys(
-                    group.linears, factorize(group.hessian, self.configs[group.linears[0].name].damping)
-                )
+                config = self.configs[group.linears[0].name]
+                shrinkage = group.sampling_error if get_method(config.method).joint else 0.0
+                factors |= dict.fromkeys(group.linears, factorize(group.hessian, config.damping, shrinkage))
         largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
         futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
         solved = []
@@ -213,18 +279,24 @@ def _configs(
     windows: Tensor,
     config: BinarizationConfig,
     device: torch.device,
+    progress: Progress | None,
 ) -> dict[str, BinarizationConfig]:
     """What each linear is quantized with: the budget, where there is one, is divided among them."""
     linears = [linear for block in blocks for linear in block.linears]
     if config.bits is None:
         return {linear.name: config for linear in linears}
+    shares = progress.shares() if progress else None
+    if shares is not None:
+        return {name: replace(config, bits=share) for name, share in shares.items()}
     if config.allocation == "measured":
         demands = measure_demands(model, windows[:SENSITIVITY_WINDOWS], device)
     else:
         shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
         demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
-    bits = allocate(demands, config.bits, config.scale_block)
-    return {name: replace(config, bits=share) for name, share in bits.items()}
+    shares = allocate(demands, config.bits, config.scale_block)
+    if progress and config.allocation == "measured":
+        progress.keep_shares(shares)
+    return {name: replace(config, bits=share) for name, share in shares.items()}
 
 
 def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:

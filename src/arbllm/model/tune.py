@@ -1,4 +1,4 @@
-"""Tuning of a decoder block's scales and norms, signs and groups frozen, against what the dense block put out."""
+"""Tuning of a decoder block's scales and norms, signs and groups frozen, against what the dense model has there."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tune_block(
         block: the block, resident where it computes; its norms are changed in place.
         call: its arguments.
         hidden: its inputs, from the quantized blocks before it, (N, L, d).
-        targets: outputs of the dense block for these inputs, (N, L, d).
+        targets: the block's outputs in the dense model for the same tokens, (N, L, d): earlier errors are made up for.
         matrices: its packed linears.
         tuning: how long and how fast.
     """

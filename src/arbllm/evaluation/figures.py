@@ -76,16 +76,14 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
               label="frontier", drawstyle="steps-post")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for number, row in enumerate(finite):
+    for row in finite:
         family = row["family"]
-        point = (row[size] / unit, score(row, text))
-        axes.scatter(*point, color=COLOURS.get(family, OTHER), marker=MARKERS.get(family, "o"), zorder=3,
-                     s=70 if row in best else 36, edgecolor="black" if row in best else "none")  # fmt: skip
-        above = number % 2 == 0
-        axes.annotate(row["method"], point, (5, 5 if above else -5), textcoords="offset points", fontsize=9,
-                      va="bottom" if above else "top", color=COLOURS.get(family, OTHER), zorder=4)  # fmt: skip
+        axes.scatter(row[size] / unit, score(row, text), color=COLOURS.get(family, OTHER), zorder=3,
+                     marker=MARKERS.get(family, "o"), s=70 if row in best else 36,
+                     edgecolor="black" if row in best else "none")  # fmt: skip
     _plain_ticks(axes, [row[size] / unit for row in finite], [score(row, text) for row in finite])
     axes.margins(x=0.18, y=0.12)
+    _label_points(axes, finite, [(row[size] / unit, score(row, text)) for row in finite])
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
     axes.set_ylabel(f"perplexity, {text}")
     axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -102,6 +100,7 @@ def error_by_layer(rows: Sequence[Row]) -> Any:
                       color=COLOURS.get(row["family"], OTHER), marker=MARKERS.get(row["family"], "o"), markersize=3,
                       alpha=_shade(row, rows))  # fmt: skip
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("decoder block")
     axes.set_ylabel("mean output error")
     _legend(figure, axes)
@@ -156,6 +155,33 @@ def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _label_points(axes: Any, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> None:
+    """The methods' names beside their points, each at the corner where it covers least of the names before it."""
+    axes.autoscale_view()
+    boxes: list[tuple[float, float, float, float]] = [
+        (x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)
+    ]
+    for row, point in zip(rows, points, strict=True):
+        x, y = axes.transData.transform(point)
+        width, height = 8.0 * len(row["method"]), 14.0
+        corners = [(right, above) for right in (True, False) for above in (True, False)]
+        spots = [(x + 6 if right else x - 6 - width, y + 3 if above else y - 3 - height) for right, above in corners]
+        areas = [(left, low, left + width, low + height) for left, low in spots]
+        chosen = min(range(4), key=lambda corner: sum(_overlap(areas[corner], box) for box in boxes))
+        right, above = corners[chosen]
+        boxes.append(areas[chosen])
+        axes.annotate(row["method"], point, (5 if right else -5, 4 if above else -4), textcoords="offset points",
+                      ha="left" if right else "right", va="bottom" if above else "top", fontsize=9, zorder=4,
+                      color=COLOURS.get(row["family"], OTHER))  # fmt: skip
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """The area that two boxes (left, low, right, high) share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -1,0 +1,129 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from arbllm.baselines import output_error
+from arbllm.errors import ConfigError
+from arbllm.evaluation import compare as module
+from arbllm.evaluation.compare import RESULTS, ROWS, Protocol, collect, compare
+from arbllm.evaluation.evaluate import evaluate
+from arbllm.evaluation.methods import PARTS, Calibration, find_recipe
+from arbllm.evaluation.peers import find_peer
+from arbllm.factor import factorize
+from arbllm.format.checkpoint import bytes_on_disk
+from arbllm.integrations.hqq import hqq_round
+from tests.tiny import save_tiny
+
+METHODS = ("fp16", "hqq-4", "arb-rc", "arb-rcx-1.6-untuned")
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory) -> Protocol:
+    model = save_tiny(tmp_path_factory.mktemp("tiny") / "dense")
+    calibration = Calibration("builtin", 4, 64, 0, "cpu")
+    return Protocol(str(model), calibration, texts=("builtin",), context=64, max_windows=2)
+
+
+@pytest.fixture(scope="module")
+def finished(protocol, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    return out, compare(protocol, METHODS, out, keep_models=True, isolate=False)
+
+
+def test_a_row_holds_what_the_commands_would_tell(protocol, finished):
+    out, results = finished
+    assert [row["method"] for row in results["rows"]] == list(METHODS)
+    for row in results["rows"]:
+        model = protocol.model if row["method"] == "fp16" else str(out / "models" / row["method"])
+        expected = evaluate(model, ["builtin"], context=64, max_windows=2, device="cpu")
+        assert row["perplexity"] == {"builtin": pytest.approx(expected.texts["builtin"].perplexity)}
+        assert row["tokens_per_second"] > 0
+        assert len(row["samples"]) == 3
+        assert sum(row["parts"].values()) == row["bytes"]
+        assert list(row["parts"]) == list(PARTS)
+        if row["family"].startswith("arb"):
+            assert row["bytes"] == bytes_on_disk(out / "models" / row["method"])
+            assert row["true_bits"] == pytest.approx(expected.true_bits_per_weight)
+            assert len(row["output_errors"]) == 14
+    full, hqq, _, joint = results["rows"]
+    assert full["true_bits"] == 32
+    assert hqq["true_bits"] == 4 + 32 / 32  # rows of 32 and 64 columns, in groups of 32 and 64
+    assert joint["true_bits"] <= 1.6
+
+
+def test_a_second_run_does_nothing_but_what_is_missing(protocol, finished, monkeypatch):
+    out, results = finished
+    steps: list[tuple[str, str]] = []
+    row = out / ROWS / "arb-rc.json"
+    values = json.loads(row.read_text())
+    del values["speed"]
+    row.write_text(json.dumps(values))
+    assert [found["method"] for found in collect(out, METHODS)["rows"]] == ["fp16", "hqq-4", "arb-rcx-1.6-untuned"]
+    again = compare(protocol, METHODS, out, keep_models=True, isolate=False, on_step=lambda *step: steps.append(step))
+    assert steps == [("arb-rc", "speed")]
+    assert again == json.loads((out / RESULTS).read_text())
+    for one, other in zip(results["rows"], again["rows"], strict=True):
+        assert one["perplexity"] == other["perplexity"]
+    compare(protocol, ["fp16"], out, keep_models=True, isolate=False, on_step=lambda *step: steps.append(step))
+    assert steps == [("arb-rc", "speed")]
+    assert {found["method"] for found in collect(out, ["fp16"])["rows"]} == set(METHODS)
+
+
+def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypatch):
+    def stop(*_: object) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_speed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(protocol, ["rtn-2"], tmp_path, isolate=False)
+    assert set(json.loads((tmp_path / ROWS / "rtn-2.json").read_text())) == {"quantize", "text builtin"}
+    steps: list[tuple[str, str]] = []
+    compare(protocol, ["rtn-2"], tmp_path, isolate=False, on_step=lambda *step: steps.append(step))
+    assert steps == [("rtn-2", "speed")]
+    assert not (tmp_path / "models" / "rtn-2").exists()
+
+
+def test_other_settings_are_refused(protocol, finished):
+    with pytest.raises(ConfigError, match=r"context was 64, not 32"):
+        compare(replace(protocol, context=32), ["fp16"], finished[0], isolate=False)
+
+
+def test_a_step_in_a_process_of_its_own():
+    assert module._isolated(dict, [("a", 1)]) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "bits", "tune", "distill"),
+    [
+        ("arb-rcx", "arb-rcx", 2.25, None, 0),
+        ("arb-rcx-1.6", "arb-rcx", 1.6, None, 0),
+        ("arb-rcx-2.85-untuned", "arb-rcx", 2.85, 0, 0),
+        ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, 100),
+        ("arb-x", "arb-x", None, None, 0),
+    ],
+)
+def test_names_of_binarizations(name, family, bits, tune, distill):
+    recipe = find_recipe(name)
+    assert (recipe.family, recipe.config.bits, recipe.tune, recipe.distill) == (family, bits, tune, distill)
+
+
+def test_names_of_others():
+    assert [find_recipe(name).family for name in ("fp16", "gptq-3", "hqq-1")] == ["fp16", "gptq", "hqq"]
+    for name in ("arb-rcx-x", "arb-rcx-2-3", "gptq-1", "arb-y", ""):
+        with pytest.raises(ConfigError, match="arb-rcx"):
+            find_recipe(name)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_hqq_counts_float16_scales_and_zeros(bits):
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    rounded = hqq_round(weight, bits)
+    assert rounded.true_bits == bits + 32 / 64
+    assert all(len(set(group.tolist())) <= 2**bits for group in rounded.weight.reshape(-1, 64))
+    assert output_error(weight, rounded.weight, torch.eye(128)) < {1: 0.45, 2: 0.2, 4: 0.01}[bits]
+    round_linear, found = find_peer(f"hqq-{bits}")
+    assert torch.equal(round_linear(weight, factorize(torch.eye(128))).weight, rounded.weight)
+    assert found == bits

@@ -1,0 +1,106 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from arbllm.evaluation.methods import PARTS
+from arbllm.evaluation.write_report import markdown, render, write_report
+
+LINEARS = [f"model.layers.{block}.{kind}" for block in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def row(method: str, family: str, bits: float, perplexity: float | None, error: float | None) -> dict:
+    values = {
+        "method": method,
+        "family": family,
+        "nominal_bits": bits,
+        "true_bits": bits,
+        "bytes": int(bits * 1e6),
+        "parts": dict.fromkeys(PARTS, 0) | {"signs": int(bits * 1e6)},
+        "perplexity": {"wiki.test.raw": perplexity, "c4": perplexity},
+        "tasks": [
+            {"task": "piqa", "items": 9, "acc": 0.5, "acc_stderr": 0.125, "acc_norm": 0.625, "acc_norm_stderr": 0.1}
+        ],
+        "average_acc": 0.5,
+        "average_acc_norm": 0.625,
+        "tokens_per_second": 10.0,
+        "samples": [{"prompt": "Once", "text": f"<{method}> upon"}],
+    }
+    if error is None:
+        return values
+    return values | {
+        "output_error": error,
+        "output_errors": {name: error * (1 + place) for place, name in enumerate(LINEARS)},
+        "seconds": 3.0,
+        "peak_memory_bytes": 10**9,
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    rows = [
+        row("fp16", "fp16", 16, 10.0, None),
+        row("gptq-3", "gptq", 3.2, 20.0, 0.01),
+        row("arb-rcx-2.25", "arb-rcx", 2.25, 15.0, 0.02),
+        row("hqq-1", "hqq", 1.5, None, 1.2),
+    ]
+    calibration = {"text": "wiki.valid.raw", "windows": 2, "window_length": 64, "seed": 0}
+    settings = {"model": "/models/a & b", "calibration": calibration, "context": 64, "max_windows": None}
+    settings |= {"tasks": ["piqa"], "limit": 9, "task_data": None, "texts": ["wiki.test.raw", "c4"]}
+    return {"settings": settings, "versions": {"arbllm": "1"}, "machine": "2 cores", "rows": rows}
+
+
+class _Tags(HTMLParser):
+    VOID = ("meta", "br", "path", "use", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_opens_without_a_network(results, tmp_path):
+    text = write_report(results, tmp_path).read_text()
+    tags = _Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert all(source.startswith("#") for source in tags.sources)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert text.count("<svg") == 7
+    names = {file.name for file in tmp_path.glob("*.png")}
+    pareto = {f"pareto-{size}-{text}.png" for size in ("bits", "bytes") for text in ("wiki-test-raw", "c4")}
+    assert names == pareto | {"error-by-layer.png", "error-by-kind.png", "storage.png"}
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+def test_what_the_page_says(results):
+    text = render(results, {})
+    assert "<strong>On c4, no method of the same true bits or fewer has a lower perplexity than: arb-rcx-2.25" in text
+    assert "gptq-3 (3.20 bits, 20.00) is beaten by arb-rcx-2.25 (2.25 bits, 15.00)." in text
+    assert "a &amp; b: methods compared" in text
+    assert "&lt;gptq-3&gt; upon" in text
+    assert "Published, not measured here" in text
+    assert "50.0 ± 12.5 | 62.5" in text
+    body = text[text.index("<tbody>") : text.index("</tbody>")]
+    cells = [re.findall(r'<td data-value="([^"]*)">([^<]*)</td>', line) for line in body.split("</tr>")[:-1]]
+    assert [line[0][0] for line in cells] == ["fp16", "gptq-3", "arb-rcx-2.25", "hqq-1"]
+    assert cells[3][1] == ("1e300", "not finite")
+    assert cells[0][-2] == ("", "")
+    assert [float(line[6][0]) for line in cells] == [16, 3.2, 2.25, 1.5]
+
+
+def test_markdown(results):
+    text = markdown(results)
+    assert "| gptq-3 | 20.00 | 20.00 | 2.00 | 0.500 | 3.20 | 3.2 | 0.0100 |" in text
+    assert text.startswith("- On wiki.test.raw, no method")
+    assert json.dumps(results)

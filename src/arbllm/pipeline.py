@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,16 +24,17 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.accounting import matrix_size
-from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
+from arbllm.format.checkpoint import bytes_on_disk, checksum, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
+from arbllm.format.header import order_metadata
 from arbllm.format.layout import Layout, Segment
-from arbllm.format.output import output_directory
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.distill import DISTILLATION_RATE, distill_model
 from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
+from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
 from arbllm.model.tune import Tuning
 from arbllm.model.walk import find_blocks
@@ -112,7 +114,8 @@ def quantize(
     >>> model = arbllm.load("smollm2-packed")
 
     `out` receives the weights, the tokenizer, a model card and `quantization_log.jsonl`, one line for each event
-    (see `arbllm.model.events`). It appears whole or not at all.
+    (see `arbllm.model.events`). It appears whole or not at all. A job that was stopped in whatever way goes on where it
+    was when it is called again with the same arguments (see `arbllm.model.resume`).
 
     Args:
         model: a hub id, a local directory or a `.gguf` file.
@@ -133,7 +136,7 @@ def quantize(
         device: where to compute, one decoder block at a time; None for the GPU where there is one.
         dtype: to open the model in; `auto` as it is stored.
         trust_remote_code: run model code that comes with the checkpoint.
-        overwrite: replace an existing `out`.
+        overwrite: replace an existing `out`, and start again where work is unfinished.
         evaluate: afterwards, measure the checkpoint's perplexity on this text, for the model card.
         on_event: told of every step as it happens.
 
@@ -158,24 +161,28 @@ def quantize(
         "window_length": window_length,
         "seed": seed,
     }
-    with output_directory(out, overwrite) as work:
+    with resumable_output(out, overwrite) as (kept, work):
         with measure() as measured:
             tokenizer = open_tokenizer(model, trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
             opened = open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
+            source = fingerprint(opened.state_dict().items())
             quantize_embeddings(opened, embedding_bits)
             if size is not None:
                 config = replace(config, bits=_bits_for_size(opened, size))
             check_disk_space(_largest_size(opened, config, bitmap), work)
+            # Embeddings and the way of storing count as options: with others, finished blocks are of no use.
+            options = config.to_dict() | {"embedding_bits": embedding_bits, "bitmap": bitmap} | facts
+            progress = Progress(kept, _manifest(source, tokens, {**options, "dtype": dtype, "device": place.type}))
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = _both(log, on_event)
-                results = quantize_model(opened, tokens, config, tuning=tuning, device=place, on_event=emit)
+                results = quantize_model(
+                    opened, tokens, config, tuning=tuning, device=place, on_event=emit, progress=progress
+                )
                 if distill:
-                    teacher = open_model_only(model, trust_remote_code=trust_remote_code)
-                    distill_model(opened, teacher, tokens, Tuning(distill, DISTILLATION_RATE), place, emit)
-                    del teacher
+                    _distill(opened, model, trust_remote_code, tokens, distill, place, emit, progress)
             _save(opened, tokenizer, work, config, bitmap, results, facts)
         del opened
         packed = open_checkpoint(work).size.linears
@@ -198,6 +205,33 @@ def quantize(
             _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
         )
     return summary
+
+
+def _manifest(source: str, tokens: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job is: with any of it changed, its finished blocks would be others."""
+    versions = {"arbllm": arbllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"versions": versions, "model": source, "calibration_tokens": checksum(tokens), "options": dict(options)}
+
+
+def _distill(
+    model: PreTrainedModel,
+    source: str,
+    trust_remote_code: bool,
+    tokens: Tensor,
+    steps: int,
+    device: torch.device,
+    emit: Callable[[Event], None],
+    progress: Progress,
+) -> None:
+    """Distil from the model called `source`, unless that was done before."""
+    done = progress.restore_distilled(model)
+    if done is not None:
+        emit(done)
+        return
+    events: list[Event] = []
+    teacher = open_model_only(source, trust_remote_code=trust_remote_code)
+    distill_model(model, teacher, tokens, Tuning(steps, DISTILLATION_RATE), device, _both(events.append, emit))
+    progress.keep_distilled(model, events[-1])
 
 
 def _bits_for_size(model: PreTrainedModel, size: int) -> float:
@@ -253,6 +287,8 @@ def _save(
     facts = {"binarization": config.to_dict(), "statistics": statistics, "calibration": dict(calibration)}
     mark_packed(model, facts | {"bitmap": bitmap})
     model.save_pretrained(directory)
+    for file in directory.glob("*.safetensors"):
+        order_metadata(file)
     tokenizer.save_pretrained(directory)
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from arbllm.errors import CheckpointError, ConfigError
 from arbllm.format.accounting import ModelSize, StorageSize, matrix_size, model_size
-from arbllm.format.coding import RAW, check_coding, coded_planes, is_possible_size
+from arbllm.format.coding import RAW, check_coding, coded_planes, decode, is_possible_size
+from arbllm.format.header import DAMAGED, StoredTensor, parse_object, read_header
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import ORDER_TENSORS, check_order
 from arbllm.format.rows import RowLayout, row_layouts
@@ -30,34 +32,25 @@ INDEX_FILE = "model.safetensors.index.json"
 CHECKSUMS_KEY = "arbllm.checksums"
 LINEARS_KEY = "arbllm.linears"
 EMBEDDINGS_KEY = "arbllm.embeddings"
+CONFIG_KEY = "arbllm.config"
+DENSE_KEY = "arbllm.dense"
 MODULE_OPTIONS = ("bias", "transposed")
 
-_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32"}
-_DAMAGED = "the file is damaged: download or copy the checkpoint again"
+_CHANGEABLE = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_CHANGEABLE_ENDS = ("token_id", "token_ids")
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, as the file's header describes it.
-
-    Attributes:
-        file: where it lies.
-        dtype: as safetensors names it: `U8`, `F16`, `BF16`, ...
-        shape: its shape.
-        start: offset of its first byte in the file.
-        end: offset after its last byte.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.end - self.start
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
 
 
 @dataclass(frozen=True)
@@ -97,29 +90,35 @@ class Checkpoint:
         return matrix_size(layout, {name: self.tensors[f"{module}.{name}"].nbytes for name in layout.tensors()})
 
     def verify_contents(self) -> None:
-        """Read every tensor, compare its checksum, and see that a column order is one.
+        """Read every tensor, compare its checksum, and see that column orders are such and coded bitmaps decode.
 
         Raises:
-            CheckpointError: a tensor is not what was written, or orders columns in no possible way; names file and
-                tensor.
+            CheckpointError: a tensor is not what was written, orders columns in no possible way, or codes no bitmap;
+                names file and tensor.
         """
-        orders = {
-            f"{module}.{key}": layout
-            for module, layout in self.layouts.items()
-            for key in ORDER_TENSORS
-            if key in layout.tensors()
-        }
+        checks = self._checks()
         for file in self.files:
             try:
                 with safe_open(file, framework="pt") as reader:
                     for name in (name for name, stored in self.tensors.items() if stored.file == file):
                         tensor = reader.get_tensor(name)
                         if checksum(tensor) != self.checksums[name]:
-                            raise CheckpointError(f"{file}: tensor {name} does not match its checksum; {_DAMAGED}")
-                        if name in orders:
-                            check_order(orders[name], tensor, f"{file}: tensor {name}")
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: not readable ({error}); {_DAMAGED}") from error
+                            raise CheckpointError(f"{file}: tensor {name} does not match its checksum; {DAMAGED}")
+                        if name in checks:
+                            checks[name](tensor, f"{file}: tensor {name}")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: not readable ({error}); {DAMAGED}") from error
+
+    def _checks(self) -> dict[str, Callable[[Tensor, str], object]]:
+        """What tensors must satisfy beside their checksums, by name."""
+        checks: dict[str, Callable[[Tensor, str], object]] = {}
+        for module, layout in self.layouts.items():
+            for key in ORDER_TENSORS:
+                if key in layout.tensors():
+                    checks[f"{module}.{key}"] = partial(check_order, layout)
+            for key, width in coded_planes(layout, self.bitmap).items():
+                checks[f"{module}.{key}"] = partial(_check_decodes, layout.rows, width, self.bitmap)
+        return checks
 
 
 def checksum(tensor: Tensor) -> str:
@@ -129,7 +128,10 @@ def checksum(tensor: Tensor) -> str:
 
 
 def file_metadata(
-    tensors: Mapping[str, Tensor], linears: Mapping[str, Any], embeddings: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor],
+    linears: Mapping[str, Any],
+    embeddings: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Metadata for the safetensors files of a checkpoint, the same in each.
 
@@ -137,10 +139,26 @@ def file_metadata(
         tensors: all tensors by the names that they get in the files.
         linears: `quantization_config["linears"]`.
         embeddings: `quantization_config["embeddings"]`; the entry for it is left out where there are none.
+        config: config.json as it will be read again; None leaves out its entry.
     """
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-    metadata = {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: _text_checksum(linears)}
-    return metadata | ({EMBEDDINGS_KEY: _text_checksum(embeddings)} if embeddings else {})
+    dense = {
+        name: [_DTYPES[tensor.dtype], list(tensor.shape)]
+        for name, tensor in tensors.items()
+        if not _is_packed(name, {**linears, **(embeddings or {})}) and tensor.dtype in _DTYPES
+    }
+    metadata = {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: canonical_checksum(linears)}
+    metadata[DENSE_KEY] = _canonical(dense)
+    metadata |= {EMBEDDINGS_KEY: canonical_checksum(embeddings)} if embeddings else {}
+    return metadata | ({CONFIG_KEY: config_checksum(config)} if config else {})
+
+
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """Checksum of those values of config.json that say what the model computes.
+
+    Left out, on every level, are the quantization, dtypes, token numbers and what else may be changed without harm.
+    """
+    return canonical_checksum(_essential({**config, "quantization_config": None}))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -154,7 +172,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
-    return check_structure(_weight_files(path), quantization)
+    files, index = _weight_files(path)
+    checkpoint = check_structure(files, quantization)
+    for file in files:
+        if read_header(file)[0].get(CONFIG_KEY, config_checksum(config)) != config_checksum(config):
+            raise CheckpointError(
+                f"{path / 'config.json'}: is not the one that {file} was written with: other values describe the "
+                f"model; {DAMAGED}"
+            )
+    for name, named in index.items():
+        if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != named:
+            raise CheckpointError(f"{path / INDEX_FILE}: tensor {name} is not in {named}; {DAMAGED}")
+    return checkpoint
 
 
 def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> Checkpoint:
@@ -167,15 +196,25 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
     check_version(quantization)
     tensors: dict[str, StoredTensor] = {}
     checksums: dict[str, str] = {}
+    dense: dict[str, Any] = {}
     for file in files:
-        metadata, stored = _read_header(file)
+        metadata, stored = read_header(file)
         checksums |= _read_checksums(file, metadata, quantization)
+        dense |= parse_object(metadata.get(DENSE_KEY, "{}"), f"{file}: its {DENSE_KEY} is not readable; {DAMAGED}")
+        for name in sorted(stored.keys() & tensors.keys()):
+            raise CheckpointError(f"{file}: tensor {name} is in {tensors[name].file} as well; {DAMAGED}")
         tensors |= stored
     where = files[0] if len(files) == 1 else files[0].parent
     for name in sorted(checksums.keys() - tensors.keys()):
         raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
     for name in sorted(tensors.keys() - checksums.keys()):
         raise CheckpointError(f"{tensors[name].file}: tensor {name} has no checksum; it was not written by arbllm")
+    for name, written in dense.items():
+        found = _find(where, name, tensors)
+        if [found.dtype, list(found.shape)] != written:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} should be {written}, but is {[found.dtype, list(found.shape)]}; {DAMAGED}"
+            )
     layouts = linear_layouts(quantization)
     embeddings = row_layouts(quantization)
     bitmap = bitmap_coding(quantization)
@@ -229,11 +268,14 @@ def linear_layouts(quantization: Mapping[str, Any]) -> dict[str, Layout]:
     linears = quantization.get("linears")
     if not isinstance(linears, dict) or not linears:
         raise CheckpointError("config.json: the quantization_config lists no packed linears")
+    for module, options in linears.items():
+        if not isinstance(options, dict) or not all(type(options.get(key, False)) is bool for key in MODULE_OPTIONS):
+            raise CheckpointError(f"config.json: the linear {module} is not described as arbllm does: {options}")
     sizes = {
         module: {key: value for key, value in options.items() if key not in MODULE_OPTIONS}
         for module, options in linears.items()
     }
-    return {module: Layout.from_dict(values, module) for module, values in sizes.items()}
+    return {module: Layout.from_dict(values, f"config.json: {module}") for module, values in sizes.items()}
 
 
 def bitmap_coding(quantization: Mapping[str, Any]) -> str:
@@ -259,53 +301,33 @@ def bytes_on_disk(path: Path | str) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory: one, or the shards that the index lists."""
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a directory: one, or the shards of the index; and which of them has which tensor."""
     if (path / WEIGHTS_FILE).exists():
-        return [path / WEIGHTS_FILE]
+        return [path / WEIGHTS_FILE], {}
     if not (path / INDEX_FILE).exists():
         raise CheckpointError(f"{path / WEIGHTS_FILE}: missing; download or copy the checkpoint again")
-    names = set(_read_json(path / INDEX_FILE).get("weight_map", {}).values())
-    if not names:
-        raise CheckpointError(f"{path / INDEX_FILE}: lists no files; {_DAMAGED}")
-    return sorted(path / name for name in names)
+    index = _read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path / INDEX_FILE}: lists no files; {DAMAGED}")
+    for name, file in index.items():
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            raise CheckpointError(
+                f"{path / INDEX_FILE}: tensor {name} is in no file beside it, but {file!r}; {DAMAGED}"
+            )
+    return sorted(path / name for name in set(index.values())), index
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise CheckpointError(f"{file}: missing; is {file.parent} a packed checkpoint?")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}); {_DAMAGED}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: not a JSON object; {_DAMAGED}")
-    return values
-
-
-def _read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Metadata and tensors of a safetensors file: 8 bytes of length, a header in JSON, then the tensors."""
-    if not file.exists():
-        raise CheckpointError(f"{file}: missing; download or copy the checkpoint again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = 8 + int.from_bytes(stream.read(8), "little")
-        if first > size:
-            raise CheckpointError(f"{file}: cut off inside its header; {_DAMAGED}")
-        text = stream.read(first - 8)
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        tensors = {
-            name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), *(first + o for o in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its header is not readable; {_DAMAGED}") from error
-    for name, stored in tensors.items():
-        if stored.end > size:
-            raise CheckpointError(f"{file}: cut off before the end of tensor {name}; {_DAMAGED}")
-    return metadata, tensors
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing; is {file.parent} a packed checkpoint?") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); {DAMAGED}") from error
+    return parse_object(text, f"{file}: not readable as a JSON object; {DAMAGED}")
 
 
 def _read_checksums(file: Path, metadata: Mapping[str, str], quantization: Mapping[str, Any]) -> dict[str, str]:
@@ -314,15 +336,12 @@ def _read_checksums(file: Path, metadata: Mapping[str, str], quantization: Mappi
         raise CheckpointError(f"{file}: has no checksums; it was not written by arbllm, or is damaged")
     embeddings = quantization.get("embeddings")
     for key, what, found in (
-        (LINEARS_KEY, "linears", _text_checksum(quantization.get("linears"))),
-        (EMBEDDINGS_KEY, "embeddings", _text_checksum(embeddings) if embeddings else None),
+        (LINEARS_KEY, "linears", canonical_checksum(quantization.get("linears"))),
+        (EMBEDDINGS_KEY, "embeddings", canonical_checksum(embeddings) if embeddings else None),
     ):
         if metadata.get(key) != found:
-            raise CheckpointError(f"config.json: its {what} are not those that {file} was written with; {_DAMAGED}")
-    try:
-        return dict(json.loads(metadata[CHECKSUMS_KEY]))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: its checksums are not readable; {_DAMAGED}") from error
+            raise CheckpointError(f"config.json: its {what} are not those that {file} was written with; {DAMAGED}")
+    return parse_object(metadata[CHECKSUMS_KEY], f"{file}: its checksums are not readable; {DAMAGED}")
 
 
 def _check_tensors(
@@ -338,7 +357,7 @@ def _check_tensors(
         if (found.dtype, found.shape) != (_DTYPES[dtype], shape):
             raise CheckpointError(
                 f"{found.file}: tensor {name} should be {_DTYPES[dtype]} {list(shape)}, "
-                f"but is {found.dtype} {list(found.shape)}; {_DAMAGED}"
+                f"but is {found.dtype} {list(found.shape)}; {DAMAGED}"
             )
 
 
@@ -350,8 +369,19 @@ def _check_coded(
     if (found.dtype, found.shape) != ("U8", (found.nbytes,)) or not is_possible_size(found.nbytes, *shape, coding):
         raise CheckpointError(
             f"{found.file}: tensor {name} should be {list(shape)} bits as {coding} codes them, "
-            f"but is {found.dtype} {list(found.shape)}; {_DAMAGED}"
+            f"but is {found.dtype} {list(found.shape)}; {DAMAGED}"
         )
+
+
+def _check_decodes(rows: int, width: int, coding: str, coded: Tensor, name: str) -> None:
+    """Refuse a coded plane that stands for none; the message begins with `name`."""
+    decode(coded, rows, width, coding, name)
+
+
+def _is_packed(name: str, modules: Mapping[str, Any]) -> bool:
+    """Whether a layout says what a tensor is like: that of a packed module, but for biases."""
+    module, _, key = name.rpartition(".")
+    return module in modules and key != "bias"
 
 
 def _find(where: Path, name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
@@ -365,5 +395,19 @@ def _canonical(values: Any) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
-def _text_checksum(values: Any) -> str:
+def canonical_checksum(values: Any) -> str:
+    """XxHash (xxh3, 64 bits) of plain values as JSON without spaces, keys sorted."""
     return xxhash.xxh3_64_hexdigest(_canonical(values).encode())
+
+
+def _essential(value: Any) -> Any:
+    """A value of config.json without what may be changed."""
+    if isinstance(value, list):
+        return [_essential(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _essential(item)
+        for key, item in value.items()
+        if key not in _CHANGEABLE and not key.startswith("_") and not key.endswith(_CHANGEABLE_ENDS)
+    }

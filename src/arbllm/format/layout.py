@@ -19,6 +19,7 @@ TERM_COUNTS = (1, 2)
 ORDERINGS = ("natural", "bitmap", "segments", "explicit")
 SCALE_BITS = (8, 16)
 LARGEST_SHORT_ORDER = 32767
+LARGEST_SIZE = 2**31 - 1
 
 
 def packed_bytes(bits: int) -> int:
@@ -213,7 +214,7 @@ class Layout:
             CheckpointError: naming `name` and the field.
         """
         for field in ("rows", "columns"):
-            if type(getattr(self, field)) is not int or getattr(self, field) < 1:
+            if type(getattr(self, field)) is not int or not 1 <= getattr(self, field) <= LARGEST_SIZE:
                 raise CheckpointError(f"{name}: {field} must be a positive whole number, not {getattr(self, field)!r}")
         for segment in self.segments:
             if not _is_sound(segment):
@@ -229,7 +230,7 @@ class Layout:
                 raise CheckpointError(f"{name}: {field} must be one of {allowed}, not {value!r}")
         if self.ordering == "segments" and len(self.segments) < 2:
             raise CheckpointError(f"{name}: ordering 'segments' needs two segments or more")
-        sized = type(self.block_size) is int and self.block_size >= 0
+        sized = type(self.block_size) is int and 0 <= self.block_size <= LARGEST_SIZE
         if not sized or (self.block_size > 0) != (self.ordering == "bitmap"):
             raise CheckpointError(
                 f"{name}: block_size must be a positive whole number with ordering 'bitmap', and 0 with another, "

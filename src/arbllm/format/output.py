@@ -15,7 +15,7 @@ from arbllm.errors import ArbllmError
 
 
 @contextmanager
-def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
+def output_directory(out: Path | str, overwrite: bool = False, work: Path | None = None) -> Iterator[Path]:
     """A directory to write in that becomes `out` when the block ends well, and vanishes when it does not.
 
     It lies beside `out`, on the same disk, and takes the place of an existing `out` only in the end.
@@ -24,13 +24,14 @@ def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]
         out: the directory to be; an empty one may exist.
         overwrite: replace an `out` that holds a model (a config.json), but nothing else: a slip of the finger must not
             cost a home directory.
+        work: where to write until then, on the same disk; None for a directory of its own beside `out`.
 
     Raises:
         ArbllmError: `out` exists and may not be replaced, or cannot be made; the disk is full.
     """
     out = Path(out).resolve()
-    _check_replaceable(out, overwrite)
-    work = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
+    check_replaceable(out, overwrite)
+    work = work or out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
     try:
         work.mkdir(parents=True)
     except OSError as error:
@@ -48,8 +49,12 @@ def output_directory(out: Path | str, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse an `out` that holds what may not be lost."""
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse an `out` that holds what may not be lost.
+
+    Raises:
+        ArbllmError: it does; says what would help.
+    """
     if not out.exists():
         return
     if not out.is_dir():

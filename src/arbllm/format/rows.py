@@ -55,10 +55,14 @@ def row_layouts(quantization: Mapping[str, Any]) -> dict[str, RowLayout]:
         CheckpointError: one is unreadable; names the module.
     """
     layouts = {}
-    for module, values in (quantization.get("embeddings") or {}).items():
+    embeddings = quantization.get("embeddings") or {}
+    if not isinstance(embeddings, dict):
+        raise CheckpointError("config.json: the embeddings of the quantization_config are not listed by their names")
+    for module, values in embeddings.items():
         try:
             layout = RowLayout(values["rows"], values["columns"])
-            sound = layout.to_dict() == values and min(layout.rows, layout.columns) > 0
+            whole = type(layout.rows) is type(layout.columns) is int
+            sound = whole and layout.to_dict() == values and min(layout.rows, layout.columns) > 0
         except (KeyError, TypeError):
             sound = False
         if not sound:

@@ -5,6 +5,7 @@ Importing this module registers the format with transformers; `import arbllm` se
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
-from arbllm.errors import CheckpointError
+from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
     FORMAT_VERSION,
@@ -83,6 +84,11 @@ def load(
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: neither a directory here nor one that the hub gives ({reason})") from error
+    except ArbllmError:
+        raise
+    except Exception as error:  # a damaged config.json fails in any way that transformers knows
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: config.json describes no model that can be loaded ({reason})") from error
     for name in sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: the model needs tensor {name}, which the checkpoint does not have")
     return model
@@ -207,6 +213,7 @@ class ArbllmQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         self.checkpoint = checkpoint = check_structure(files, self.quantization_config.to_dict())
         checkpoint.verify_contents()
+        _check_dense(model, checkpoint)
         self._modules = {}
         for name, layout in checkpoint.layouts.items():
             place, dense = _find_module(model, name)
@@ -271,7 +278,8 @@ class ArbllmQuantizer(HfQuantizer):
         tensors = remove_tied_weights_from_state_dict(dict(state), model)
         for name in model._keys_to_ignore_on_save or ():
             tensors.pop(name, None)
-        return state, file_metadata(tensors, config.linears, config.embeddings)
+        described = json.loads(model.config.to_json_string(use_diff=True))
+        return state, file_metadata(tensors, config.linears, config.embeddings, described)
 
 
 def _decode_bitmaps(module: BinaryLinear, name: str, checkpoint: Checkpoint) -> None:
@@ -298,6 +306,21 @@ def _stand_in() -> torch.Tensor:
     weight = torch.empty(0, device="meta")
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return weight
+
+
+def _check_dense(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """See that the dense tensors of the files have the shapes that they have in the model.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        stored = checkpoint.tensors.get(name)
+        if stored and stored.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{stored.file}: tensor {name} is {list(stored.shape)}, but {list(tensor.shape)} in the model that "
+                "config.json describes"
+            )
 
 
 def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

@@ -7,9 +7,9 @@ and one `DistillationFinished`. Blocks are numbered from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 
 @dataclass(frozen=True)
@@ -172,3 +172,18 @@ Event = (
     JobStarted | BlockStarted | LinearQuantized | BlockTuned | BlockFinished | DistillationStep | DistillationFinished
 )
 OnEvent = Callable[[Event], None]
+
+
+def read_event(values: Mapping[str, Any]) -> Event:
+    """An event from its `to_dict`.
+
+    Raises:
+        ValueError: there is no such event.
+    """
+    fields = dict(values)
+    name = fields.pop("event", None)
+    kinds: tuple[type[Event], ...] = get_args(Event)
+    for kind in kinds:
+        if kind.event == name:
+            return kind(**fields)
+    raise ValueError(f"no event is called {name!r}")

@@ -20,7 +20,7 @@ from arbllm.config import PARTITIONS
 from tests.tiny import pack_tiny, save_tiny
 
 TEXT = ["--calibration", "builtin", "--windows", "4", "--window-length", "64", "--device", "cpu"]
-COMMANDS = ("quantize", "eval", "generate", "inspect", "export")
+COMMANDS = ("quantize", "eval", "generate", "inspect", "verify", "export")
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,14 @@ def test_one_flipped_byte(packed, tmp_path):
     file.write_bytes(octets)
     for arguments in (("inspect", damaged), ("eval", damaged, "--text", "builtin"), ("generate", damaged, "Hello")):
         assert "checksum" in fail(*arguments)
+    assert "model.safetensors: tensor" in fail("verify", damaged)
+
+
+def test_verify(packed):
+    values = json.loads(succeed("verify", packed, "--json").stdout)
+    assert (values["sound"], values["files"], values["linears"]) == (True, 1, 14)
+    assert values["tensors"] == len(load_file(packed / "model.safetensors"))
+    assert "sound" in succeed("verify", packed).stdout
 
 
 def test_weights_that_are_not_numbers(tmp_path):

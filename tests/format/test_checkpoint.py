@@ -207,8 +207,8 @@ def test_changed_layouts_are_noticed(tmp_path):
     ("spoil", "message"),
     [
         (lambda path: (path / "config.json").unlink(), r"config\.json: missing"),
-        (lambda path: (path / "config.json").write_text("{"), r"config\.json: not readable as JSON"),
-        (lambda path: (path / "config.json").write_text("[]"), r"config\.json: not a JSON object"),
+        (lambda path: (path / "config.json").write_text("{"), r"config\.json: not readable as a JSON object"),
+        (lambda path: (path / "config.json").write_text("[]"), r"config\.json: not readable as a JSON object"),
         (lambda path: (path / "config.json").write_text("{}"), "is not a packed checkpoint"),
         (lambda path: (path / "model.safetensors").unlink(), r"model\.safetensors: missing"),
         (lambda path: (path / "model.safetensors").write_bytes(b""), "cut off inside its header"),

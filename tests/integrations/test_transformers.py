@@ -263,7 +263,8 @@ def test_another_model_than_was_packed_is_refused(spoiled, reader):
     file = spoiled / "config.json"
     file.write_text(file.read_text().replace('"intermediate_size": 64', '"intermediate_size": 80'))
     with pytest.raises(
-        CheckpointError, match=r"mlp\.\w+_proj is \[\d+, \d+\] in the model, but \[\d+, \d+\] as packed"
+        CheckpointError,
+        match=r"mlp\.\w+_proj is \[\d+, \d+\] in the model, but \[\d+, \d+\] as packed|config\.json: is not",
     ):
         reader(spoiled)
 
@@ -272,8 +273,26 @@ def test_another_model_than_was_packed_is_refused(spoiled, reader):
 def test_fewer_layers_than_were_packed_are_refused(spoiled, reader):
     file = spoiled / "config.json"
     file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
-    with pytest.raises(CheckpointError, match=r"the packed linear model\.layers\.1\.\S+ is not in a LlamaForCausalLM"):
+    missing = r"the packed linear model\.layers\.1\.\S+ is not in a LlamaForCausalLM"
+    with pytest.raises(CheckpointError, match=rf"{missing}|config\.json: is not the one"):
         reader(spoiled)
+
+
+def test_other_numbers_in_config_are_refused(spoiled):
+    """Nothing else would tell: the tensors fit."""
+    file = spoiled / "config.json"
+    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: is not the one that .*model\.safetensors was written with"
+    ):
+        load(spoiled)
+
+
+def test_numbers_that_may_be_changed_in_config(spoiled):
+    file = spoiled / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"eos_token_id": 7, "use_cache": False, "transformers_version": "0"}))
+    assert load(spoiled).config.eos_token_id == 7
 
 
 def test_a_repository_of_the_hub_is_verified_too(model, saved, tmp_path):

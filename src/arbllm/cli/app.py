@@ -14,6 +14,7 @@ from arbllm.cli.generate import generate
 from arbllm.cli.inspect import inspect
 from arbllm.cli.peer import peer
 from arbllm.cli.quantize import quantize
+from arbllm.cli.verify import verify
 
 app = typer.Typer(
     name="arbllm",
@@ -45,6 +46,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("export")(export)
 app.command("peer")(peer)
 app.command("compare")(compare)

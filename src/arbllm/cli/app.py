@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 import arbllm
+from arbllm.cli.ablate import ablate
+from arbllm.cli.analyze import analyze
 from arbllm.cli.compare import compare
 from arbllm.cli.evaluate import evaluate
 from arbllm.cli.export import export
@@ -50,3 +52,5 @@ app.command("verify")(verify)
 app.command("export")(export)
 app.command("peer")(peer)
 app.command("compare")(compare)
+app.command("ablate")(ablate)
+app.command("analyze")(analyze)

@@ -85,13 +85,13 @@ def compare(
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
     (out / ROWS).mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(protocol)))
-    _check_settings(out / SETTINGS, settings)
+    check_settings(out / SETTINGS, settings)
     for recipe in recipes:
-        _run_row(recipe, protocol, out, isolate, on_step or (lambda *_: None))
+        run_row(recipe, protocol, out, isolate=isolate, on_step=on_step)
         if not keep_models:
             shutil.rmtree(out / MODELS / recipe.name, ignore_errors=True)
         results = collect(out, [recipe.name for recipe in recipes])
-        _write(out / RESULTS, results)
+        write_json(out / RESULTS, results)
     return results
 
 
@@ -112,8 +112,28 @@ def collect(out: Path, methods: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _run_row(recipe: Recipe, protocol: Protocol, out: Path, isolate: bool, on_step: Callable[[str, str], None]) -> None:
-    """The steps of one method that have not been done."""
+def run_row(
+    recipe: Recipe,
+    protocol: Protocol,
+    out: Path,
+    *,
+    isolate: bool = True,
+    speed: bool = True,
+    on_step: Callable[[str, str], None] | None = None,
+) -> dict[str, Any]:
+    """Run the steps of one method that have not been done.
+
+    Args:
+        recipe: the method.
+        protocol: what it goes through.
+        out: its steps are kept in `rows` under it, its checkpoint in `models`.
+        isolate: see `compare`.
+        speed: whether to measure speed and write samples, too.
+        on_step: see `compare`.
+
+    Returns:
+        What each step gave, by its name.
+    """
     file = out / ROWS / f"{recipe.name}.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     checkpoint = out / MODELS / recipe.name
@@ -122,17 +142,19 @@ def _run_row(recipe: Recipe, protocol: Protocol, out: Path, isolate: bool, on_st
         "quantize": (_quantize, (recipe, protocol, checkpoint)),
         **{f"text {text}": (_evaluate, (protocol, model, (text,), ())) for text in protocol.texts},
         **({"tasks": (_evaluate, (protocol, model, (), protocol.tasks))} if protocol.tasks else {}),
-        "speed": (_speed, (protocol, model)),
+        **({"speed": (_speed, (protocol, model))} if speed else {}),
     }
     if all(step in done for step in steps):
-        return
+        return done
     if recipe.name != FULL and not (checkpoint / "config.json").exists():
         done.pop("quantize", None)  # the model itself is needed for what is missing
     for step, (function, arguments) in steps.items():
         if step not in done:
-            on_step(recipe.name, step)
+            if on_step:
+                on_step(recipe.name, step)
             done[step] = _isolated(function, *arguments) if isolate else function(*arguments)
-            _write(file, done)
+            write_json(file, done)
+    return done
 
 
 def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -192,10 +214,10 @@ def _row(recipe: Recipe, steps: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+def check_settings(file: Path, settings: dict[str, Any]) -> None:
     """Keep the settings of a comparison, or refuse others than those that it was begun with."""
     if not file.exists():
-        _write(file, settings)
+        write_json(file, settings)
         return
     begun = json.loads(file.read_text(encoding="utf-8"))
     for name in settings:
@@ -206,7 +228,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _write(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: dict[str, Any]) -> None:
     """Write JSON so that an interruption leaves the old file or the new one."""
     text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
     partial = file.with_suffix(".partial")

@@ -156,7 +156,9 @@ def _questions(rows: Sequence[Row]) -> str:
 
 def _accuracy(score: dict[str, Any]) -> str:
     plain = f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}"
-    return plain if "acc_norm" not in score else f"{plain} | {100 * score['acc_norm']:.1f}"
+    if "acc_norm" not in score:
+        return plain
+    return f"{plain} | {100 * score['acc_norm']:.1f} ± {100 * score['acc_norm_stderr']:.1f}"
 
 
 def _samples(rows: Sequence[Row]) -> str:

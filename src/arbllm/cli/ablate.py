@@ -1,0 +1,66 @@
+"""`arbllm ablate MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arbllm.cli.evaluate import names
+from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
+from arbllm.cli.output import command, print_json, say
+
+
+def ablate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of the ablations; a second run goes on where one stopped.")],
+    studies: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas: method, column-group bitmap, bitmaps, calibration windows, iterations, groups, block "
+            "size, compensation, split on; or how these begin.",
+            show_default="all",
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="Texts of perplexity, with commas; see eval.")] = "wikitext2",
+    context: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Windows of each text at most.", show_default="all")] = None,
+    calibration: Annotated[str, typer.Option(help="Calibration text; see quantize.")] = "c4",
+    windows: Annotated[int, typer.Option(help="Calibration windows; half and twice as many are tried, too.")] = 128,
+    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Vary the paper's methods on MODEL one choice at a time, as in its Table 4.
+
+    OUT receives ablation.json and ablation.md.
+
+    **Examples**
+
+    `arbllm ablate HuggingFaceTB/SmolLM2-135M --out ablations`
+
+    `arbllm ablate model.gguf --studies groups,iterations --calibration builtin --windows 8 --text builtin --out few`
+    """
+    with command(debug):
+        from arbllm.evaluation.ablate import ablate as run
+        from arbllm.evaluation.ablate import page
+        from arbllm.evaluation.compare import Protocol
+        from arbllm.evaluation.methods import Calibration
+
+        protocol = Protocol(
+            model,
+            Calibration(calibration, windows, window_length, seed, device, dtype, trust_remote_code),
+            tuple(names(text)),
+            context,
+            max_windows,
+        )
+        results = run(protocol, out, studies=names(studies), on_step=lambda name, step: say(f"[bold]{name}[/]", step))
+        if json:
+            print_json(results)
+        else:
+            typer.echo(page(results))

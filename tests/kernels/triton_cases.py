@@ -12,45 +12,16 @@ from functools import partial
 import pytest
 import torch
 
-from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import triton as kernel
 from arbllm.kernels import triton_configuration
-from arbllm.kernels.triton_layout import LONGEST_RUN, prepare
-from tests.helpers import random_matrix, random_packed
+from arbllm.kernels.triton_layout import LONGEST_RUN
+from tests.helpers import random_packed
+from tests.kernels.triton_matrices import MATRICES, in_segments
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 MANY, DENSE = {"few": 0, "many": 64}, {"few": 0, "many": 0}
-
-
-def in_segments(rows: int, *segments: tuple[int, int, int]) -> BinaryMatrix:
-    """As arb-rcx stores them."""
-    kinds = tuple(Segment(*segment) for segment in segments)
-    layout = Layout(
-        rows=rows,
-        columns=sum(segment.width for segment in kinds),
-        segments=kinds,
-        ordering="segments" if len(kinds) > 1 else "natural",
-        block_size=0,
-        scale_bits=8,
-        row_means=False,
-        column_scaled=True,
-    )
-    return random_packed(layout)
-
-
-MATRICES = {
-    "arb-rcx": partial(in_segments, 37, (56, 2, 1), (64, 2, 1), (72, 2, 2), (1, 1, 1), (1, 1, 1)),
-    "arb-rcx of four bits": partial(in_segments, 21, (40, 2, 2), (80, 4, 2)),
-    "outliers alone": partial(in_segments, 6, *[(1, 1, 1)] * 19),
-    "arb-rc": partial(random_matrix, 35, 150, salient=13, block_size=64),
-    "arb-x": partial(random_matrix, 35, 100, salient=9, block_size=64, row_means=True, column_scaled=False),
-    "four groups": partial(
-        random_matrix, 18, 70, groups=4, salient_groups=1, salient=9, row_means=True, ordering="explicit", scale_bits=8
-    ),
-    "no groups": partial(random_matrix, 18, 130, groups=1, row_means=True, scale_bits=8),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -168,16 +139,6 @@ def test_operator():
     stored, numbers = list(matrix.tensors().values()), kernel._numbers(matrix.layout)
     arguments = inputs(2, 64, torch.float32).to(DEVICE), stored, numbers
     torch.library.opcheck(torch.ops.arbllm.triton_matmul.default, arguments)
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_memory_is_that_of_the_packed_tensors(name):
-    """Up to what rounds each kind of columns up to a chunk, and the columns' order."""
-    matrix = MATRICES[name]()
-    ready, rows = prepare(matrix), 4 * (-(-matrix.layout.rows // 4))
-    padding = sum(64 * (terms + groups.bit_length() - 1) for groups, terms in ready.kinds) * rows // 8
-    tables = ready.order.nbytes + ready.single_columns.nbytes + ready.run_table.nbytes + ready.singles.nbytes
-    assert ready.nbytes <= matrix.nbytes * rows / matrix.layout.rows + padding + tables
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -155,7 +155,7 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
         matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
         runs, matrix.tiles, tokens, layout.columns, layout.rows, matrix.quarter, len(matrix.singles),
         KINDS=matrix.kinds, SPLIT=len(units) > 1, M=launch.rows, WORDS=launch.words,
-        num_warps=launch.warps, num_stages=launch.stages, **flags,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, **flags,
     )  # fmt: skip
     return y
 

@@ -25,6 +25,7 @@ class FewTokens:
         words: words that a step of its loop reads of each: 16 for 64 columns, 32 for 128.
         programs: about how many programs to launch, if columns can be divided so.
         accumulators: float32 registers of a thread for sums, at most; they limit the tokens of a program.
+        registers: of a thread, at most: with fewer, more programs run side by side.
         warps: of a program.
         stages: steps of the loop whose words are on their way at a time.
     """
@@ -34,6 +35,7 @@ class FewTokens:
     words: int
     programs: int
     accumulators: int
+    registers: int
     warps: int
     stages: int
 

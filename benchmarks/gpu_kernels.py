@@ -1,0 +1,159 @@
+"""Packed products on a GPU against torch's bfloat16 ones: time, ratio, and share of what the memory's bandwidth allows.
+
+    python benchmarks/gpu_kernels.py [--bits 2.25] [--repeats 7] [--page]
+
+Each time is that of one product in a CUDA graph that goes through as many matrices as the GPU's cache cannot hold.
+Without a GPU it says so, and leaves the table empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from torch import Tensor
+
+from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels.triton import matmul
+from random_matrices import random_matrix
+from sections import PERFORMANCE, write_section
+from solver import Rows, as_markdown, as_table
+
+SHAPES = ((4096, 4096), (4096, 11_008), (8192, 28_672))
+BATCHES = (1, 8, 16, 64, 2048)
+HEADINGS = ("matrix", "tokens", "bfloat16, us", "packed, us", "spread, us", "ratio", "share of bandwidth")
+CACHE_BYTES = 300 * 10**6
+"""Memory that products go through before they come back to the first: several times the cache of any GPU."""
+COPY_BYTES = 2 * 10**9
+COMMAND = "python benchmarks/gpu_kernels.py --page"
+
+_SECTION = """\
+## Products on a GPU
+
+One product y = x Wᵀ, inputs in bfloat16, W packed at {bits:g} bits a weight, against the same in bfloat16 (cuBLAS).
+Medians of {repeats} runs, each a CUDA graph through matrices of {cache} MB together, so that none comes from the cache.
+*Ratio* is how many times as fast the packed product is; *share of bandwidth* is the time that reading the packed bytes
+takes at {bandwidth}, over the time of the product.
+
+{machine}
+
+{table}
+
+`{command}` writes this section.
+"""
+
+
+class Times(NamedTuple):
+    """Seconds of one product: median, least and greatest of the repeats."""
+
+    middle: float
+    least: float
+    most: float
+
+
+def main() -> None:
+    """Print the table, and write it to the page if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=float, default=2.25, help="true bits a weight")
+    parser.add_argument("--repeats", type=int, default=7, help="the median of so many runs is shown")
+    parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
+    options = parser.parse_args()
+    console = Console(width=150)
+    rows: Rows = []
+    bandwidth = "the speed of a streaming copy"
+    if torch.cuda.is_available():
+        speed = copy_speed(options.repeats)
+        bandwidth = f"the {speed / 1e9:.0f} GB/s of a streaming copy (read and written bytes together)"
+        for shape in SHAPES:
+            rows += products(shape, options.bits, options.repeats, speed)
+        console.print(as_table(HEADINGS, rows))
+    else:
+        console.print("There is no GPU here: the table stays empty.")
+    if options.page:
+        text = _SECTION.format(
+            bits=options.bits,
+            repeats=options.repeats,
+            cache=CACHE_BYTES // 10**6,
+            bandwidth=bandwidth,
+            machine=machine(),
+            table=as_markdown(HEADINGS, rows),
+            command=COMMAND,
+        )
+        write_section(PERFORMANCE, "products on a GPU", text)
+        console.print(f"wrote {PERFORMANCE}")
+
+
+def machine() -> str:
+    """The GPU and the versions, or that there was none."""
+    if not torch.cuda.is_available():
+        return "Not measured yet, for want of a GPU."
+    versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name()}, {versions}."
+
+
+def products(shape: tuple[int, int], bits: float, repeats: int, speed: float) -> Rows:
+    """All batches of one shape."""
+    device = torch.device("cuda")
+    first = random_matrix(*shape, bits, device)
+    packed = [first] + [random_matrix(*shape, bits, device) for _ in range(CACHE_BYTES // first.nbytes)]
+    count = 1 + CACHE_BYTES // (2 * shape[0] * shape[1])
+    dense = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(count)]
+    return [one_batch(tokens, packed, dense, repeats, speed) for tokens in BATCHES]
+
+
+def one_batch(
+    tokens: int, packed: list[BinaryMatrix], dense: list[Tensor], repeats: int, speed: float
+) -> tuple[str, ...]:
+    """One row of the table."""
+    rows, columns = packed[0].shape
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    ours = graph_times([lambda matrix=matrix: matmul(x, matrix) for matrix in packed], repeats)
+    theirs = graph_times([lambda weight=weight: x @ weight.T for weight in dense], repeats)
+    share = packed[0].nbytes / speed / ours.middle
+    label = (f"{rows} x {columns}", str(tokens))
+    times = (f"{1e6 * theirs.middle:.1f}", f"{1e6 * ours.middle:.1f}", f"{1e6 * ours.least:.1f}-{1e6 * ours.most:.1f}")
+    return (*label, *times, f"{theirs.middle / ours.middle:.2f}", f"{share:.0%}")
+
+
+def graph_times(calls: list[Callable[[], Tensor]], repeats: int) -> Times:
+    """Seconds of one call, where all are made one after the other in a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()  # compiles kernels and prepares matrices
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    seconds = sorted(event_seconds(graph.replay) / len(calls) for _ in range(repeats))
+    return Times(median(seconds), seconds[0], seconds[-1])
+
+
+def event_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call on the GPU."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(stop)
+
+
+def copy_speed(repeats: int) -> float:
+    """Bytes that a streaming copy reads and writes in a second."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * COPY_BYTES / median(event_seconds(lambda: target.copy_(source)) for _ in range(repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,16 @@ from typing import Any
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError
-from arbllm.evaluation.compare import MODELS, ROWS, SETTINGS, Protocol, check_settings, run_row, write_json
+from arbllm.evaluation.compare import (
+    MODELS,
+    ROWS,
+    SETTINGS,
+    Protocol,
+    check_settings,
+    run_row,
+    shown_settings,
+    write_json,
+)
 from arbllm.evaluation.frontier import score, shown
 from arbllm.evaluation.methods import FULL, Recipe
 
@@ -119,7 +128,7 @@ def ablate(
         facts = {"study": variant.study, "variant": variant.label, "windows": windows}
         facts |= {"config": variant.config.to_dict(), "published": _published(variant)}
         rows.append(facts | _figures(steps))
-        results = {"settings": json.loads((out / SETTINGS).read_text(encoding="utf-8")), FULL: full, "rows": rows}
+        results = {"settings": shown_settings(out), FULL: full, "rows": rows}
         write_json(out / RESULTS, results)
     (out / PAGE).write_text(page(results), encoding="utf-8")
     return results

@@ -105,7 +105,7 @@ def collect(out: Path, methods: Sequence[str]) -> dict[str, Any]:
         if "speed" in steps:
             rows.append(_row(find_recipe(name), steps))
     return {
-        "settings": json.loads((out / SETTINGS).read_text(encoding="utf-8")),
+        "settings": shown_settings(out),
         "versions": {name: version(name) for name in ("arbllm", "torch", "transformers")},
         "machine": f"{multiprocessing.cpu_count()} cores, {platform.machine()}",
         "rows": rows,
@@ -212,6 +212,14 @@ def _row(recipe: Recipe, steps: dict[str, Any]) -> dict[str, Any]:
         "average_acc_norm": tasks.get("average_acc_norm"),
         **steps["speed"],
     }
+
+
+def shown_settings(out: Path) -> dict[str, Any]:
+    """The settings of a comparison with files by their names alone, to be shown elsewhere."""
+    settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    settings |= {"model": Path(settings["model"]).name, "texts": [Path(text).name for text in settings["texts"]]}
+    settings["calibration"] |= {"text": Path(settings["calibration"]["text"]).name}
+    return {key: value for key, value in settings.items() if key != "task_data"}
 
 
 def check_settings(file: Path, settings: dict[str, Any]) -> None:

@@ -1,0 +1,178 @@
+"""Models larger than memory: built without weights, which are read from their files one decoder block at a time.
+
+Everything outside the blocks (embeddings, last norm, head) is read at once; a block when its turn comes. Quantized, it
+is a seventh of its size and stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from arbllm.errors import CheckpointError, ModelError
+from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE, canonical_checksum, checksum
+from arbllm.format.header import StoredTensor, read_header
+from arbllm.model.source import DTYPES
+from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
+
+SAMPLE = 32768
+"""Numbers of each tensor that count in a streamed model's fingerprint: to read all of it would take too long."""
+
+
+class StreamedModel:
+    """A dense model in a local directory, opened block by block.
+
+    >>> streamed = StreamedModel("llama-7b")
+    >>> quantize_model(streamed.model, windows, config, load_block=streamed.load_block)
+
+    Attributes:
+        model: the model, in evaluation mode, with the weights of its decoder blocks on the meta device until
+            `load_block` has read them.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, directory: Path | str, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        """Build the model and read all but its blocks.
+
+        Args:
+            directory: config.json and safetensors files.
+            dtype: to open the model in; `auto` as config.json says.
+            trust_remote_code: run model code that comes with the checkpoint.
+
+        Raises:
+            ModelError: it is no such directory, or its files do not hold what the model needs; names the tensor.
+        """
+        self.directory = Path(directory).expanduser()
+        self._stored = _stored(self.directory)
+        self.model = _empty(self.directory, dtype, trust_remote_code).eval()
+        self.model.tie_weights()
+        self._check_names()
+        blocks = [f"{block.name}." for block in find_blocks(self.model)]
+        self._load(
+            self.model, "", [name for name in self._missing(self.model, "") if not name.startswith(tuple(blocks))]
+        )
+        self.model.tie_weights()
+
+    def load_block(self, block: DecoderBlock) -> None:
+        """Read a block's weights, unless they are there.
+
+        Raises:
+            ModelError: a file is unreadable, or a weight has NaN or infinite entries; names it.
+        """
+        prefix = f"{block.name}."
+        missing = self._missing(block.module, prefix)
+        if missing:
+            self._load(block.module, prefix, missing)
+            check_weights([block])
+
+    def fingerprint(self) -> str:
+        """Checksum of all names, dtypes, shapes, and of the first `SAMPLE` numbers of each tensor."""
+        sums: dict[str, Any] = {}
+        for name, tensor in self._read(list(self._stored), sample=True):
+            stored = self._stored[name]
+            sums[name] = [stored.dtype, list(stored.shape), checksum(tensor)]
+        return canonical_checksum(sums)
+
+    def _check_names(self) -> None:
+        """Refuse files whose tensors are not the model's, by name and shape."""
+        for name in self._missing(self.model, ""):
+            stored, wanted = self._stored.get(name), list(_tensor(self.model, name).shape)
+            if stored is None:
+                raise ModelError(
+                    f"{self.directory}: {name} is not in its files under this name; such a model cannot be streamed: "
+                    "leave out --stream"
+                )
+            if list(stored.shape) != wanted:
+                raise ModelError(f"{stored.file}: {name} is {list(stored.shape)}, but {wanted} in the model")
+
+    def _missing(self, module: nn.Module, prefix: str) -> list[str]:
+        """Full names of a module's tensors on the meta device, each shared one once and without tied ones."""
+        tied = set(self.model.all_tied_weights_keys)
+        return [
+            name
+            for short, tensor in module.state_dict().items()
+            if tensor.is_meta and (name := prefix + short) not in tied
+        ]
+
+    def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        for name, tensor in self._read(names):
+            owner_name, _, key = name.removeprefix(prefix).rpartition(".")
+            owner, empty = module.get_submodule(owner_name), _tensor(module, name.removeprefix(prefix))
+            value = tensor.to(empty.dtype, copy=True)
+            if key in owner._parameters:
+                owner._parameters[key] = nn.Parameter(value, requires_grad=empty.requires_grad)
+            else:
+                owner._buffers[key] = value
+
+    def _read(self, names: list[str], sample: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as they are stored, memory-mapped: to be copied before the next one."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._stored[name].file, []).append(name)
+        for file, members in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in members:
+                        tensor = reader.get_tensor(name)
+                        yield name, tensor.flatten()[:SAMPLE] if sample else tensor
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: not readable ({error}); download or copy the model again") from error
+
+
+def can_stream(name_or_path: str) -> bool:
+    """Whether a model is a local directory with safetensors files."""
+    path = Path(name_or_path).expanduser()
+    return path.is_dir() and any((path / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _empty(directory: Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without weights; its buffers, such as rotary frequencies, are there."""
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+        if (directory / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # configuration and remote code fail in any way that they know
+        raise ModelError(
+            f"{directory}: its model cannot be built ({str(error).strip().partition(chr(10))[0]})"
+        ) from error
+    return model
+
+
+def _stored(directory: Path) -> Mapping[str, StoredTensor]:
+    """All tensors of a directory's safetensors files."""
+    files = [directory / WEIGHTS_FILE]
+    if not files[0].exists():
+        try:
+            files = sorted({directory / name for name in _index(directory).values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{directory}: has no readable safetensors files; leave out --stream") from error
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            tensors |= read_header(file)[1]
+        except CheckpointError as error:
+            raise ModelError(str(error)) from error
+    return tensors
+
+
+def _index(directory: Path) -> dict[str, str]:
+    return dict(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    found = module.get_submodule(owner)
+    return found._parameters[key] if key in found._parameters else found.get_buffer(key)  # type: ignore[return-value]

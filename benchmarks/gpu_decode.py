@@ -116,8 +116,8 @@ def run(shape: ModelShape, linear: MakeLinear, tokens: int, repeats: int, device
             step()
         synchronize(device)
         speeds.append(tokens / (time.perf_counter() - start))
-    tensors = [[*module.parameters(), *module.buffers()] for block in model.blocks for module in block.linears.values()]
-    return speeds, sum(tensor.nbytes for module in tensors for tensor in module)
+    linears = [module for module in model.blocks.modules() if isinstance(module, (nn.Linear, BinaryLinear))]
+    return speeds, sum(tensor.nbytes for module in linears for tensor in (*module.parameters(), *module.buffers()))
 
 
 def advance(model: Decoder, token: Tensor) -> None:

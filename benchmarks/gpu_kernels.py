@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import triton
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import linear
 
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels.triton import matmul
@@ -112,8 +114,8 @@ def one_batch(
     """One row of the table."""
     rows, columns = packed[0].shape
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    ours = graph_times([lambda matrix=matrix: matmul(x, matrix) for matrix in packed], repeats)
-    theirs = graph_times([lambda weight=weight: x @ weight.T for weight in dense], repeats)
+    ours = graph_times([partial(matmul, x, matrix) for matrix in packed], repeats)
+    theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
     share = packed[0].nbytes / speed / ours.middle
     label = (f"{rows} x {columns}", str(tokens))
     times = (f"{1e6 * theirs.middle:.1f}", f"{1e6 * ours.middle:.1f}", f"{1e6 * ours.least:.1f}-{1e6 * ours.most:.1f}")

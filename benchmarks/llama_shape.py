@@ -6,6 +6,7 @@ Its linears are dense or packed; everything else is the same code, so that the t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class Decoder(nn.Module):
     """
 
     position: Tensor
+    cosines: Tensor
+    sines: Tensor
 
     def __init__(self, shape: ModelShape, length: int, linear: MakeLinear, dtype: torch.dtype, device: str) -> None:
         """Random weights.
@@ -40,7 +43,7 @@ class Decoder(nn.Module):
             device: where they go.
         """
         super().__init__()
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.embedding = nn.Embedding(shape.vocabulary, shape.width, **options)
         self.blocks = nn.ModuleList(_Block(shape, length, linear, options) for _ in range(shape.blocks))
         self.norm = nn.RMSNorm(shape.width, **options)
@@ -62,7 +65,10 @@ class Decoder(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: ModelShape, length: int, linear: MakeLinear, options: dict) -> None:
+    cache: Tensor
+    places: Tensor
+
+    def __init__(self, shape: ModelShape, length: int, linear: MakeLinear, options: dict[str, Any]) -> None:
         super().__init__()
         self.heads = shape.width // HEAD_WIDTH
         names = ("query", "key", "value", "output", "gate", "up", "down")

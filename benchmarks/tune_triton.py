@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -64,7 +65,7 @@ def main() -> None:
             x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
             best, seconds = None, float("inf")
             for candidate in candidates(load("any"), part, tokens):
-                kernel.configuration_of = lambda _, candidate=candidate: candidate  # type: ignore[assignment, misc]
+                kernel.configuration_of = lambda _, candidate=candidate: candidate  # type: ignore[assignment]
                 taken = attempt(x, matrices, options.repeats)
                 if taken < seconds:
                     best, seconds = getattr(candidate, part), taken
@@ -90,7 +91,7 @@ def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Confi
 def attempt(x: Tensor, matrices: list[Any], repeats: int) -> float:
     """Median seconds of a product; infinite where the candidate asks for more than the GPU has."""
     try:
-        return graph_times([lambda matrix=matrix: kernel.matmul(x, matrix) for matrix in matrices], repeats).middle
+        return graph_times([partial(kernel.matmul, x, matrix) for matrix in matrices], repeats).middle
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
         return float("inf")
 

@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
 PROMPT = "Python is a programming language that"
-WINDOWS, CALIBRATION, CONTEXT = 16, 8, 1024
-SHORTER = ("--iterations", "1", "--tune", "8")
+WINDOWS, CONTEXT = 8, 1024
+CALIBRATION = ("--calibration", "builtin", "--windows", "32", "--window-length", "512")
+SHORTER = ("--iterations", "1", "--tune", "16")
 NEW_TOKENS = 40
 
 Row = tuple[str, str, str]
@@ -55,8 +56,7 @@ def quantize(model: Path, out: Path) -> dict[str, Any]:
 
     Fewer rounds and steps than by default keep it short.
     """
-    calibration = ("--calibration", "builtin", "--windows", str(CALIBRATION), "--window-length", str(CONTEXT))
-    return arbllm("quantize", model, out, *SHORTER, "--embeddings", "8", *calibration, "--overwrite")
+    return arbllm("quantize", model, out, *SHORTER, "--embeddings", "8", *CALIBRATION, "--overwrite")
 
 
 def evaluate(model: Path) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,20 @@ from arbllm.binarize.methods import get_method
 from arbllm.budget import Demand, allocate
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
-from arbllm.errors import ModelError
+from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
 from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import measure_demands
+from arbllm.model.spill import spill
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
-SENSITIVITY_WINDOWS = 2
+SENSITIVITY_TOKENS = 4096
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
@@ -42,6 +44,8 @@ def quantize_model(
     device: torch.device | str | None = None,
     on_event: OnEvent | None = None,
     progress: Progress | None = None,
+    load_block: Callable[[DecoderBlock], None] | None = None,
+    offload: Path | None = None,
 ) -> list[LinearQuantized]:
     """Binarize every linear of every decoder block, in place; embeddings, norms and head stay as they are.
 
@@ -62,6 +66,9 @@ def quantize_model(
         on_event: told of every step as it happens (see `arbllm.model.events`).
         progress: where finished blocks are kept; those that it has already are only run forward, and what was emitted
             then is emitted again. None keeps nothing.
+        load_block: reads a block's weights when its turn comes, where they are not in memory (see
+            `arbllm.model.stream`); bits can then not be divided as measured.
+        offload: a directory for the activations, which are memory-mapped from there; None for memory.
 
     Returns:
         One record per linear, in the model's order.
@@ -73,7 +80,12 @@ def quantize_model(
     config = config or BinarizationConfig()
     emit = on_event or _ignore
     blocks = find_blocks(model)
-    check_weights(blocks)
+    if load_block is None:
+        check_weights(blocks)
+    elif config.bits is not None and config.allocation == "measured":
+        raise ConfigError("allocation 'measured' needs the whole model in memory; choose uniform for a streamed model")
+    else:
+        load_block(blocks[0])
     _check_windows(model, windows)
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
@@ -82,12 +94,15 @@ def quantize_model(
     unfinished = [block.index for block in blocks if progress is None or progress.block(block.index) is None]
     last = max(unfinished, default=-1)  # activations are needed as far as there
     hidden, calls = capture_inputs(model, blocks, windows, device)
-    dense = hidden.clone() if tuning else None
+    dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
+    hidden = spill(hidden, offload) if offload else hidden
     results: list[LinearQuantized] = []
     total = len(blocks)
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
         for call in calls:
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
+            if load_block is not None:
+                load_block(blocks[0])
             job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, progress)
             results += job.run(call, hidden, dense)
     return results
@@ -289,7 +304,8 @@ def _configs(
     if shares is not None:
         return {name: replace(config, bits=share) for name, share in shares.items()}
     if config.allocation == "measured":
-        demands = measure_demands(model, windows[:SENSITIVITY_WINDOWS], device)
+        few = windows[: -(-SENSITIVITY_TOKENS // windows.shape[1])]
+        demands = measure_demands(model, few, device)
     else:
         shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
         demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}

@@ -22,6 +22,7 @@ struct Avx2 {
     static Bytes sub16(Bytes a, Bytes b) { return _mm256_sub_epi16(a, b); }
     static Bytes up8(Bytes a) { return _mm256_slli_epi16(a, 8); }
     static Bytes down8(Bytes a) { return _mm256_srli_epi16(a, 8); }
+    static Bytes share16(Bytes a, int share) { return _mm256_mulhrs_epi16(a, _mm256_set1_epi16(static_cast<short>(share))); }
     static void add_scaled(float* to, Bytes numbers, float scale) {
         add_eight(to, _mm256_castsi256_si128(numbers), scale);
         add_eight(to + 8, _mm256_extracti128_si256(numbers, 1), scale);

@@ -22,6 +22,7 @@ struct Avx512 {
     static Bytes sub16(Bytes a, Bytes b) { return _mm512_sub_epi16(a, b); }
     static Bytes up8(Bytes a) { return _mm512_slli_epi16(a, 8); }
     static Bytes down8(Bytes a) { return _mm512_srli_epi16(a, 8); }
+    static Bytes share16(Bytes a, int share) { return _mm512_mulhrs_epi16(a, _mm512_set1_epi16(static_cast<short>(share))); }
     static void add_scaled(float* to, Bytes numbers, float scale) {
         add_sixteen(to, _mm512_castsi512_si256(numbers), scale);
         add_sixteen(to + 16, _mm512_extracti64x4_epi64(numbers, 1), scale);

@@ -8,6 +8,7 @@
 //   lookup              table[index] in each byte
 //   add16, sub16        sum, difference of numbers of 16 bits
 //   up8, down8          numbers of 16 bits times, or divided by, 256
+//   share16             numbers of 16 bits times share / 2^15, rounded
 //   add_scaled          to[i] += scale * numbers[i], unsigned numbers of 16 bits, to float
 //
 // Everything is in an anonymous namespace, since each file is compiled for its own instruction set.
@@ -24,31 +25,45 @@
 namespace arbllm {
 namespace {
 
-constexpr float ZERO = 128.0f;  // table entries are unsigned: this stands for 0
+constexpr int ZERO = 128;  // table entries are unsigned: this stands for 0
 constexpr float LARGEST = 127.0f;
+constexpr int FINE = 7;  // bits that entries have beyond the point before they are rounded
+constexpr int SHARE = 32767;  // the greatest share of a block
 constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
+constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
 constexpr int64_t SMALL = 1 << 17;  // weights times tokens that one thread does sooner alone
 
-// Column c's share of entry i of the table of an accumulator: -1, 0 or 1.
-float pattern(const Pass& pass, int accumulator, int c, int i) {
-    const bool mean = accumulator >= pass.signed_sums;
-    const int group = mean ? accumulator - pass.signed_sums : accumulator;
-    const int per = pass.per_nibble;
-    const int own = per == 4 ? 0 : per == 2 ? (i >> (2 + c)) & 1 : (i >> 1) & 3;
-    if (own != group) {
-        return 0.0f;
+// What an entry's index says of the columns of four bits: [kind of accumulator][column][index] -> -1, 0 or 1. Kinds are
+// the groups of signs, then the groups of means.
+typedef uint16_t Entries __attribute__((vector_size(32)));
+typedef uint8_t EntryBytes __attribute__((vector_size(16)));
+
+struct Patterns {
+    Entries of[MOST_ACCUMULATORS][4];
+
+    Patterns(int per, int groups) {
+        for (int a = 0; a < 2 * groups; ++a) {
+            for (int c = 0; c < per; ++c) {
+                for (int i = 0; i < 16; ++i) {
+                    const int own = per == 4 ? 0 : per == 2 ? i >> (2 + c) & 1 : i >> 1 & 3;
+                    const int sign = a >= groups || i >> c & 1 ? 1 : -1;
+                    of[a][c][i] = static_cast<uint16_t>(own == a % groups ? sign : 0);
+                }
+            }
+        }
     }
-    return mean || (i >> c) & 1 ? 1.0f : -1.0f;
-}
+};
 
 // What the tables of one pass are, for one token.
 struct Tables {
     const uint8_t* entries;  // [nibble][accumulator][16]
-    const float* scales;  // [block][accumulator]
-    const float* zeros;  // [accumulator]: what the sum of all look-ups is where every entry stands for 0
+    const float* scales;  // [stretch][accumulator]
+    const float* zeros;  // likewise: the sum of look-ups where every entry stands for 0
+    const int32_t* shares;  // [block][accumulator]: of the scale of its stretch
 };
 
 int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
+int stretches_of(const Pass& pass) { return (blocks_of(pass) + STRETCH - 1) / STRETCH; }
 
 // Where in a token's work space the tables of each pass are.
 class Space {
@@ -60,7 +75,7 @@ class Space {
             entries_.push_back(bytes);
             numbers_.push_back(numbers);
             bytes += 2 * int64_t{pass.bytes} * pass.accumulators * 16;
-            numbers += (blocks_of(pass) + 1) * int64_t{pass.accumulators};
+            numbers += (blocks_of(pass) + 2 * stretches_of(pass)) * int64_t{pass.accumulators};
         }
         entry_bytes_ = bytes;
         bytes_ = bytes + 64 * ((4 * numbers + 63) / 64);
@@ -70,8 +85,10 @@ class Space {
 
     Tables tables(uint8_t* space, const Prepared& prepared, int64_t p) const {
         const Pass& pass = prepared.passes[p];
-        const float* numbers = reinterpret_cast<const float*>(space + entry_bytes_) + numbers_[p];
-        return {space + entries_[p], numbers, numbers + blocks_of(pass) * pass.accumulators};
+        const float* scales = reinterpret_cast<const float*>(space + entry_bytes_) + numbers_[p];
+        const float* zeros = scales + stretches_of(pass) * pass.accumulators;
+        const float* shares = zeros + stretches_of(pass) * pass.accumulators;
+        return {space + entries_[p], scales, zeros, reinterpret_cast<const int32_t*>(shares)};
     }
 
   private:
@@ -79,93 +96,117 @@ class Space {
     int64_t entry_bytes_, bytes_;
 };
 
-void build_tables(const Prepared& prepared, const Pass& pass, const float* x, const Tables& tables) {
-    const int per = pass.per_nibble, count = pass.accumulators;
-    alignas(64) float patterns[MOST_ACCUMULATORS][4][16];
-    for (int a = 0; a < count; ++a) {
-        for (int c = 0; c < per; ++c) {
-            for (int i = 0; i < 16; ++i) {
-                patterns[a][c][i] = pattern(pass, a, c, i);
-            }
-        }
-    }
-    auto* entries = const_cast<uint8_t*>(tables.entries);
-    auto* scales = const_cast<float*>(tables.scales);
-    auto* zeros = const_cast<float*>(tables.zeros);
-    std::fill(zeros, zeros + count, 0.0f);
-    const int nibbles = 2 * pass.bytes;
-    for (int first = 0; first < nibbles; first += BLOCK_NIBBLES) {
-        const int inside = std::min(BLOCK_NIBBLES, nibbles - first);
-        for (int a = 0; a < count; ++a) {
-            float values[BLOCK_NIBBLES * 4] = {};
-            const int begin = first * per, end = std::min(begin + inside * per, int{pass.width});
-            const float* factors = prepared.column_factors + pass.column_factors + int64_t{a} * pass.width;
-            for (int j = begin; j < end; ++j) {
-                values[j - begin] = a < pass.signed_sums ? x[j] * factors[j] : x[j];
-            }
-            float largest = 0.0f;
-            for (int n = 0; n < inside; ++n) {
+int share_of(int number, int share) { return (number * share + (1 << 14)) >> 15; }
+
+// The tables of one accumulator, from what its columns are multiplied by: values (PER * 2 * bytes), the last ones 0.
+template <int PER>
+void build_accumulator(const Pass& pass, int a, const float* values, const Tables& tables) {
+    static const Patterns patterns(PER, PER == 4 ? 1 : PER == 2 ? 2 : 4);
+    const int count = pass.accumulators, nibbles = 2 * pass.bytes, blocks = blocks_of(pass);
+    auto* entries = const_cast<uint8_t*>(tables.entries) + 16 * a;
+    auto* shares = const_cast<int32_t*>(tables.shares) + a;
+    const auto& pattern = patterns.of[a];
+    for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
+        const int first = STRETCH * stretch, last = std::min(first + STRETCH, blocks);
+        float largest[STRETCH] = {}, most = 0.0f;
+        for (int block = first; block < last; ++block) {
+            const int end = std::min(BLOCK_NIBBLES * (block + 1), nibbles);
+            for (int n = BLOCK_NIBBLES * block; n < end; ++n) {
                 float sum = 0.0f;
-                for (int c = 0; c < per; ++c) {
-                    sum += std::fabs(values[n * per + c]);
+                for (int c = 0; c < PER; ++c) {
+                    sum += std::fabs(values[PER * n + c]);
                 }
-                largest = std::max(largest, sum);
+                largest[block - first] = std::max(largest[block - first], sum);
             }
-            const float scale = largest / LARGEST, inverse = largest > 0.0f ? LARGEST / largest : 0.0f;
-            scales[first / BLOCK_NIBBLES * count + a] = scale;
-            zeros[a] += scale * ZERO * static_cast<float>(inside);
+            most = std::max(most, largest[block - first]);
+        }
+        int zero = 0;
+        for (int block = first; block < last; ++block) {
+            const float own = largest[block - first], inverse = own > 0.0f ? LARGEST * (1 << FINE) / own : 0.0f;
+            const int share = most > 0.0f ? static_cast<int>(std::ceil(own / most * SHARE)) : 0;
+            const int begin = BLOCK_NIBBLES * block, inside = std::min(BLOCK_NIBBLES, nibbles - begin);
+            // The share is a whole number, so the scale of the block is that which it makes exact.
+            const float exact = share ? inverse * (own / most * SHARE) / static_cast<float>(share) : 0.0f;
+            shares[block * count] = share;
+            zero += share_of(2 * ZERO * inside, share);
+            int16_t fine[PER * BLOCK_NIBBLES];
+            for (int i = 0; i < PER * inside; ++i) {
+                fine[i] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(values[PER * begin + i] * exact)));
+            }
             for (int n = 0; n < inside; ++n) {
-                float sums[16];
-                for (int i = 0; i < 16; ++i) {
-                    sums[i] = ZERO + 0.5f;
+                Entries sums = Entries{} + static_cast<uint16_t>((ZERO << FINE) + (1 << (FINE - 1)));
+                for (int c = 0; c < PER; ++c) {
+                    sums += pattern[c] * static_cast<uint16_t>(fine[PER * n + c]);
                 }
-                for (int c = 0; c < per; ++c) {
-                    const float value = inverse * values[n * per + c];
-                    for (int i = 0; i < 16; ++i) {
-                        sums[i] += patterns[a][c][i] * value;
-                    }
-                }
-                uint8_t* entry = entries + (int64_t{first + n} * count + a) * 16;
-                for (int i = 0; i < 16; ++i) {
-                    entry[i] = static_cast<uint8_t>(static_cast<int32_t>(sums[i]));
-                }
+                const EntryBytes rounded = __builtin_convertvector(sums >> FINE, EntryBytes);
+                std::memcpy(entries + 16 * count * (begin + n), &rounded, 16);
             }
         }
+        const float scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
+        const_cast<float*>(tables.scales)[stretch * count + a] = scale;
+        const_cast<float*>(tables.zeros)[stretch * count + a] = scale * static_cast<float>(zero);
     }
 }
 
-// Adds to sums (K, 64) what BLOCK_BYTES bytes of codes, or the fewer that are left, look up in K neighbouring tables.
-template <class V, int K>
-void add_block(const uint8_t* codes, const uint8_t* tables, int stride, int bytes, const float* scales, float* sums) {
-    constexpr int N = LANES / V::lanes;
-    typename V::Bytes all[K][N], odd[K][N];
-    for (int k = 0; k < K; ++k) {
-        for (int v = 0; v < N; ++v) {
-            all[k][v] = odd[k][v] = V::zero();
-        }
+void build_tables(const Prepared& prepared, const Pass& pass, const float* x, const Tables& tables) {
+    static thread_local std::vector<float> memory;
+    const int per = pass.per_nibble, padded = 2 * per * pass.bytes;
+    if (static_cast<int>(memory.size()) < padded) {
+        memory.resize(padded);
     }
-    for (int b = 0; b < bytes; ++b) {
-        typename V::Bytes code[N];
-        for (int v = 0; v < N; ++v) {
-            code[v] = V::load(codes + LANES * b + V::lanes * v);
+    float* values = memory.data();
+    std::fill(values + pass.width, values + padded, 0.0f);
+    for (int a = 0; a < pass.accumulators; ++a) {
+        if (a < pass.signed_sums) {
+            const float* factors = prepared.column_factors + pass.column_factors + int64_t{a} * pass.width;
+            std::transform(x, x + pass.width, factors, values, [](float number, float factor) { return number * factor; });
+        } else {
+            std::copy(x, x + pass.width, values);
         }
-        for (int half = 0; half < 2; ++half) {
+        (per == 4 ? build_accumulator<4> : per == 2 ? build_accumulator<2> : build_accumulator<1>)(pass, a, values, tables);
+    }
+}
+
+// Adds to sums (K, 64) what one stretch of codes looks up in K neighbouring tables.
+template <class V, int K>
+void add_stretch(const uint8_t* codes, const uint8_t* tables, int stride, int bytes, const int32_t* shares, int count,
+                 const float* scales, float* sums) {
+    for (int v = 0; v < LANES / V::lanes; ++v) {
+        typename V::Bytes totals[K][2];
+        for (int k = 0; k < K; ++k) {
+            totals[k][0] = totals[k][1] = V::zero();
+        }
+        for (int first = 0; first < bytes; first += BLOCK_BYTES) {
+            typename V::Bytes all[K], odd[K];
             for (int k = 0; k < K; ++k) {
-                const auto table = V::table(tables + (2 * b + half) * stride + 16 * k);
-                for (int v = 0; v < N; ++v) {
-                    const auto found = V::lookup(table, half ? V::high(code[v]) : V::low(code[v]));
-                    // Neighbouring bytes are summed as one number: the upper byte's sum, kept apart, tells the lower's.
-                    all[k][v] = V::add16(all[k][v], found);
-                    odd[k][v] = V::add16(odd[k][v], V::down8(found));
+                all[k] = odd[k] = V::zero();
+            }
+            const int last = std::min(first + BLOCK_BYTES, bytes);
+            for (int b = first; b < last; ++b) {
+                const auto code = V::load(codes + LANES * b + V::lanes * v);
+                const typename V::Bytes indices[2] = {V::low(code), V::high(code)};
+                for (int half = 0; half < 2; ++half) {
+                    for (int k = 0; k < K; ++k) {
+                        const auto table = V::table(tables + (2 * b + half) * stride + 16 * k);
+                        const auto found = V::lookup(table, indices[half]);
+                        // Neighbouring bytes are summed as one number: the upper byte's sum, kept apart, tells the
+                        // lower's.
+                        all[k] = V::add16(all[k], found);
+                        odd[k] = V::add16(odd[k], V::down8(found));
+                    }
                 }
             }
+            for (int k = 0; k < K; ++k) {
+                const int share = shares[first / BLOCK_BYTES * count + k];
+                const auto even = V::sub16(all[k], V::up8(odd[k]));
+                totals[k][0] = V::add16(totals[k][0], V::share16(V::add16(even, even), share));
+                totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(odd[k], odd[k]), share));
+            }
         }
-    }
-    for (int k = 0; k < K; ++k) {
-        for (int v = 0; v < N; ++v) {
-            float* to = sums + LANES * k + V::lanes / 2 * v;
-            V::add_scaled(to, V::sub16(all[k][v], V::up8(odd[k][v])), scales[k]);
-            V::add_scaled(to + LANES / 2, odd[k][v], scales[k]);
+        for (int k = 0; k < K; ++k) {
+            for (int half = 0; half < 2; ++half) {
+                V::add_scaled(sums + LANES * k + LANES / 2 * half + V::lanes / 2 * v, totals[k][half], scales[k]);
+            }
         }
     }
 }
@@ -173,24 +214,21 @@ void add_block(const uint8_t* codes, const uint8_t* tables, int stride, int byte
 // y (64) += what one pass adds to the rows of one block.
 template <class V>
 void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, int64_t tile, int64_t block, float* y) {
+    constexpr int BYTES = STRETCH * BLOCK_BYTES;
     const int count = pass.accumulators, stride = 16 * count;
     const uint8_t* codes = prepared.codes_of(tile, block, pass);
     const float* factors = prepared.factors_of(tile, block, pass);
     for (int a = 0; a < count; a += 2) {
-        alignas(64) float sums[2 * LANES];
+        alignas(64) float sums[2 * LANES] = {};
         const int together = std::min(2, count - a);
-        for (int k = 0; k < together; ++k) {
-            std::fill(sums + LANES * k, sums + LANES * (k + 1), -tables.zeros[a + k]);
-        }
-        for (int first = 0; first < pass.bytes; first += BLOCK_BYTES) {
-            const int bytes = std::min(BLOCK_BYTES, pass.bytes - first);
-            const uint8_t* entries = tables.entries + int64_t{2 * first} * stride + 16 * a;
-            const float* scales = tables.scales + first / BLOCK_BYTES * count + a;
-            if (together == 2) {
-                add_block<V, 2>(codes + LANES * first, entries, stride, bytes, scales, sums);
-            } else {
-                add_block<V, 1>(codes + LANES * first, entries, stride, bytes, scales, sums);
+        for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
+            const int first = BYTES * stretch, bytes = std::min(BYTES, pass.bytes - first), at = stretch * count + a;
+            for (int i = 0; i < together * LANES; ++i) {
+                sums[i] -= tables.zeros[at + i / LANES];
             }
+            (together == 2 ? add_stretch<V, 2> : add_stretch<V, 1>)(
+                codes + LANES * first, tables.entries + int64_t{2 * first} * stride + 16 * a, stride, bytes,
+                tables.shares + STRETCH * stretch * count + a, count, tables.scales + at, sums);
         }
         for (int k = 0; k < together; ++k) {
             for (int r = 0; r < LANES; ++r) {

@@ -20,6 +20,9 @@ struct Neon {
     static Bytes sub16(Bytes a, Bytes b) { return bytes(vsubq_u16(pairs(a), pairs(b))); }
     static Bytes up8(Bytes a) { return bytes(vshlq_n_u16(pairs(a), 8)); }
     static Bytes down8(Bytes a) { return bytes(vshrq_n_u16(pairs(a), 8)); }
+    static Bytes share16(Bytes a, int share) {
+        return vreinterpretq_u8_s16(vqrdmulhq_n_s16(vreinterpretq_s16_u8(a), static_cast<int16_t>(share)));
+    }
     static void add_scaled(float* to, Bytes numbers, float scale) {
         add_four(to, vget_low_u16(pairs(numbers)), scale);
         add_four(to + 4, vget_high_u16(pairs(numbers)), scale);

@@ -54,6 +54,9 @@ struct Portable {
     static Bytes down8(Bytes a) {
         return each([&](int i) { return a.pairs[i] >> 8; });
     }
+    static Bytes share16(Bytes a, int share) {
+        return each([&](int i) { return (a.pairs[i] * share + (1 << 14)) >> 15; });
+    }
     static void add_scaled(float* to, Bytes numbers, float scale) {
         for (int i = 0; i < lanes / 2; ++i) {
             to[i] += scale * static_cast<float>(numbers.pairs[i]);

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from operator import is_
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels.dispatch import matmul
+from arbllm.kernels import cpu
+from arbllm.kernels.dispatch import matmul, takes_prepared
 
 
 class PackedModule(nn.Module):
@@ -40,9 +42,12 @@ class BinaryLinear(PackedModule):
         bias: float (n), or None.
         transposed: whether the layer took the place of a `Conv1D`, which stores its weight as (m, n). W is (n, m) here
             all the same; only an export to the dense form needs to know.
+        exact: whether a CPU computes in float32 throughout. If not, inputs of up to 16 tokens are multiplied in 8 bits,
+            which is several times faster. May be set on the class, for all layers.
     """
 
     bias: nn.Parameter | None
+    exact: bool = False
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class BinaryLinear(PackedModule):
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         empty = nn.Parameter(torch.empty(layout.rows, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", empty if bias else None)
+        self._prepared: tuple[list[Tensor], list[int], Tensor] | None = None
 
     @classmethod
     def from_matrix(cls, matrix: BinaryMatrix, bias: Tensor | None = None, transposed: bool = False) -> BinaryLinear:
@@ -99,9 +105,37 @@ class BinaryLinear(PackedModule):
         return BinaryMatrix.from_tensors(self.layout, {name: self.get_buffer(name) for name in self.layout.tensors()})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., m) to y (..., n), in the dtype of x."""
-        y = matmul(x, self.matrix)
+        """Map x (..., m) to y (..., n), in the dtype of x.
+
+        On a CPU the first call prepares the weight, which takes as much memory again; so does the first call after a
+        packed tensor was replaced or written to.
+        """
+        if takes_prepared(x):
+            y = cpu.multiply(x, self._prepare(), self.layout.rows, exact=self.exact)
+        else:
+            y = matmul(x, self.matrix)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _prepare(self) -> Tensor:
+        """The weight as the CPU's kernel reads it."""
+        if torch.compiler.is_compiling():  # a compiled model's weights stay as they are
+            return self._prepared[2] if self._prepared else self._prepare_anew()
+        stored = [buffer for buffer in self._buffers.values() if buffer is not None]
+        if self._prepared:
+            known, versions, prepared = self._prepared
+            if all(map(is_, stored, known)) and _versions(stored) == versions:
+                return prepared
+        return self._prepare_anew()
+
+    @torch.compiler.disable
+    def _prepare_anew(self) -> Tensor:
+        stored = [buffer for buffer in self._buffers.values() if buffer is not None]
+        prepared = cpu.prepare(self.matrix)
+        self._prepared = stored, _versions(stored), prepared
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_prepared": None}
 
     def extra_repr(self) -> str:
         """Sizes, and bits per weight, in the printed model."""
@@ -110,3 +144,8 @@ class BinaryLinear(PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nominal_bits={matrix.nominal_bits:.2f}, true_bits={matrix.true_bits:.2f}"
         )
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each tensor was written to; tensors of inference mode do not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

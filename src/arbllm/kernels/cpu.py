@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels import reference
 
 MOST_LOOKUP_TOKENS = 16
 """With more tokens, unpacking the weight takes less time than look-ups."""
@@ -105,8 +106,10 @@ def multiply(
 
 
 def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
-    """Multiply by the packed weight: y = x W^T; prepares the matrix each time, so `BinaryLinear` does not call it."""
-    return multiply(x, prepare(matrix), matrix.layout.rows)
+    """Multiply by the packed weight, y = x W^T, in float32; the matrix is prepared anew each time."""
+    if not available() or x.dtype == torch.float64:
+        return reference.matmul(x, matrix)
+    return multiply(x, prepare(matrix), matrix.layout.rows, exact=True)
 
 
 def _number(instruction_set: str) -> int:

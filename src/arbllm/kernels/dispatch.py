@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import cuda, reference
+from arbllm.kernels import cpu, cuda, reference
 
 Kernel = Callable[[Tensor, BinaryMatrix], Tensor]
 
-KERNELS: dict[str, Kernel] = {"reference": reference.matmul, "cuda": cuda.matmul}
+KERNELS: dict[str, Kernel] = {"reference": reference.matmul, "cpu": cpu.matmul, "cuda": cuda.matmul}
 """Name -> kernel(x (..., m), matrix (n, m)) -> (..., n) in the dtype of x."""
 
 
@@ -38,3 +39,16 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
         (..., n) in the dtype of x.
     """
     return get_kernel("cuda" if x.is_cuda else "reference")(x, matrix)
+
+
+def takes_prepared(x: Tensor) -> bool:
+    """Whether x is multiplied by a weight prepared for the CPU (`cpu.multiply`); a caller keeps what it prepared.
+
+    So is every x on the CPU, except one of float64 and one that needs a gradient.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and cpu.available()
+    )

@@ -1,0 +1,269 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arbllm.errors import ConfigError
+from arbllm.kernels import cpu, reference
+from arbllm.kernels.dispatch import takes_prepared
+from arbllm.nn import BinaryLinear
+from tests.helpers import random_matrix
+from tests.strategies import matrices
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="arbllm was installed without its C++ kernels")
+
+KNOWN_SETS = ("avx512", "avx2", "neon", "portable")
+SHAPES = ((1, 8), (33, 70), (64, 320), (300, 576), (65, 1536))
+FEATURES = {
+    "two groups": {},
+    "one group": {"groups": 1},
+    "four groups": {"groups": 4, "salient": 11, "salient_groups": 4},
+    "salient columns": {"salient": 40, "scale_bits": 8, "ordering": "segments"},
+    "salient columns without groups": {"groups": 1, "salient": 60, "salient_groups": 1, "ordering": "explicit"},
+    "means": {"salient": 20, "row_means": True, "column_scaled": False},
+    "means of one group": {"groups": 1, "row_means": True},
+    "means of four groups": {"groups": 4, "row_means": True, "scale_bits": 8},
+}
+LARGEST_ERROR = 0.012
+"""Of the output, relative, with 8 bits and normally distributed inputs; large matrices come under 0.01."""
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(params=KNOWN_SETS)
+def instruction_set(request):
+    if request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+def relative_error(y, expected):
+    return ((y.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def inputs(tokens, columns, seed=0):
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_every_instruction_set_multiplies(instruction_set, features, shape):
+    matrix = random_matrix(
+        *shape, **{**FEATURES[features], "salient": min(FEATURES[features].get("salient", 0), shape[1] // 2)}
+    )
+    x, prepared = inputs(3, shape[1]), cpu.prepare(matrix)
+    expected = reference.matmul(x, matrix)
+    exact = cpu.multiply(x, prepared, shape[0], exact=True, instruction_set=instruction_set)
+    torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
+    quick = cpu.multiply(x, prepared, shape[0], instruction_set=instruction_set)
+    largest = (x.abs() @ matrix.dequantize().abs().T).max()
+    assert (quick - expected).abs().max() < LARGEST_ERROR * largest
+    if shape[0] > 32:
+        assert relative_error(quick, expected) < LARGEST_ERROR
+
+
+@given(matrix=matrices(), tokens=st.integers(1, 17))
+def test_random_layouts_in_all_instruction_sets(matrix, tokens):
+    x, prepared, rows = inputs(tokens, matrix.layout.columns), cpu.prepare(matrix), matrix.layout.rows
+    expected = x @ matrix.dequantize().T
+    largest = (x.abs() @ matrix.dequantize().abs().T).max() + 1e-6
+    for name in cpu.instruction_sets():
+        exact = cpu.multiply(x, prepared, rows, exact=True, instruction_set=name)
+        assert (exact - expected).abs().max() <= 1e-5 * largest
+        quick = cpu.multiply(x, prepared, rows, instruction_set=name)
+        assert (quick - expected).abs().max() <= LARGEST_ERROR * largest
+
+
+@pytest.mark.parametrize("tokens", range(18))
+def test_any_number_of_tokens(tokens):
+    matrix = random_matrix(100, 320, salient=20)
+    x = inputs(tokens, 320)
+    y = cpu.multiply(x, cpu.prepare(matrix), 100)
+    assert y.shape == (tokens, 100)
+    if tokens:
+        assert relative_error(y, reference.matmul(x, matrix)) < LARGEST_ERROR
+
+
+def test_tokens_do_not_disturb_each_other():
+    matrix = random_matrix(70, 320, salient=20)
+    x, prepared = inputs(9, 320), cpu.prepare(matrix)
+    together = cpu.multiply(x, prepared, 70)
+    alone = torch.cat([cpu.multiply(row[None], prepared, 70) for row in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads):
+    matrix = random_matrix(900, 320, salient=20)
+    x, prepared = inputs(4, 320), cpu.prepare(matrix)
+    before, expected = torch.get_num_threads(), cpu.multiply(x, prepared, 900)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(cpu.prepare(matrix), prepared)
+        assert torch.equal(cpu.multiply(x, prepared, 900), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("exact", [False, True])
+def test_dtypes(dtype, exact):
+    matrix = random_matrix(100, 320, salient=20)
+    x, prepared = inputs(5, 320).to(dtype), cpu.prepare(matrix)
+    y = cpu.multiply(x, prepared, 100, exact=exact)
+    assert y.dtype == dtype
+    assert relative_error(y, reference.matmul(x.double(), matrix)) < ROUNDING[dtype] + (0 if exact else LARGEST_ERROR)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0, 3), (2, 1, 3, 4)])
+def test_any_leading_dimensions(shape):
+    matrix = random_matrix(20, 30, salient=4)
+    x = torch.randn(*shape, 30)
+    y = cpu.multiply(x, cpu.prepare(matrix), 20, exact=True)
+    assert y.shape == (*shape, 20)
+    torch.testing.assert_close(y, x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("exact", [False, True])
+def test_any_strides(dtype, exact):
+    matrix = random_matrix(70, 96, salient=10)
+    prepared = cpu.prepare(matrix)
+    wide = inputs(5, 200).to(dtype)
+    for x in (wide[:, 7:103], wide[::2, :96], inputs(96, 5).to(dtype).T, wide[:1, :96].expand(4, 96)):
+        expected = cpu.multiply(x.contiguous(), prepared, 70, exact=exact)
+        torch.testing.assert_close(cpu.multiply(x, prepared, 70, exact=exact), expected)
+
+
+def test_inputs_of_zero_and_of_one_large_number():
+    matrix = random_matrix(64, 320)
+    prepared = cpu.prepare(matrix)
+    assert not cpu.multiply(torch.zeros(1, 320), prepared, 64).any()
+    x = torch.zeros(1, 320)
+    x[0, 17] = 1e6
+    assert relative_error(cpu.multiply(x, prepared, 64), reference.matmul(x, matrix)) < 1e-3
+
+
+def test_real_inputs_of_very_different_sizes_keep_their_precision():
+    matrix = random_matrix(512, 1024, salient=100, block_size=512)
+    sizes = torch.exp(1.5 * inputs(1, 1024, seed=1))
+    x = inputs(4, 1024) * sizes
+    error = relative_error(cpu.multiply(x, cpu.prepare(matrix), 512), reference.matmul(x, matrix))
+    assert error < 2 * LARGEST_ERROR
+
+
+def test_unknown_instruction_set_is_named():
+    matrix = random_matrix(4, 16)
+    with pytest.raises(ConfigError, match="'sse' is not available; choose one of"):
+        cpu.multiply(torch.randn(1, 16), cpu.prepare(matrix), 4, instruction_set="sse")
+
+
+def test_a_tensor_that_was_not_prepared_is_refused():
+    with pytest.raises(ValueError, match="not a prepared matrix"):
+        cpu.multiply(torch.randn(1, 16), torch.zeros(4096, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_operator_is_sound(tokens, exact):
+    prepared = cpu.prepare(random_matrix(33, 70, salient=9))
+    arguments = (torch.randn(tokens, 70), prepared, 33, exact, 0)
+    torch.library.opcheck(torch.ops.arbllm.cpu_matmul.default, arguments)
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    monkeypatch.setattr(BinaryLinear, "exact", False)
+    return BinaryLinear.from_matrix(random_matrix(100, 320, salient=20), torch.randn(100))
+
+
+def dense(layer, x):
+    return x @ layer.matrix.dequantize().T + layer.bias
+
+
+@pytest.mark.parametrize("prepared_before", [False, True])
+def test_layer_compiles(layer, prepared_before):
+    x = inputs(2, 320)
+    if prepared_before:
+        layer(x)
+    compiled = torch.compile(layer, backend="eager", fullgraph=prepared_before)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_layer_computes_in_eight_bits_unless_told_not_to(layer):
+    x = inputs(2, 320)
+    assert 1e-4 < relative_error(layer(x), dense(layer, x)) < LARGEST_ERROR
+    layer.exact = True
+    assert relative_error(layer(x), dense(layer, x)) < 1e-5
+
+
+def test_layer_prepares_once(layer, monkeypatch):
+    x, calls, original = inputs(2, 320), [], cpu.prepare
+    monkeypatch.setattr(cpu, "prepare", lambda matrix: calls.append(1) or original(matrix))
+    for _ in range(3):
+        layer(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("change", ["write", "replace", "load", "move"])
+def test_layer_prepares_again_after_a_change(layer, change):
+    x = inputs(2, 320)
+    layer(x)
+    if change == "write":
+        layer.signs.bitwise_not_()
+    elif change == "replace":
+        layer.signs = layer.signs.bitwise_not()
+    elif change == "load":
+        layer.load_state_dict({**layer.state_dict(), "signs": layer.signs.bitwise_not()})
+    else:
+        layer.to("meta")
+        layer.to_empty(device="cpu")
+        layer.load_state_dict(
+            BinaryLinear.from_matrix(random_matrix(100, 320, salient=20, seed=1), torch.ones(100)).state_dict()
+        )
+    assert relative_error(layer(x), dense(layer, x)) < LARGEST_ERROR
+
+
+def test_copies_and_pickles_compute_on_their_own(layer):
+    x = inputs(2, 320)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    twin.signs.bitwise_not_()
+    assert torch.equal(layer(x), y)
+    assert relative_error(twin(x), dense(twin, x)) < LARGEST_ERROR
+    assert len(pickle.dumps(layer)) < 2 * layer.matrix.nbytes + 10_000
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+
+
+def test_layer_of_inference_tensors(layer):
+    with torch.inference_mode():
+        fresh = BinaryLinear.from_matrix(layer.matrix.map(torch.clone), layer.bias)
+        x = inputs(2, 320)
+        assert torch.equal(fresh(x), layer(x))
+
+
+def test_what_the_kernel_leaves_to_others():
+    assert takes_prepared(torch.randn(1, 4))
+    assert not takes_prepared(torch.randn(1, 4, dtype=torch.float64))
+    assert not takes_prepared(torch.randn(1, 4, requires_grad=True))
+    with torch.no_grad():
+        assert takes_prepared(torch.randn(1, 4, requires_grad=True))
+
+
+def test_without_the_extension_layers_compute_all_the_same(layer, monkeypatch):
+    monkeypatch.setattr(cpu, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    cpu.native.cache_clear()
+    try:
+        x = inputs(2, 320)
+        with pytest.warns(UserWarning, match="without its C\\+\\+ kernels"):
+            y = layer(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
+            layer(x)
+        torch.testing.assert_close(y, dense(layer, x))
+        assert cpu.instruction_sets() == []
+    finally:
+        cpu.native.cache_clear()

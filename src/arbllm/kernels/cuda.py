@@ -30,12 +30,14 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
 @torch.compiler.assume_constant_result
 @cache
 def _kernel() -> Callable[[Tensor, BinaryMatrix], Tensor]:
-    try:
-        import_module("triton")
-    except ImportError:
-        warnings.warn(
-            "Triton is not installed: packed layers run on the slow PyTorch kernel; pip install arbllm[gpu]",
-            stacklevel=2,
-        )
-        return reference.matmul
-    return import_module("arbllm.kernels.triton").matmul
+    if torch.version.hip is None:
+        try:
+            import_module("triton")
+        except ImportError:
+            reason = "Triton is not installed (pip install arbllm[gpu])"
+        else:
+            return import_module("arbllm.kernels.triton").matmul
+    else:
+        reason = "the Triton kernel is written for NVIDIA's tensor cores"
+    warnings.warn(f"{reason}, so packed layers run on the slow PyTorch kernel", stacklevel=2)
+    return reference.matmul

@@ -84,7 +84,7 @@ class Prepared:
         words: int16, flat: for each kind (chunks, planes, quarter, WORDS); planes are first signs, second signs where
             there are two, low and high bits of the group number where there are groups.
         order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0.
-        row_scales: uint8 codes or float16, (slots, rows).
+        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses.
         steps: float16, (slots), what codes are multiplied by; empty with float16.
         column_scales: as stored; empty without any.
         row_means: float16 (slots, rows); empty without any.
@@ -200,7 +200,7 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
         runs=tuple(runs),
         words=torch.cat(words),
         order=torch.cat(columns).int(),
-        row_scales=matrix.row_scales.T.contiguous(),
+        row_scales=matrix.row_scales[:, : _slots(regular)].T.contiguous(),
         steps=empty.half() if matrix.scale_steps is None else matrix.scale_steps,
         column_scales=empty if matrix.column_scales is None else matrix.column_scales,
         row_means=empty.half() if matrix.row_means is None else matrix.row_means.T.contiguous(),
@@ -215,6 +215,11 @@ def _divide(layout: Layout) -> tuple[list[Place], list[Place]]:
     plain = not layout.row_means
     single = [place for place in layout.places if plain and place.segment == (1, 1, 1)]
     return single, [place for place in layout.places if not plain or place.segment != (1, 1, 1)]
+
+
+def _slots(places: Sequence[Place]) -> int:
+    """Row scale slots up to the last of these segments; single columns, which keep their own scales, come last."""
+    return max((place.row_scale + place.segment.groups * place.segment.terms for place in places), default=0)
 
 
 def _kind(place: Place) -> tuple[int, int]:

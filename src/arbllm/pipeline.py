@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -36,6 +37,7 @@ from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
+from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.tune import Tuning
 from arbllm.model.walk import find_blocks
 from arbllm.progress import JsonLinesLog
@@ -105,6 +107,8 @@ def quantize(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    stream: bool = False,
+    offload_dir: str | Path | None = None,
     evaluate: str | None = None,
     on_event: OnEvent | None = None,
 ) -> QuantizationSummary:
@@ -137,6 +141,9 @@ def quantize(
         dtype: to open the model in; `auto` as it is stored.
         trust_remote_code: run model code that comes with the checkpoint.
         overwrite: replace an existing `out`, and start again where work is unfinished.
+        stream: read the model's weights one decoder block at a time, so that it need not fit in memory: a local
+            directory with safetensors files. Bits are then divided uniformly.
+        offload_dir: a directory for a memory-mapped file of the calibration windows' activations.
         evaluate: afterwards, measure the checkpoint's perplexity on this text, for the model card.
         on_event: told of every step as it happens.
 
@@ -147,6 +154,8 @@ def quantize(
     model, out, config = str(model), Path(out), config or BinarizationConfig()
     place = choose_device(device)
     tuning = _tuning(config, tune, distill)
+    if stream:
+        config = _streamable(model, config, distill)
     check_embedding_bits(embedding_bits)
     check_coding(bitmap)
     if size is not None and bitmap == CSR:
@@ -165,21 +174,31 @@ def quantize(
         with measure() as measured:
             tokenizer = open_tokenizer(model, trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
-            opened = open_model_only(model, dtype, trust_remote_code=trust_remote_code)
+            streamed = StreamedModel(model, dtype, trust_remote_code) if stream else None
+            opened = streamed.model if streamed else open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
             dense_bytes, dense_linear_bytes = _dense_sizes(opened)
-            source = fingerprint(opened.state_dict().items())
+            source = streamed.fingerprint() if streamed else fingerprint(opened.state_dict().items())
             quantize_embeddings(opened, embedding_bits)
             if size is not None:
                 config = replace(config, bits=_bits_for_size(opened, size))
             check_disk_space(_largest_size(opened, config, bitmap), work)
             # Embeddings and the way of storing count as options: with others, finished blocks are of no use.
             options = config.to_dict() | {"embedding_bits": embedding_bits, "bitmap": bitmap} | facts
-            progress = Progress(kept, _manifest(source, tokens, {**options, "dtype": dtype, "device": place.type}))
+            options |= {"dtype": dtype, "device": place.type, "stream": stream}
+            progress = Progress(kept, _manifest(source, tokens, options))
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = _both(log, on_event)
                 results = quantize_model(
-                    opened, tokens, config, tuning=tuning, device=place, on_event=emit, progress=progress
+                    opened,
+                    tokens,
+                    config,
+                    tuning=tuning,
+                    device=place,
+                    on_event=emit,
+                    progress=progress,
+                    load_block=streamed.load_block if streamed else None,
+                    offload=Path(offload_dir) if offload_dir else None,
                 )
                 if distill:
                     _distill(opened, model, trust_remote_code, tokens, distill, place, emit, progress)
@@ -205,6 +224,23 @@ def quantize(
             _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
         )
     return summary
+
+
+def _streamable(model: str, config: BinarizationConfig, distill: int) -> BinarizationConfig:
+    """The options for a model that is streamed.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    if not can_stream(model):
+        raise ConfigError(f"stream is for a local directory with safetensors files, which {model} is not")
+    if distill:
+        raise ConfigError("distill needs the dense model in memory; leave out stream, or distill")
+    if config.bits is None or config.allocation == "uniform":
+        return config
+    message = "bits are divided uniformly, since what linears gain from them is measured on the whole model in memory"
+    warnings.warn(message, stacklevel=1)
+    return replace(config, allocation="uniform")
 
 
 def _manifest(source: str, tokens: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,7 +332,7 @@ def _largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: st
     """Bytes that the checkpoint of a model with dense linears can take at most."""
     weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
     if config.bits is None:
-        packed = sum(matrix_size(_largest_layout(weight, config)).nbytes for weight in weights)
+        packed = sum(matrix_size(largest_layout(weight, config)).nbytes for weight in weights)
     else:
         packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
     if bitmap == CSR:  # of each bit plane at most half the weights are listed, two bytes each
@@ -306,7 +342,7 @@ def _largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: st
     return dense_bytes - dense_linear_bytes + packed + embeddings
 
 
-def _largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
+def largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
     """The most that a weight (n, m) takes without a budget: each block has all the columns and scales that it can."""
     rows, columns = weight.shape
     segments = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
 from arbllm.cli.output import command, format_bytes, parse_size, print_facts, print_json, say
+
+if TYPE_CHECKING:
+    from arbllm.plan import Plan
 
 PAPER = "Methods of the paper"
 
@@ -70,6 +73,15 @@ def quantize(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the weights block by block: a local model larger than memory.")
+    ] = False,
+    offload_dir: Annotated[
+        Path | None, typer.Option(help="A directory for the calibration windows' activations, instead of memory.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what the job would take and make, from shapes alone, and stop.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
     debug: Debug = False,
@@ -86,11 +98,17 @@ def quantize(
 
     `arbllm quantize meta-llama/Llama-2-7b-hf packed --method arb-x --device cuda`
 
+    `arbllm quantize ./llama-70b packed --stream --offload-dir /scratch`
+
+    A job that was stopped goes on where it was when the same command is given again.
+
     As the paper's own code: `--split-on saliency --compensation reference`
     """
     with command(debug):
         from arbllm.config import BinarizationConfig
+        from arbllm.errors import ConfigError
         from arbllm.pipeline import quantize as run
+        from arbllm.plan import plan
         from arbllm.progress import ProgressDisplay
 
         config = BinarizationConfig(
@@ -105,6 +123,23 @@ def quantize(
             compensation=compensation,
             damping=damping,
         )
+        if dry_run:
+            if size is not None:
+                raise ConfigError("--dry-run tells the size that --bits lead to; leave out --size")
+            found = plan(
+                model,
+                out,
+                config=config,
+                embedding_bits=embeddings,
+                tune=tune,
+                windows=windows,
+                window_length=window_length,
+                dtype=dtype,
+                stream=stream,
+                trust_remote_code=trust_remote_code,
+            )
+            _print_plan(found, json)
+            return
         say("opening", model)
         with ProgressDisplay() as display:
             summary = run(
@@ -124,6 +159,8 @@ def quantize(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
+                stream=stream,
+                offload_dir=offload_dir,
                 evaluate=evaluate,
                 on_event=display,
             )
@@ -143,3 +180,22 @@ def quantize(
             facts[f"perplexity, {evaluate}"] = f"{summary.perplexity:.2f}"
         print_facts(facts)
         typer.echo(f'\nTry it: arbllm generate {summary.path} "Once upon a time"')
+
+
+def _print_plan(found: Plan, json: bool) -> None:
+    """What `--dry-run` tells."""
+    if json:
+        print_json(found.to_dict())
+        return
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in found.memory.items())
+    print_facts(
+        {
+            "linears": f"{found.linears} in {found.blocks} blocks, {found.weights:,} weights",
+            "true bits a weight": f"at most {found.true_bits_per_weight:.3f}",
+            "size of the result": f"at most {format_bytes(found.result_bytes)}",
+            "peak memory": f"about {format_bytes(found.peak_memory_bytes)} ({parts})",
+            "time": "not known before a block is done: start the job, and ask again"
+            if found.seconds is None
+            else f"about {found.seconds:.0f} s, as long as the finished blocks of the unfinished job took",
+        }
+    )

@@ -103,8 +103,9 @@ def _read_text(file: Path) -> tuple[int, bytes]:
 def _read_entry(file: Path, name: str, entry: Any, first: int) -> StoredTensor:
     """One tensor; offsets in the header count from `first`, the end of the header."""
     values = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    dtype = values.get("dtype")
+    shape, offsets = _counts(values.get("shape")), _counts(values.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"{file}: tensor {name}: its entry in the header is not readable; {DAMAGED}")
     if dtype not in BYTES_OF_DTYPE:
         raise CheckpointError(f"{file}: tensor {name} is of the unknown dtype {dtype}; {DAMAGED}")
@@ -117,8 +118,10 @@ def _read_entry(file: Path, name: str, entry: Any, first: int) -> StoredTensor:
     return StoredTensor(file, dtype, tuple(shape), first + offsets[0], first + offsets[1])
 
 
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _counts(values: Any) -> list[int] | None:
+    """A list of numbers that sizes and offsets can be; None where it is none."""
+    sound = isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return values if sound else None
 
 
 def _check_gaps(file: Path, tensors: dict[str, StoredTensor], first: int, size: int) -> None:

@@ -191,7 +191,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
     """
     out = Path(out).resolve()
     check_replaceable(out, overwrite)
-    directory = out.with_name(f".{out.name}.unfinished")
+    directory = unfinished_directory(out)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / LOCK_FILE).open("w")
@@ -215,6 +215,12 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
                 ) from error
             raise
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def unfinished_directory(out: Path) -> Path:
+    """Where the finished work of a job for `out` is kept."""
+    out = out.resolve()
+    return out.with_name(f".{out.name}.unfinished")
 
 
 def write_whole(file: Path, octets: bytes) -> None:

@@ -52,7 +52,7 @@ class StreamedModel:
         """
         self.directory = Path(directory).expanduser()
         self._stored = _stored(self.directory)
-        self.model = _empty(self.directory, dtype, trust_remote_code).eval()
+        self.model = empty_model(self.directory, dtype, trust_remote_code).eval()
         self.model.tie_weights()
         self._check_names()
         blocks = [f"{block.name}." for block in find_blocks(self.model)]
@@ -133,21 +133,29 @@ def can_stream(name_or_path: str) -> bool:
     return path.is_dir() and any((path / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
-def _empty(directory: Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without weights; its buffers, such as rotary frequencies, are there."""
+def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights; its buffers, such as rotary frequencies, are there.
+
+    Args:
+        source: a hub id or a local directory, of which config.json is read.
+        dtype: of its parameters; `auto` as config.json says.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ModelError: config.json cannot be read, or describes no causal language model.
+    """
     from accelerate import init_empty_weights
 
+    generation = Path(source) / "generation_config.json"
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
-        if (directory / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
+        if generation.exists():
+            model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:  # configuration and remote code fail in any way that they know
-        raise ModelError(
-            f"{directory}: its model cannot be built ({str(error).strip().partition(chr(10))[0]})"
-        ) from error
+        raise ModelError(f"{source}: its model cannot be built ({str(error).strip().partition(chr(10))[0]})") from error
     return model
 
 

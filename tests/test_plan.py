@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import arbllm
+from arbllm.cli.app import app
+from arbllm.errors import ModelError
+from arbllm.model.events import BlockFinished
+from arbllm.model.resume import FinishedBlock, Progress, unfinished_directory
+from arbllm.plan import plan
+from tests.tiny import save_tiny
+
+CONFIG = arbllm.BinarizationConfig(iterations=1, allocation="uniform")
+TEXT = {"windows": 3, "window_length": 32}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.mark.parametrize("embedding_bits", [8, 16])
+def test_the_result_is_as_large_as_foretold(dense, tmp_path, embedding_bits):
+    options = {"config": CONFIG, "embedding_bits": embedding_bits, **TEXT}
+    foretold = plan(dense, tmp_path / "packed", **options)
+    made = arbllm.quantize(dense, tmp_path / "packed", calibration="builtin", device="cpu", tune=0, **options)
+    assert (foretold.linears, foretold.weights) == (made.linears, made.weights)
+    assert made.true_bits_per_weight <= foretold.true_bits_per_weight == 2.25
+    headers = 190 * 200
+    assert made.bytes_on_disk - headers < foretold.result_bytes < made.bytes_on_disk
+
+
+def test_nothing_but_config_is_read(dense, tmp_path):
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    assert plan(tmp_path, tmp_path / "out", **TEXT).linears == 14
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_memory_by_part(dense, tmp_path):
+    whole, streamed = (plan(dense, tmp_path / "out", stream=stream, **TEXT) for stream in (False, True))
+    assert whole.peak_memory_bytes == sum(whole.memory.values())
+    assert whole.memory["activations"] == 2 * 3 * 32 * 32 * 4
+    assert streamed.memory["model"] < whole.memory["model"]
+    assert plan(dense, tmp_path / "out", tune=0, **TEXT).memory["activations"] == 3 * 32 * 32 * 4
+
+
+def test_the_time_comes_from_finished_blocks(dense, tmp_path):
+    assert plan(dense, tmp_path / "out", **TEXT).seconds is None
+    directory = unfinished_directory(tmp_path / "out")
+    directory.mkdir()
+    event = BlockFinished(0, 2, 21.0, 1.0, 1.0, 1.0, 1.0, 1)
+    Progress(directory, {}).keep_block(0, FinishedBlock({}, {}, (event,)))
+    assert plan(dense, tmp_path / "out", **TEXT).seconds == 42
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(ModelError, match="cannot be built"):
+        plan(tmp_path, tmp_path / "out")
+
+
+def test_the_command_writes_nothing(dense, tmp_path):
+    arguments = ["quantize", str(dense), str(tmp_path / "out"), "--dry-run", "--bits", "1.5"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert "at most 1.500" in shown.stdout
+    values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert values["true_bits_per_weight"] == pytest.approx(1.5, abs=1e-3)
+    assert list(tmp_path.iterdir()) == []

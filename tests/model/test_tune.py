@@ -228,3 +228,24 @@ def test_rates_fall_as_a_cosine_and_suit_each_norm():
     assert large == pytest.approx([20 * rate for rate in small])
     trainer.finish()
     assert not any(parameter.requires_grad for parameter in trainer.parameters)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_step_takes_the_beginning_of_a_window(name, monkeypatch):
+    """Outputs there do not depend on what comes later, so the call for fewer tokens gives the same."""
+    seen = []
+
+    def look(block, call, hidden, targets, matrices, tuning):
+        seen.append((hidden.shape, targets.shape))
+        with torch.no_grad():  # the block is still the dense one, and so far none before it was tuned
+            found = call(block.module, hidden[:1].clone())
+        if block.index == 0:
+            torch.testing.assert_close(found, targets[:1], rtol=1e-4, atol=1e-5)
+        return Tuned(matrices, 1.0, 1.0, 0)
+
+    monkeypatch.setattr("arbllm.model.quantize.tune_block", look)
+    model = tiny_model(name)
+    blocks = len(find_blocks(model))
+    quantize_model(model, random_windows(3, 24), CONFIG, tuning=Tuning(length=16))
+    assert {shapes[0][:2] for shapes in seen} == {shapes[1][:2] for shapes in seen} == {(3, 16)}
+    assert len(seen) == blocks

@@ -94,17 +94,18 @@ def quantize_model(
     unfinished = [block.index for block in blocks if progress is None or progress.block(block.index) is None]
     last = max(unfinished, default=-1)  # activations are needed as far as there
     hidden, calls = capture_inputs(model, blocks, windows, device)
+    shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1] if tuning else [None] * len(calls)
     dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
     hidden = spill(hidden, offload) if offload else hidden
     results: list[LinearQuantized] = []
     total = len(blocks)
     with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
-        for call in calls:
+        for call, short in zip(calls, shorter, strict=True):
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
                 load_block(blocks[0])
             job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, progress)
-            results += job.run(call, hidden, dense)
+            results += job.run(call, short, hidden, dense)
     return results
 
 
@@ -124,13 +125,15 @@ class _BlockJob:
     progress: Progress | None = None
     events: list[Event] = field(default_factory=list)
 
-    def run(self, call: BlockCall, hidden: Tensor, dense: Tensor | None) -> list[LinearQuantized]:
+    def run(
+        self, call: BlockCall, short: BlockCall | None, hidden: Tensor, dense: Tensor | None
+    ) -> list[LinearQuantized]:
         """Quantize the block, or take what was made of it before, and turn its inputs into its outputs in place.
 
         The inputs are `hidden` (N, L, d); they stay as they are where no later block needs them.
 
         Where there is tuning, `dense` (N, L, d) is what the block reads in the dense model; it becomes what it puts out
-        there.
+        there. `short` calls the block with the first `tuning.length` tokens of a window.
         """
         home = self.block.linears[0].weight.device
         call = call.to(self.device)
@@ -147,8 +150,8 @@ class _BlockJob:
             laps.append(self._now())
             solved = self._solve(groups)
             laps.append(self._now())
-            if dense is not None:
-                solved = self._tune(solved, call, hidden, dense)
+            if dense is not None and short is not None:
+                solved = self._tune(solved, short.to(self.device), hidden, dense)
             laps.append(self._now())
             matrices = {linear: matrix for linear, matrix, _ in solved}
             self._advance(matrices, call, hidden)
@@ -240,7 +243,8 @@ class _BlockJob:
         assert self.tuning
         start = self._now()
         matrices = {linear: matrix for linear, matrix, _ in solved}
-        tuned = tune_block(self.block, call, hidden, targets, matrices, self.tuning)
+        begin = slice(self.tuning.length)
+        tuned = tune_block(self.block, call, hidden[:, begin], targets[:, begin], matrices, self.tuning)
         seconds = self._now() - start
         self.emit(BlockTuned(self.block.index, self.blocks, tuned.before, tuned.after, tuned.steps, seconds))
         return [(linear, tuned.matrices[linear], record) for linear, _, record in solved]

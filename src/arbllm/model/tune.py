@@ -29,11 +29,13 @@ class Tuning:
         steps: Adam steps for each decoder block, one calibration window each.
         rate: learning rate of the scales' logarithms; it falls to zero as a cosine.
         seed: of the order of the windows.
+        length: tokens of each window that are used, from its beginning; for a step is as dear as it has tokens.
     """
 
     steps: int = 40
     rate: float = SCALE_RATE
     seed: int = 0
+    length: int = 512
 
 
 class Tuned(NamedTuple):

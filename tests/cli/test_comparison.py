@@ -50,7 +50,7 @@ def test_eval_of_several_texts_and_tasks(dense, tmp_path):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_compare(dense, tmp_path):
-    words = ("compare", dense, "--methods", "fp16,rtn-2", *TEXT, "--text", "builtin", "--context", 64)
+    words: tuple = ("compare", dense, "--methods", "fp16,rtn-2", *TEXT, "--text", "builtin", "--context", 64)
     words = (*words, "--max-windows", 1, "--device", "cpu", "--out", tmp_path / "out")
     first = succeed(*words)
     assert "no method of the same true bits or fewer" in first.stdout

@@ -1,9 +1,11 @@
+import itertools
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from arbllm.evaluation import figures
 from arbllm.evaluation.methods import PARTS
 from arbllm.evaluation.write_report import markdown, render, write_report
 
@@ -104,3 +106,32 @@ def test_markdown(results):
     assert "| gptq-3 | 20.00 | 20.00 | 2.00 | 0.500 | 3.20 | 3.2 | 0.0100 |" in text
     assert text.startswith("- On wiki.test.raw, no method")
     assert json.dumps(results)
+
+
+def test_kinds_of_linears_keep_their_places(results):
+    """Methods list their linears in different orders."""
+    rows = results["rows"]
+    turned = dict(reversed(rows[1]["output_errors"].items()))
+    pictures = [
+        figures.error_by_kind([*rows[:1], rows[1] | {"output_errors": errors}, *rows[2:]])
+        for errors in (rows[1]["output_errors"], turned)
+    ]
+    marks = [
+        {tuple(point) for mark in picture.axes[0].collections for point in mark.get_offsets().tolist()}
+        for picture in pictures
+    ]
+    assert marks[0] == marks[1]
+    labels = [label.get_text() for label in pictures[0].axes[0].get_yticklabels()]
+    assert labels == ["q_proj", "up_proj"]
+
+
+def test_names_stay_inside_the_picture(results):
+    for size in ("true_bits", "bytes"):
+        picture = figures.pareto(results["rows"], "c4", size)
+        picture.draw_without_rendering()
+        axes = picture.axes[0]
+        names = [text for text in axes.texts if text.get_text()]
+        assert [name.get_text() for name in names] == ["fp16", "gptq-3", "arb-rcx-2.25"]  # the last has no perplexity
+        boxes = [name.get_window_extent() for name in names]
+        assert all(box.x0 >= 0 and box.x1 <= picture.bbox.x1 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

@@ -82,7 +82,7 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
                      marker=MARKERS.get(family, "o"), s=70 if row in best else 36,
                      edgecolor="black" if row in best else "none")  # fmt: skip
     _plain_ticks(axes, [row[size] / unit for row in finite], [score(row, text) for row in finite])
-    axes.margins(x=0.18, y=0.12)
+    axes.margins(x=0.22, y=0.12)
     _label_points(axes, finite, [(row[size] / unit, score(row, text)) for row in finite])
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
     axes.set_ylabel(f"perplexity, {text}")
@@ -110,16 +110,14 @@ def error_by_layer(rows: Sequence[Row]) -> Any:
 def error_by_kind(rows: Sequence[Row]) -> Any:
     """Mean output error by kind of linear, a mark a method."""
     figure, axes = _axes()
-    kinds: list[str] = []
+    kinds = list(dict.fromkeys(_kind(name) for row in rows for name in row.get("output_errors", ())))
     for row in rows:
         if errors := row.get("output_errors"):
-            means = {
-                kind: mean(values)
-                for kind, values in _grouped((name.rpartition(".")[2], e) for name, e in errors.items()).items()
-            }
-            kinds = list(means)
-            axes.scatter(list(means.values()), range(len(kinds)), label=row["method"], s=44, alpha=_shade(row, rows),
-                         color=COLOURS.get(row["family"], OTHER), marker=MARKERS.get(row["family"], "o"))  # fmt: skip
+            groups = _grouped((_kind(name), error) for name, error in errors.items())
+            places = [kinds.index(kind) for kind in groups]
+            axes.scatter([mean(values) for values in groups.values()], places, label=row["method"], s=44,
+                         alpha=_shade(row, rows), color=COLOURS.get(row["family"], OTHER),
+                         marker=MARKERS.get(row["family"], "o"))  # fmt: skip
     axes.set_yticks(range(len(kinds)), kinds)
     axes.invert_yaxis()
     axes.grid(axis="y", color="#eeeeee")
@@ -160,6 +158,7 @@ def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
 def _label_points(axes: Any, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> None:
     """The methods' names beside their points, each at the corner where it covers least of the names before it."""
     axes.autoscale_view()
+    frame = axes.get_window_extent()
     boxes: list[tuple[float, float, float, float]] = [
         (x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)
     ]
@@ -169,7 +168,11 @@ def _label_points(axes: Any, rows: Sequence[Row], points: Sequence[tuple[float, 
         corners = [(right, above) for right in (True, False) for above in (True, False)]
         spots = [(x + 6 if right else x - 6 - width, y + 3 if above else y - 3 - height) for right, above in corners]
         areas = [(left, low, left + width, low + height) for left, low in spots]
-        chosen = min(range(4), key=lambda corner: sum(_overlap(areas[corner], box) for box in boxes))
+        inside = (frame.x0, -math.inf, frame.x1, math.inf)
+        chosen = min(
+            range(4),
+            key=lambda corner: sum(_overlap(areas[corner], box) for box in boxes) - 3 * _overlap(areas[corner], inside),
+        )
         right, above = corners[chosen]
         boxes.append(areas[chosen])
         axes.annotate(row["method"], point, (5 if right else -5, 4 if above else -4), textcoords="offset points",
@@ -211,6 +214,11 @@ def _grouped(pairs: Iterable[tuple[Any, float]]) -> dict[Any, list[float]]:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def _kind(name: str) -> str:
+    """What a linear is called in its block: the last part of its name."""
+    return name.rpartition(".")[2]
 
 
 def _block(name: str) -> int:

@@ -3,7 +3,8 @@
 | name | |
 | --- | --- |
 | `fp16` | the model as it is |
-| `billm`, `arb`, `arb-x`, `arb-rc` | the paper's, with its column-group bitmap |
+| `billm` | BiLLM, with its three zones |
+| `arb`, `arb-x`, `arb-rc` | the paper's, with its column-group bitmap |
 | `arb-rcx`, `arb-rcx-2.25` | with a budget of true bits, tuned by block; `-untuned` or `-distilled` may follow |
 | `rtn-4`, `gptq-3`, `hqq-2` | peers, see `arbllm.evaluation.peers` |
 """
@@ -97,7 +98,7 @@ def find_recipe(name: str) -> Recipe:
     if name == FULL:
         return Recipe(name)
     if name in METHODS and name != JOINT:
-        return Recipe(name, BinarizationConfig(method=name))
+        return Recipe(name, BinarizationConfig(method=name, partition="column+group" if name == "billm" else "cgb"))
     if name == JOINT or name.startswith(f"{JOINT}-"):
         return _joint(name)
     try:

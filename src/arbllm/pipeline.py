@@ -31,7 +31,7 @@ from arbllm.format.header import order_metadata
 from arbllm.format.layout import Layout, Segment
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
-from arbllm.model.distill import DISTILLATION_RATE, distill_model
+from arbllm.model.distill import DISTILLATION_RATE, cut_pieces, distill_model
 from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
@@ -174,6 +174,8 @@ def quantize(
         with measure() as measured:
             tokenizer = open_tokenizer(model, trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
+            if distill:
+                cut_pieces(tokens)  # what would fail in the end is better refused in the beginning
             streamed = StreamedModel(model, dtype, trust_remote_code) if stream else None
             opened = streamed.model if streamed else open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None

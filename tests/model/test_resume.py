@@ -151,10 +151,10 @@ def test_changed_options_are_refused_and_overwrite_starts_again(dense, tmp_path,
     with pytest.raises(StoppedError):
         arbllm.quantize(dense, tmp_path / "out", **JOB)
     monkeypatch.undo()
-    with pytest.raises(ArbllmError, match="windows 3 then, 2 now"):
-        arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 2})
+    with pytest.raises(ArbllmError, match="windows 3 then, 4 now"):
+        arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 4})
     kept = tmp_path / ".out.unfinished"
     assert (kept / "block-00000.safetensors").exists()
     assert json.loads((kept / "manifest.json").read_text())["options"]["windows"] == 3
-    arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 2}, overwrite=True)
+    arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 4}, overwrite=True)
     assert not kept.exists()

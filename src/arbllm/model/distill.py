@@ -85,12 +85,7 @@ def distill(
     Raises:
         ModelError: fewer than three pieces of text.
     """
-    length = min(LENGTH, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    if len(pieces) <= HELD_OUT:
-        raise ModelError(
-            f"distillation needs more than {HELD_OUT} pieces of {length} tokens; calibrate on more windows"
-        )
+    pieces = cut_pieces(windows)
     train, held_out = pieces[:-HELD_OUT], pieces[-HELD_OUT:]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(tuning.seed)).tolist()
     model.requires_grad_(False)
@@ -114,6 +109,21 @@ def distill(
     trainer.finish()
     _close_scales(model, layers)
     return Distilled(before, best.loss, best.step)
+
+
+def cut_pieces(windows: Tensor) -> Tensor:
+    """Windows (N, L) cut to pieces of at most LENGTH tokens, (pieces, length).
+
+    Raises:
+        ModelError: they are fewer than three.
+    """
+    length = min(LENGTH, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    if len(pieces) <= HELD_OUT:
+        raise ModelError(
+            f"distillation needs more than {HELD_OUT} pieces of {length} tokens; calibrate on more windows"
+        )
+    return pieces
 
 
 def divergence(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
             with output_directory(out, overwrite, directory / CHECKPOINT_DIRECTORY) as work:
                 yield directory, work
         except BaseException as error:
-            if any(directory.glob("*.safetensors")):
+            if any(directory.glob("block-*.safetensors")):
                 warnings.warn(f"what is finished is kept: the same command goes on with {out}", stacklevel=1)
             else:
                 shutil.rmtree(directory, ignore_errors=True)

@@ -5,10 +5,10 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 
 BIN := .venv/bin
-SOURCES := CMakeLists.txt $(wildcard csrc/*)
+SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format results clean
+.PHONY: install demo test test-arm sanitize check format results bench-scale clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,14 @@ demo: install  ## quantize SmolLM2-135M, compare it with the original
 test: install  ## the whole test suite
 	$(BIN)/pytest
 
+test-arm:  ## the NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user
+	csrc/tests/build.sh $(CURDIR)/build/check_lookup_arm aarch64-linux-gnu-g++ -static
+	qemu-aarch64 build/check_lookup_arm
+
+sanitize:  ## the kernels with checks of addresses and of undefined behaviour
+	csrc/tests/build.sh $(CURDIR)/build/check_lookup_sanitized $(CXX) -g -fsanitize=address,undefined -fno-sanitize-recover=all
+	build/check_lookup_sanitized
+
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -36,6 +44,10 @@ format: install
 results: install  ## docs/results.md: hours on two cores, resumable
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/plot_results.py
+
+bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape: 14 GB of disk, an hour on two cores
+	$(BIN)/python benchmarks/make_random_model.py out/llama-7b --shape llama-7b
+	$(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048
 
 clean:
 	rm -rf .venv build dist out demo .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -4,5 +4,4 @@
 #include <nanobind/nanobind.h>
 
 void bind_lookup(nanobind::module_& module);
-void bind_processor(nanobind::module_& module);
 void bind_sweep(nanobind::module_& module);

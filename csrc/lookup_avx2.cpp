@@ -1,6 +1,8 @@
-#include "lookup_kernel.h"
+#include "lookup.h"
 
 #ifdef __AVX2__
+#include "lookup_kernel.h"
+
 #include <immintrin.h>
 
 namespace arbllm {

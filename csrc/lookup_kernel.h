@@ -167,40 +167,62 @@ void build_tables(const Prepared& prepared, const Pass& pass, const float* x, co
     }
 }
 
-// Adds to sums (K, 64) what one stretch of codes looks up in K neighbouring tables.
-template <class V, int K>
-void add_stretch(const uint8_t* codes, const uint8_t* tables, int stride, int bytes, const int32_t* shares, int count,
-                 const float* scales, float* sums) {
+// Sums of what a vector's codes look up in K of COUNT tables: of all bytes, seen as numbers of 16 bits, and of the upper
+// ones, which tell the lower ones' sums from the former.
+template <class V, int COUNT>
+struct Sums {
+    static constexpr int K = COUNT < 2 ? 1 : 2;
+    typename V::Bytes all[K], odd[K];
+
+    Sums() {
+        for (int k = 0; k < K; ++k) {
+            all[k] = odd[k] = V::zero();
+        }
+    }
+
+    // One byte of codes, so the tables of two nibbles.
+    void add(const uint8_t* codes, const uint8_t* tables) {
+        const auto code = V::load(codes);
+        const typename V::Bytes indices[2] = {V::low(code), V::high(code)};
+        for (int half = 0; half < 2; ++half) {
+            for (int k = 0; k < K; ++k) {
+                const auto found = V::lookup(V::table(tables + 16 * (COUNT * half + k)), indices[half]);
+                all[k] = V::add16(all[k], found);
+                odd[k] = V::add16(odd[k], V::down8(found));
+            }
+        }
+    }
+};
+
+// Adds to sums (K, 64) what one stretch of codes looks up in K of COUNT neighbouring tables.
+template <class V, int COUNT>
+void add_stretch(const uint8_t* codes, const uint8_t* tables, int bytes, const int32_t* shares, const float* scales,
+                 float* sums) {
+    constexpr int K = Sums<V, COUNT>::K, STRIDE = 32 * COUNT;
     for (int v = 0; v < LANES / V::lanes; ++v) {
         typename V::Bytes totals[K][2];
         for (int k = 0; k < K; ++k) {
             totals[k][0] = totals[k][1] = V::zero();
         }
         for (int first = 0; first < bytes; first += BLOCK_BYTES) {
-            typename V::Bytes all[K], odd[K];
-            for (int k = 0; k < K; ++k) {
-                all[k] = odd[k] = V::zero();
-            }
-            const int last = std::min(first + BLOCK_BYTES, bytes);
-            for (int b = first; b < last; ++b) {
-                const auto code = V::load(codes + LANES * b + V::lanes * v);
-                const typename V::Bytes indices[2] = {V::low(code), V::high(code)};
-                for (int half = 0; half < 2; ++half) {
-                    for (int k = 0; k < K; ++k) {
-                        const auto table = V::table(tables + (2 * b + half) * stride + 16 * k);
-                        const auto found = V::lookup(table, indices[half]);
-                        // Neighbouring bytes are summed as one number: the upper byte's sum, kept apart, tells the
-                        // lower's.
-                        all[k] = V::add16(all[k], found);
-                        odd[k] = V::add16(odd[k], V::down8(found));
-                    }
+            const uint8_t* code = codes + LANES * first + V::lanes * v;
+            const uint8_t* table = tables + int64_t{STRIDE} * first;
+            Sums<V, COUNT> found;
+            if (first + BLOCK_BYTES <= bytes) {
+#pragma GCC unroll 8
+                for (int b = 0; b < BLOCK_BYTES; ++b) {
+                    found.add(code + LANES * b, table + STRIDE * b);
+                }
+            } else {
+                for (int b = 0; b < bytes - first; ++b) {
+                    found.add(code + LANES * b, table + STRIDE * b);
                 }
             }
             for (int k = 0; k < K; ++k) {
-                const int share = shares[first / BLOCK_BYTES * count + k];
-                const auto even = V::sub16(all[k], V::up8(odd[k]));
+                const int share = shares[first / BLOCK_BYTES * COUNT + k];
+                const auto even = V::sub16(found.all[k], V::up8(found.odd[k]));
                 totals[k][0] = V::add16(totals[k][0], V::share16(V::add16(even, even), share));
-                totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(odd[k], odd[k]), share));
+                totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(found.odd[k], found.odd[k]), share));
             }
         }
         for (int k = 0; k < K; ++k) {
@@ -211,31 +233,39 @@ void add_stretch(const uint8_t* codes, const uint8_t* tables, int stride, int by
     }
 }
 
-// y (64) += what one pass adds to the rows of one block.
-template <class V>
-void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, int64_t tile, int64_t block, float* y) {
-    constexpr int BYTES = STRETCH * BLOCK_BYTES;
-    const int count = pass.accumulators, stride = 16 * count;
+// y (64) += what one pass with COUNT accumulators adds to the rows of one block.
+template <class V, int COUNT>
+void add_accumulators(const Prepared& prepared, const Pass& pass, const Tables& tables, int64_t tile, int64_t block,
+                      float* y) {
+    constexpr int BYTES = STRETCH * BLOCK_BYTES, K = Sums<V, COUNT>::K;
     const uint8_t* codes = prepared.codes_of(tile, block, pass);
     const float* factors = prepared.factors_of(tile, block, pass);
-    for (int a = 0; a < count; a += 2) {
-        alignas(64) float sums[2 * LANES] = {};
-        const int together = std::min(2, count - a);
+    for (int a = 0; a < COUNT; a += K) {
+        alignas(64) float sums[K * LANES] = {};
         for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
-            const int first = BYTES * stretch, bytes = std::min(BYTES, pass.bytes - first), at = stretch * count + a;
-            for (int i = 0; i < together * LANES; ++i) {
+            const int first = BYTES * stretch, at = stretch * COUNT + a;
+            for (int i = 0; i < K * LANES; ++i) {
                 sums[i] -= tables.zeros[at + i / LANES];
             }
-            (together == 2 ? add_stretch<V, 2> : add_stretch<V, 1>)(
-                codes + LANES * first, tables.entries + int64_t{2 * first} * stride + 16 * a, stride, bytes,
-                tables.shares + STRETCH * stretch * count + a, count, tables.scales + at, sums);
+            add_stretch<V, COUNT>(codes + LANES * first, tables.entries + 16 * (int64_t{2 * COUNT} * first + a),
+                                  std::min(BYTES, pass.bytes - first),
+                                  tables.shares + STRETCH * stretch * COUNT + a, tables.scales + at, sums);
         }
-        for (int k = 0; k < together; ++k) {
+        for (int k = 0; k < K; ++k) {
             for (int r = 0; r < LANES; ++r) {
                 y[r] += factors[LANES * (a + k) + r] * sums[LANES * k + r];
             }
         }
     }
+}
+
+template <class V>
+void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, int64_t tile, int64_t block, float* y) {
+    auto* const chosen = pass.accumulators == 1   ? add_accumulators<V, 1>
+                         : pass.accumulators == 2 ? add_accumulators<V, 2>
+                         : pass.accumulators == 4 ? add_accumulators<V, 4>
+                                                  : add_accumulators<V, 8>;
+    chosen(prepared, pass, tables, tile, block, y);
 }
 
 float widened(uint16_t bits) {

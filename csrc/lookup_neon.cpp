@@ -1,6 +1,8 @@
-#include "lookup_kernel.h"
+#include "lookup.h"
 
 #ifdef __aarch64__
+#include "lookup_kernel.h"
+
 #include <arm_neon.h>
 
 namespace arbllm {

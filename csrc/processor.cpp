@@ -1,10 +1,5 @@
 #include "processor.h"
 
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include "bindings.h"
-
 namespace arbllm {
 
 std::vector<std::string> instruction_sets() {
@@ -27,7 +22,3 @@ std::vector<std::string> instruction_sets() {
 }
 
 }  // namespace arbllm
-
-void bind_processor(nanobind::module_& module) {
-    module.def("instruction_sets", &arbllm::instruction_sets, "Instruction sets that can be chosen, the best first.");
-}

@@ -1,0 +1,176 @@
+"""Packed products on a CPU against torch's dense ones: time, ratio, share of the memory's bandwidth, error.
+
+    python benchmarks/kernels.py [--threads 2] [--bits 2.25] [--repeats 9] [--page]
+
+The contestants take turns, so that whatever else the machine does falls on all of them. Each goes through as many
+matrices as the cache cannot hold. The bandwidth limit is the time of a streaming sum over the packed bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import linear
+
+from arbllm.kernels import cpu, reference
+from random_matrices import random_matrix
+from sections import PERFORMANCE, write_section
+from solver import Rows, as_markdown, as_table
+
+SHAPES = ((4096, 11_008), (4096, 4096))
+BATCHES = (1, 2, 4, 8, 16, 512)
+CACHE_BYTES = 100 * 10**6
+"""Packed matrices that products go through before they come back to the first: three times a large cache."""
+MANY = 64
+"""Tokens from which on a product is timed a third as often."""
+HEADINGS = (
+    "matrix", "tokens", "bfloat16, ms", "float32, ms", "packed, ms", "spread, ms", "x bfloat16", "x float32",
+    "share of bandwidth", "error",
+)  # fmt: skip
+COMMAND = "python benchmarks/kernels.py --page"
+
+_SECTION = """\
+## Products on a CPU
+
+One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, against `torch.nn.functional.linear` in
+bfloat16 and float32. Medians of {repeats} runs in which the contestants take turns; the spread is that of the middle
+half of the packed runs. The packed products go through matrices of {cache} MB together, so that none comes from the
+cache. *Share of bandwidth* is the time of a streaming sum over the bytes of the packed tensors, with as many threads,
+over that of the product. *Error* is that of the output for normally distributed inputs, from tables of 8 bits; products
+of more than {most} tokens are in float32.
+
+{machine}
+
+{table}
+
+A call of `BinaryLinear` that computes next to nothing (64 x 64, one token) takes {overhead:.1f} us, Python and operator
+included, of which the product is {product:.1f} us.
+
+`{command}` writes this section.
+"""
+
+
+class Times(NamedTuple):
+    """Seconds: the median, and the bounds of the middle half."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def main() -> None:
+    """Print the table, and write it to the page if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the kernel")
+    parser.add_argument("--bits", type=float, default=2.25, help="true bits a weight")
+    parser.add_argument("--repeats", type=int, default=9, help="the median of so many runs is shown")
+    parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=150)
+    rows: Rows = []
+    for shape in SHAPES:
+        rows += products(shape, options.bits, options.repeats)
+    console.print(as_table(HEADINGS, rows))
+    overhead, product = overheads()
+    console.print(f"a small call: {overhead:.1f} us, its product {product:.1f} us")
+    if options.page:
+        text = _SECTION.format(
+            threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
+            most=cpu.MOST_LOOKUP_TOKENS, machine=machine(), table=as_markdown(HEADINGS, rows), overhead=overhead,
+            product=product, command=COMMAND,
+        )  # fmt: skip
+        write_section(PERFORMANCE, "products on a CPU", text)
+        console.print(f"wrote {PERFORMANCE}")
+
+
+def machine() -> str:
+    """The processor, its instruction set and the versions."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+    return f"{name}; kernel {', '.join(cpu.instruction_sets()[:1])}; PyTorch {torch.__version__}."
+
+
+def products(shape: tuple[int, int], bits: float, repeats: int) -> Rows:
+    """All batches of one shape."""
+    rows, columns = shape
+    matrix = random_matrix(rows, columns, bits, torch.device("cpu"))
+    prepared = cpu.prepare(matrix)
+    weight = matrix.dequantize()
+    half = weight.bfloat16()
+    copies = cycle([prepared] + [prepared.clone() for _ in range(CACHE_BYTES // prepared.numel())])
+    streams = cycle(
+        [torch.zeros(matrix.nbytes // 8, dtype=torch.int64) for _ in range(1 + CACHE_BYTES // matrix.nbytes)]
+    )
+    table: Rows = []
+    for tokens in BATCHES:
+        x = torch.randn(tokens, columns)
+        xs = x.bfloat16()
+        contestants: list[Callable[[], Tensor]] = [
+            lambda xs=xs: linear(xs, half),
+            lambda x=x: linear(x, weight),
+            lambda xs=xs: cpu.multiply(xs, next(copies), rows),
+            lambda: next(streams).sum(),
+        ]
+        dense, single, packed, stream = in_turn(contestants, repeats if tokens < MANY else max(3, repeats // 3))
+        expected = reference.matmul(x, matrix)
+        error = (cpu.multiply(x, prepared, rows) - expected).norm() / expected.norm()
+        table.append(
+            (
+                f"{rows} x {columns}", str(tokens), *(f"{1e3 * times.middle:.2f}" for times in (dense, single, packed)),
+                f"{1e3 * packed.low:.2f}-{1e3 * packed.high:.2f}", f"{dense.middle / packed.middle:.2f}",
+                f"{single.middle / packed.middle:.2f}", f"{stream.middle / packed.middle:.0%}", f"{error:.2%}",
+            )
+        )  # fmt: skip
+    return table
+
+
+def in_turn(calls: list[Callable[[], Tensor]], repeats: int) -> list[Times]:
+    """The times of all calls, made one after the other in each repeat, after a round that does not count."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats + 1):
+        for call, found in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if repeat:
+                found.append(time.perf_counter() - start)
+    ordered = [sorted(found) for found in seconds]
+    return [Times(median(found), found[repeats // 4], found[repeats - 1 - repeats // 4]) for found in ordered]
+
+
+def overheads(calls: int = 2000) -> tuple[float, float]:
+    """Microseconds of a small layer's call, and of its product alone: the best of some loops."""
+    from arbllm.nn import BinaryLinear
+
+    matrix = random_matrix(64, 64, 4.0, torch.device("cpu"))
+    layer, x = BinaryLinear.from_matrix(matrix), torch.randn(1, 64)
+    prepared, y, module = cpu.prepare(matrix), torch.empty(1, 64), cpu.native()
+    assert module
+    addresses = prepared.data_ptr(), x.data_ptr(), y.data_ptr()
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    with torch.inference_mode():
+        whole = min(seconds(lambda: layer(x)) for _ in range(7))
+        product = min(seconds(lambda: module.multiply(*addresses, 1, 64, False, 0, 1)) for _ in range(7))
+    return 1e6 * whole, 1e6 * product
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Build the check of the look-up kernels: build.sh PROGRAM COMPILER [OPTIONS...]
+set -eu
+cd "$(dirname "$0")/.."
+program=$1
+shift
+objects=$(mktemp -d)
+trap 'rm -rf "$objects"' EXIT
+for source in lookup*.cpp prepare.cpp processor.cpp parallel.cpp tests/check_lookup.cpp; do
+    case $("$1" -dumpmachine)/$source in
+    x86_64*/*_avx2.cpp) options="-mavx2 -mfma -mf16c" ;;
+    x86_64*/*_avx512.cpp) options="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -Wno-uninitialized -Wno-maybe-uninitialized" ;;
+    *) options="" ;;
+    esac
+    # shellcheck disable=SC2086
+    "$@" -std=c++17 -O2 -Wall -Wextra $options -c "$source" -o "$objects/$(basename "$source").o"
+done
+mkdir -p "$(dirname "$program")"
+"$@" "$objects"/*.o -o "$program" -ldl -pthread

@@ -1,0 +1,169 @@
+// Every kernel that this processor runs, against sums taken weight by weight. For sanitizers, and for processors that
+// an emulator stands in for: see `make sanitize` and `make test-arm`.
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+
+#include "../prepare.h"
+#include "../processor.h"
+
+using namespace arbllm;
+
+namespace {
+
+constexpr double LARGEST_ERROR = 0.012;  // of the output, with normally distributed inputs
+constexpr int TOKENS = 3;
+
+std::mt19937 generator(0);
+
+// A random packed matrix, with its memory.
+struct Example {
+    Packed packed{};
+    std::vector<uint8_t> bits[4];
+    std::vector<float> row_scales, row_means, column_scales;
+    std::vector<int64_t> order;
+
+    Example(int64_t rows, const std::vector<std::array<int64_t, 3>>& segments, bool means, bool scaled) {
+        Place at{};
+        for (const auto& [width, groups, terms] : segments) {
+            at.width = width;
+            at.groups = groups;
+            at.terms = terms;
+            packed.places.push_back(at);
+            at.column += width;
+            at.row_scale += groups * terms;
+            at.row_mean += groups;
+            at.column_scale += groups * terms * width;
+            at.low += groups >= 2 ? width : 0;
+            at.high += groups == 4 ? width : 0;
+            at.second += terms == 2 ? width : 0;
+        }
+        packed.rows = rows;
+        packed.columns = at.column;
+        const int64_t widths[4] = {at.column, at.low, at.high, at.second};
+        Plane* const planes[4] = {&packed.signs, &packed.low, &packed.high, &packed.second};
+        for (int i = 0; i < 4; ++i) {
+            const int64_t bytes = (widths[i] + 7) / 8;
+            bits[i].resize(rows * bytes);
+            for (auto& byte : bits[i]) {
+                byte = static_cast<uint8_t>(generator());
+            }
+            *planes[i] = {bits[i].data(), bytes};
+        }
+        fill(row_scales, rows * at.row_scale);
+        packed.row_scales = row_scales.data();
+        packed.row_scale_slots = at.row_scale;
+        if (means) {
+            fill(row_means, rows * at.row_mean);
+            packed.row_means = row_means.data();
+        }
+        packed.row_mean_slots = at.row_mean;
+        if (scaled) {
+            fill(column_scales, at.column_scale);
+            packed.column_scales = column_scales.data();
+        }
+        for (int64_t j = 0; j < at.column; ++j) {
+            order.push_back(at.column - 1 - j);
+        }
+        packed.order = order.data();
+    }
+
+    static void fill(std::vector<float>& numbers, int64_t count) {
+        std::uniform_real_distribution<float> size(0.5f, 1.5f);
+        for (int64_t i = 0; i < count; ++i) {
+            numbers.push_back(size(generator));
+        }
+    }
+
+    // W in stored order, by the definition of docs/format.md.
+    double weight(const Place& place, int64_t row, int64_t j) const {
+        int64_t group = place.groups >= 2 ? packed.low.bit(row, place.low + j) : 0;
+        group += place.groups == 4 ? 2 * packed.high.bit(row, place.high + j) : 0;
+        double value = packed.row_means ? row_means[row * packed.row_mean_slots + place.row_mean + group] : 0.0;
+        for (int64_t term = 0; term < place.terms; ++term) {
+            const int64_t slot = group * place.terms + term;
+            const bool plus = term ? packed.second.bit(row, place.second + j) : packed.signs.bit(row, place.column + j);
+            const double factor = packed.column_scales ? column_scales[place.column_scale + slot * place.width + j] : 1.0;
+            value += (plus ? 1 : -1) * row_scales[row * packed.row_scale_slots + place.row_scale + slot] * factor;
+        }
+        return value;
+    }
+};
+
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+// Relative errors of the look-up and of the unpacked weight.
+bool check(const Example& example, const Kernel& kernel, const char* name) {
+    const Packed& packed = example.packed;
+    std::vector<Line> memory(prepared_bytes(packed) / 64 + 1);
+    auto* start = memory.data()->bytes;
+    prepare(packed, start, 2);
+    const Prepared prepared(start);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(TOKENS * packed.columns), y(TOKENS * packed.rows);
+    for (auto& number : x) {
+        number = normal(generator);
+    }
+    kernel.multiply(prepared, {x.data(), y.data(), TOKENS, packed.columns, Number::float32}, 2);
+
+    const int64_t lanes = LANES * prepared.blocks();
+    std::vector<float> dense(packed.columns * lanes);
+    kernel.unpack(prepared, 0, prepared.blocks(), dense.data(), 2);
+    double wrong = 0.0, unpacked_wrong = 0.0, size = 0.0;
+    for (int64_t row = 0; row < packed.rows; ++row) {
+        for (int64_t token = 0; token < TOKENS; ++token) {
+            double expected = 0.0, unpacked = 0.0;
+            for (const Place& place : packed.places) {
+                for (int64_t j = 0; j < place.width; ++j) {
+                    expected += example.weight(place, row, j) * x[token * packed.columns + example.order[place.column + j]];
+                }
+            }
+            for (int64_t j = 0; j < packed.columns; ++j) {
+                unpacked += double{dense[j * lanes + row]} * x[token * packed.columns + prepared.order[j]];
+            }
+            wrong += std::pow(y[token * packed.rows + row] - expected, 2);
+            unpacked_wrong += std::pow(unpacked - expected, 2);
+            size += expected * expected;
+        }
+    }
+    const double error = std::sqrt(wrong / size), unpacked_error = std::sqrt(unpacked_wrong / size);
+    const bool sound = error < LARGEST_ERROR && unpacked_error < 1e-5;
+    std::printf("%s %-9s %-28s look-up %.5f  unpacked %.1e\n", sound ? "ok  " : "FAIL", kernel.name, name, error, unpacked_error);
+    return sound;
+}
+
+}  // namespace
+
+int main() {
+    struct Case {
+        const char* name;
+        int64_t rows;
+        std::vector<std::array<int64_t, 3>> segments;
+        bool means, scaled;
+    };
+    const std::vector<Case> cases = {
+        {"one group", 65, {{320, 1, 1}}, false, true},
+        {"two groups", 300, {{576, 2, 1}}, false, true},
+        {"four groups", 129, {{70, 4, 1}, {250, 4, 2}}, false, true},
+        {"two signs", 64, {{301, 2, 2}, {77, 1, 2}}, false, true},
+        {"means", 90, {{130, 1, 1}, {131, 2, 1}, {61, 4, 2}}, true, false},
+        {"narrow segments", 70, {{512, 2, 1}, {1, 1, 1}, {1, 4, 2}, {2, 2, 2}, {3, 2, 1}}, false, true},
+    };
+    bool sound = true;
+    for (const auto& set : instruction_sets()) {
+        const Kernel* kernel = kernel_named(set.c_str());
+        if (!kernel) {
+            std::printf("FAIL %s is not built\n", set.c_str());
+            return 1;
+        }
+        for (const Case& each : cases) {
+            sound &= check(Example(each.rows, each.segments, each.means, each.scaled), *kernel, each.name);
+        }
+    }
+    return sound ? 0 : 1;
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,19 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
 from arbllm.binarize.methods import get_method
-from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
 from arbllm.card import CardFacts, model_card
-from arbllm.config import FEWEST_BITS, MOST_BITS, BinarizationConfig
+from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
-from arbllm.format.accounting import matrix_size
 from arbllm.format.checkpoint import bytes_on_disk, checksum, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.header import order_metadata
-from arbllm.format.layout import Layout, Segment
-from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.distill import DISTILLATION_RATE, cut_pieces, distill_model
 from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
@@ -39,13 +34,12 @@ from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_model, open_model_only, open_tokenizer
 from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.tune import Tuning
-from arbllm.model.walk import find_blocks
 from arbllm.progress import JsonLinesLog
+from arbllm.sizes import bits_for_size, dense_sizes, largest_size
 from arbllm.text import calibration_windows, evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
-HEADER_BYTES, HEADERS_A_LINEAR = 190, 6  # of a file's header for each tensor; further tensors of a packed linear
 
 
 @dataclass(frozen=True)
@@ -179,12 +173,12 @@ def quantize(
             streamed = StreamedModel(model, dtype, trust_remote_code) if stream else None
             opened = streamed.model if streamed else open_model_only(model, dtype, trust_remote_code=trust_remote_code)
             held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
-            dense_bytes, dense_linear_bytes = _dense_sizes(opened)
+            dense_bytes, dense_linear_bytes = dense_sizes(opened)
             source = streamed.fingerprint() if streamed else fingerprint(opened.state_dict().items())
             quantize_embeddings(opened, embedding_bits)
             if size is not None:
-                config = replace(config, bits=_bits_for_size(opened, size))
-            check_disk_space(_largest_size(opened, config, bitmap), work)
+                config = replace(config, bits=bits_for_size(opened, size))
+            check_disk_space(largest_size(opened, config, bitmap), work)
             # Embeddings and the way of storing count as options: with others, finished blocks are of no use.
             options = config.to_dict() | {"embedding_bits": embedding_bits, "bitmap": bitmap} | facts
             options |= {"dtype": dtype, "device": place.type, "stream": stream}
@@ -272,26 +266,6 @@ def _distill(
     progress.keep_distilled(model, events[-1])
 
 
-def _bits_for_size(model: PreTrainedModel, size: int) -> float:
-    """Bits a weight of the linears with which the weight files take `size` bytes.
-
-    Raises:
-        ConfigError: they would be fewer than there can be; names the least size. More than enough gives the most bits.
-    """
-    dense_bytes, dense_linear_bytes = _dense_sizes(model)
-    linears = [linear for block in find_blocks(model) for linear in block.linears]
-    weights = sum(linear.weight.numel() for linear in linears)
-    headers = HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * len(linears))
-    rest = dense_bytes - dense_linear_bytes + sum(e.nbytes for e in packed_embeddings(model).values()) + headers
-    bits = 8 * (size - rest) / weights
-    if bits < FEWEST_BITS:
-        raise ConfigError(
-            f"size {size:,} bytes is too little: all but the linears takes {rest:,} and the linears at least "
-            f"{ceil(FEWEST_BITS * weights / 8):,}; ask for more, or for --embeddings 8"
-        )
-    return min(bits, MOST_BITS)
-
-
 def _tuning(config: BinarizationConfig, tune: int | None, distill: int) -> Tuning | None:
     """How blocks are tuned, None for not at all.
 
@@ -328,47 +302,6 @@ def _save(
     for file in directory.glob("*.safetensors"):
         order_metadata(file)
     tokenizer.save_pretrained(directory)
-
-
-def _largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:
-    """Bytes that the checkpoint of a model with dense linears can take at most."""
-    weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
-    if config.bits is None:
-        packed = sum(matrix_size(largest_layout(weight, config)).nbytes for weight in weights)
-    else:
-        packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
-    if bitmap == CSR:  # of each bit plane at most half the weights are listed, two bytes each
-        packed += sum(weight.numel() for weight in weights) * (config.groups // 2)
-    dense_bytes, dense_linear_bytes = _dense_sizes(model)
-    embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
-    return dense_bytes - dense_linear_bytes + packed + embeddings
-
-
-def largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
-    """The most that a weight (n, m) takes without a budget: each block has all the columns and scales that it can."""
-    rows, columns = weight.shape
-    segments = []
-    for start in range(0, columns, config.block_size):
-        width = min(config.block_size, columns - start)
-        salient = min(MOST_SALIENT_COLUMNS, width - 1)
-        segments += [Segment(width - salient, config.groups, 1)]
-        segments += [Segment(salient, config.groups, 2)] if salient else []
-    return Layout(
-        rows=rows,
-        columns=columns,
-        segments=tuple(segments),
-        ordering="explicit",
-        block_size=0,
-        scale_bits=16,
-        row_means=True,
-        column_scaled=True,
-    )
-
-
-def _dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes of all tensors of a dense model (shared ones once), and of the linears that will be binarized."""
-    everything = sum(parameter.nbytes for parameter in model.parameters())
-    return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
 
 
 def _held_out(model: PreTrainedModel, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -20,6 +20,7 @@ from arbllm.model.resume import unfinished_directory
 from arbllm.model.stream import empty_model
 from arbllm.model.tune import Tuning
 from arbllm.model.walk import DecoderBlock, find_blocks
+from arbllm.sizes import largest_layout
 
 FLOAT_BYTES = 4
 HESSIANS, SOLVER, TUNER = 3, 6, 12
@@ -108,8 +109,6 @@ def plan(
 
 
 def _packed_bytes(blocks: list[DecoderBlock], config: BinarizationConfig) -> int:
-    from arbllm.pipeline import largest_layout
-
     linears = [linear.weight for block in blocks for linear in block.linears]
     if config.bits is not None:
         return ceil(config.bits * sum(weight.numel() for weight in linears) / 8)

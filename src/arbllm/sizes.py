@@ -1,0 +1,80 @@
+"""Sizes of a model and of its checkpoint, from shapes alone, before any work is done."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from arbllm.binarize.partition import MOST_SALIENT_COLUMNS
+from arbllm.config import FEWEST_BITS, MOST_BITS, BinarizationConfig
+from arbllm.errors import ConfigError
+from arbllm.format.accounting import matrix_size
+from arbllm.format.coding import CSR
+from arbllm.format.layout import Layout, Segment
+from arbllm.integrations.embeddings import packed_embeddings
+from arbllm.model.walk import find_blocks
+
+HEADER_BYTES, HEADERS_A_LINEAR = 190, 6  # of a file's header for each tensor; further tensors of a packed linear
+
+
+def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of all tensors of a dense model (shared ones once), and of the linears that will be binarized."""
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    return everything, sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+
+
+def bits_for_size(model: PreTrainedModel, size: int) -> float:
+    """Bits a weight of the linears with which the weight files take `size` bytes.
+
+    Raises:
+        ConfigError: they would be fewer than there can be; names the least size. More than enough gives the most bits.
+    """
+    dense_bytes, dense_linear_bytes = dense_sizes(model)
+    linears = [linear for block in find_blocks(model) for linear in block.linears]
+    weights = sum(linear.weight.numel() for linear in linears)
+    headers = HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * len(linears))
+    rest = dense_bytes - dense_linear_bytes + sum(e.nbytes for e in packed_embeddings(model).values()) + headers
+    bits = 8 * (size - rest) / weights
+    if bits < FEWEST_BITS:
+        raise ConfigError(
+            f"size {size:,} bytes is too little: all but the linears takes {rest:,} and the linears at least "
+            f"{ceil(FEWEST_BITS * weights / 8):,}; ask for more, or for --embeddings 8"
+        )
+    return min(bits, MOST_BITS)
+
+
+def largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:
+    """Bytes that the checkpoint of a model with dense linears can take at most."""
+    weights = [linear.weight for block in find_blocks(model) for linear in block.linears]
+    if config.bits is None:
+        packed = sum(matrix_size(largest_layout(weight, config)).nbytes for weight in weights)
+    else:
+        packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
+    if bitmap == CSR:  # of each bit plane at most half the weights are listed, two bytes each
+        packed += sum(weight.numel() for weight in weights) * (config.groups // 2)
+    dense_bytes, dense_linear_bytes = dense_sizes(model)
+    embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
+    return dense_bytes - dense_linear_bytes + packed + embeddings
+
+
+def largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:
+    """The most that a weight (n, m) takes without a budget: each block has all the columns and scales that it can."""
+    rows, columns = weight.shape
+    segments = []
+    for start in range(0, columns, config.block_size):
+        width = min(config.block_size, columns - start)
+        salient = min(MOST_SALIENT_COLUMNS, width - 1)
+        segments += [Segment(width - salient, config.groups, 1)]
+        segments += [Segment(salient, config.groups, 2)] if salient else []
+    return Layout(
+        rows=rows,
+        columns=columns,
+        segments=tuple(segments),
+        ordering="explicit",
+        block_size=0,
+        scale_bits=16,
+        row_means=True,
+        column_scaled=True,
+    )

@@ -108,7 +108,7 @@ def _factorize(group: InputGroup) -> Factor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return factorize(group.hessian, DAMPING, group.sampling_error)
+            return factorize(group.hessian, DAMPING)
         except ModelError as error:
             raise ModelError(f"{group.linears[0].name}: {error}") from error
 

@@ -141,6 +141,13 @@ def test_operator():
     torch.library.opcheck(torch.ops.arbllm.triton_matmul.default, arguments)
 
 
+def test_is_traced_whole():
+    matrix = in_segments(9, (40, 2, 1), (24, 1, 2)).map(lambda tensor: tensor.to(DEVICE))
+    x = inputs(2, 64, torch.float32).to(DEVICE)
+    traced = torch.compile(lambda x: kernel.matmul(x, matrix), backend="eager", fullgraph=True)
+    assert torch.equal(traced(x), kernel.matmul(x, matrix))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_in_cuda_graphs_and_compiled():
     matrix = in_segments(256, (512, 2, 1), (256, 2, 2)).map(lambda tensor: tensor.to(DEVICE))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -119,10 +120,10 @@ def products(shape: tuple[int, int], bits: float, repeats: int) -> Rows:
         x = torch.randn(tokens, columns)
         xs = x.bfloat16()
         contestants: list[Callable[[], Tensor]] = [
-            lambda xs=xs: linear(xs, half),
-            lambda x=x: linear(x, weight),
-            lambda xs=xs: cpu.multiply(xs, next(copies), rows),
-            lambda: next(streams).sum(),
+            partial(linear, xs, half),
+            partial(linear, x, weight),
+            partial(_packed, xs, copies, rows),
+            partial(_stream, streams),
         ]
         dense, single, packed, stream = in_turn(contestants, repeats if tokens < MANY else max(3, repeats // 3))
         expected = reference.matmul(x, matrix)
@@ -135,6 +136,14 @@ def products(shape: tuple[int, int], bits: float, repeats: int) -> Rows:
             )
         )  # fmt: skip
     return table
+
+
+def _packed(x: Tensor, copies: Iterator[Tensor], rows: int) -> Tensor:
+    return cpu.multiply(x, next(copies), rows)
+
+
+def _stream(streams: Iterator[Tensor]) -> Tensor:
+    return next(streams).sum()
 
 
 def in_turn(calls: list[Callable[[], Tensor]], repeats: int) -> list[Times]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="arbllm was installe
 
 KNOWN_SETS = ("avx512", "avx2", "neon", "portable")
 SHAPES = ((1, 8), (33, 70), (64, 320), (300, 576), (65, 1536))
-FEATURES = {
+FEATURES: dict[str, dict] = {
     "two groups": {},
     "one group": {"groups": 1},
     "four groups": {"groups": 4, "salient": 11, "salient_groups": 4},
@@ -49,11 +49,9 @@ def inputs(tokens, columns, seed=0):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_every_instruction_set_multiplies(instruction_set, features, shape):
-    matrix = random_matrix(
-        *shape, **{**FEATURES[features], "salient": min(FEATURES[features].get("salient", 0), shape[1] // 2)}
-    )
+    matrix = random_matrix(*shape, **{**features, "salient": min(features.get("salient", 0), shape[1] // 2)})
     x, prepared = inputs(3, shape[1]), cpu.prepare(matrix)
     expected = reference.matmul(x, matrix)
     exact = cpu.multiply(x, prepared, shape[0], exact=True, instruction_set=instruction_set)
@@ -202,7 +200,12 @@ def test_layer_computes_in_eight_bits_unless_told_not_to(layer):
 
 def test_layer_prepares_once(layer, monkeypatch):
     x, calls, original = inputs(2, 320), [], cpu.prepare
-    monkeypatch.setattr(cpu, "prepare", lambda matrix: calls.append(1) or original(matrix))
+
+    def watched(matrix):
+        calls.append(matrix)
+        return original(matrix)
+
+    monkeypatch.setattr(cpu, "prepare", watched)
     for _ in range(3):
         layer(x)
     assert len(calls) == 1

@@ -71,3 +71,8 @@ def test_errors_name_the_layer():
 
     with pytest.raises(ModelError, match=r"model.layers.0.self_attn.q_proj: no"):
         round_model(tiny_model("llama"), random_windows(), fail, nominal_bits=1)
+
+
+def test_windows_that_do_not_fit_are_refused_at_once():
+    with pytest.raises(ModelError, match="longer than the model's 64 positions"):
+        round_model(tiny_model("llama"), random_windows(length=65), three_bits, nominal_bits=3)

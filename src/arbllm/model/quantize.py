@@ -86,7 +86,7 @@ def quantize_model(
         raise ConfigError("allocation 'measured' needs the whole model in memory; choose uniform for a streamed model")
     else:
         load_block(blocks[0])
-    _check_windows(model, windows)
+    check_windows(model, windows)
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
@@ -319,7 +319,7 @@ def _configs(
     return {name: replace(config, bits=share) for name, share in shares.items()}
 
 
-def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
+def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
     """Refuse windows that would fail deep inside the model.
 
     Raises:

@@ -16,6 +16,7 @@ from arbllm.errors import ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import BlockCall, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.quantize import check_windows
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks
 
 # What one linear becomes: its weight (n, m) and its factorised Hessian in, the rounded weight out.
@@ -50,11 +51,13 @@ def round_model(
         One record per linear, in the model's order.
 
     Raises:
-        ModelError: the model does not fit this procedure, or a weight or an activation is not finite; names the layer.
+        ModelError: the model does not fit this procedure, the windows do not fit the model, or a weight or an
+            activation is not finite; the message names the layer.
     """
     emit = on_event or (lambda _: None)
     blocks = find_blocks(model)
     check_weights(blocks)
+    check_windows(model, windows)
     place = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     linears = [linear for block in blocks for linear in block.linears]
     emit(JobStarted(len(blocks), len(linears), sum(linear.weight.numel() for linear in linears)))

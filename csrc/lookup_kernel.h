@@ -31,7 +31,7 @@ constexpr int FINE = 7;  // bits that entries have beyond the point before they 
 constexpr int SHARE = 32767;  // the greatest share of a block
 constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
 constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
-constexpr int64_t SMALL = 1 << 17;  // weights times tokens that one thread does sooner alone
+constexpr int64_t SMALL = 1 << 21;  // weights times tokens that one thread does sooner alone
 
 // What an entry's index says of the columns of four bits: [kind of accumulator][column][index] -> -1, 0 or 1. Kinds are
 // the groups of signs, then the groups of means.

@@ -73,7 +73,8 @@ class BinaryLinear(PackedModule):
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         empty = nn.Parameter(torch.empty(layout.rows, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", empty if bias else None)
-        self._prepared: tuple[list[Tensor], list[int], Tensor] | None = None
+        # The tensors that were prepared, those of them that count writes, the counts, and what came of it.
+        self._prepared: tuple[list[Tensor | None], list[Tensor], list[int], Tensor] | None = None
 
     @classmethod
     def from_matrix(cls, matrix: BinaryMatrix, bias: Tensor | None = None, transposed: bool = False) -> BinaryLinear:
@@ -119,19 +120,19 @@ class BinaryLinear(PackedModule):
     def _prepare(self) -> Tensor:
         """The weight as the CPU's kernel reads it."""
         if torch.compiler.is_compiling():  # a compiled model's weights stay as they are
-            return self._prepared[2] if self._prepared else self._prepare_anew()
-        stored = [buffer for buffer in self._buffers.values() if buffer is not None]
+            return self._prepared[-1] if self._prepared else self._prepare_anew()
         if self._prepared:
-            known, versions, prepared = self._prepared
-            if all(map(is_, stored, known)) and _versions(stored) == versions:
+            known, watched, versions, prepared = self._prepared
+            if all(map(is_, self._buffers.values(), known)) and [tensor._version for tensor in watched] == versions:
                 return prepared
         return self._prepare_anew()
 
     @torch.compiler.disable
     def _prepare_anew(self) -> Tensor:
-        stored = [buffer for buffer in self._buffers.values() if buffer is not None]
         prepared = cpu.prepare(self.matrix)
-        self._prepared = stored, _versions(stored), prepared
+        known = list(self._buffers.values())
+        watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
+        self._prepared = known, watched, [tensor._version for tensor in watched], prepared
         return prepared
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,8 +145,3 @@ class BinaryLinear(PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nominal_bits={matrix.nominal_bits:.2f}, true_bits={matrix.true_bits:.2f}"
         )
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """How often each tensor was written to; tensors of inference mode do not count."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

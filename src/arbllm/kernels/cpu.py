@@ -101,7 +101,10 @@ def multiply(
         ConfigError: this processor does not have the instruction set.
     """
     chosen = 0 if instruction_set is None else _number(instruction_set)
-    y = torch.ops.arbllm.cpu_matmul(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), prepared, rows, exact, chosen)
+    rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes.
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 

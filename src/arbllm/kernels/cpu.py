@@ -45,6 +45,7 @@ def native() -> ModuleType | None:
         return None
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the extension was built; says so, once, if not."""
     return native() is not None

@@ -45,7 +45,7 @@ results: install  ## docs/results.md: hours on two cores, resumable
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/plot_results.py
 
-bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape: 14 GB of disk, an hour on two cores
+bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape, which takes 14 GB of disk
 	$(BIN)/python benchmarks/make_random_model.py out/llama-7b --shape llama-7b
 	$(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048
 

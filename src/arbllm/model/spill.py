@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,7 +35,8 @@ def spill(tensor: Tensor, directory: Path) -> Tensor:
             os.posix_fallocate(stream.fileno(), 0, max(tensor.nbytes, 1))  # a full disk shows now rather than later
         mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except (OSError, RuntimeError) as error:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
         raise ArbllmError(
             f"{directory}: activations cannot be kept there ({error}); choose another directory"
         ) from error

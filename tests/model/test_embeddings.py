@@ -147,9 +147,13 @@ def test_a_config_of_something_else_is_refused(name, change, tmp_path):
     else:
         config["vocab_size"] += 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = "embeddings are not those" if change == "removed" else r"is \[97, 32\] in the model, but \[96"
-    for reader in (arbllm.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(CheckpointError, match=message):
+    # transformers hands over a config of its own, so that only what does not fit is noticed there.
+    messages = {
+        arbllm.load: "other values describe the model",
+        AutoModelForCausalLM.from_pretrained: r"is \[97, 32\] in the model, but \[96",
+    }
+    for reader, message in messages.items():
+        with pytest.raises(CheckpointError, match="embeddings are not those" if change == "removed" else message):
             reader(tmp_path)
 
 

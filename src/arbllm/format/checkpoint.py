@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,10 +142,11 @@ def file_metadata(
         config: config.json as it will be read again; None leaves out its entry.
     """
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    packed = {*(linears or ()), *(embeddings or ())}
     dense = {
         name: [_DTYPES[tensor.dtype], list(tensor.shape)]
         for name, tensor in tensors.items()
-        if not _is_packed(name, {**linears, **(embeddings or {})}) and tensor.dtype in _DTYPES
+        if not _is_packed(name, packed) and tensor.dtype in _DTYPES
     }
     metadata = {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: canonical_checksum(linears)}
     metadata[DENSE_KEY] = _canonical(dense)
@@ -200,7 +201,9 @@ def check_structure(files: Sequence[Path], quantization: Mapping[str, Any]) -> C
     for file in files:
         metadata, stored = read_header(file)
         checksums |= _read_checksums(file, metadata, quantization)
-        dense |= parse_object(metadata.get(DENSE_KEY, "{}"), f"{file}: its {DENSE_KEY} is not readable; {DAMAGED}")
+        dense |= parse_object(
+            metadata.get(DENSE_KEY, ""), f"{file}: its {DENSE_KEY} is missing or not readable; {DAMAGED}"
+        )
         for name in sorted(stored.keys() & tensors.keys()):
             raise CheckpointError(f"{file}: tensor {name} is in {tensors[name].file} as well; {DAMAGED}")
         tensors |= stored
@@ -378,7 +381,7 @@ def _check_decodes(rows: int, width: int, coding: str, coded: Tensor, name: str)
     decode(coded, rows, width, coding, name)
 
 
-def _is_packed(name: str, modules: Mapping[str, Any]) -> bool:
+def _is_packed(name: str, modules: Container[str]) -> bool:
     """Whether a layout says what a tensor is like: that of a packed module, but for biases."""
     module, _, key = name.rpartition(".")
     return module in modules and key != "bias"

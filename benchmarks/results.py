@@ -40,7 +40,7 @@ BITS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.5, 2.85, 3.25)
 WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
 C4 = " on C4"
 TEXT_WINDOWS, PIECE = 148, 50  # windows of the text in all, and of one `arbllm eval`
-PATHS = ("model", "path", "text")
+PATHS = ("model", "path", "text", "texts")
 
 
 def joint_rows() -> dict[str, tuple[str, ...]]:

@@ -24,7 +24,7 @@ LAYERS = (
     ("factor",),
     ("config",),
     ("format", "binarize"),
-    ("errors", "native"),
+    ("errors", "native", "summary"),
 )
 RANK = {name: rank for rank, row in enumerate(reversed(LAYERS)) for name in row}
 

@@ -11,11 +11,12 @@ import torch
 
 def extension(device: torch.device) -> ModuleType | None:
     """`arbllm._native` for tensors in the CPU's memory; None for other devices, or if it was not built."""
-    return _load() if device.type == "cpu" else None
+    return load() if device.type == "cpu" else None
 
 
 @cache
-def _load() -> ModuleType | None:
+def load() -> ModuleType | None:
+    """`arbllm._native`, or None if it was not built."""
     try:
         return import_module("arbllm._native")
     except ImportError:

@@ -36,51 +36,22 @@ from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.tune import Tuning
 from arbllm.progress import JsonLinesLog
 from arbllm.sizes import bits_for_size, dense_sizes, largest_size
+from arbllm.summary import JobSummary
 from arbllm.text import calibration_windows, evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
 
 
-@dataclass(frozen=True)
-class QuantizationSummary:
-    """What a finished job made, and what it cost.
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSummary(JobSummary):
+    """What a finished job made of a model: a packed checkpoint.
 
     Attributes:
-        path: the checkpoint.
-        linears: linears binarized.
-        weights: their weights.
-        true_bits_per_weight: stored bits a weight of them.
-        nominal_bits_per_weight: signs a weight of them.
-        output_error: mean over them of tr(D H D^T) / tr(W H W^T).
-        bytes_on_disk: size of the checkpoint's weight files.
-        linear_bytes: of it, the packed linears.
-        dense_bytes: what the model's tensors took before, in the dtype that it was stored in.
-        dense_linear_bytes: of it, the linears.
-        seconds: wall-clock time, from opening the model to the finished checkpoint; an evaluation not counted.
-        peak_memory_bytes: greatest resident memory of the process meanwhile.
-        peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
         perplexity: of the checkpoint on the text asked for; None where none was.
     """
 
-    path: Path
-    linears: int
-    weights: int
-    true_bits_per_weight: float
-    nominal_bits_per_weight: float
-    output_error: float
-    bytes_on_disk: int
-    linear_bytes: int
-    dense_bytes: int
-    dense_linear_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None = None
     perplexity: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without those that do not apply."""
-        return {key: value for key, value in (asdict(self) | {"path": str(self.path)}).items() if value is not None}
 
 
 def quantize(

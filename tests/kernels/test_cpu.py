@@ -257,7 +257,7 @@ def test_what_the_kernel_leaves_to_others():
 
 
 def test_without_the_extension_layers_compute_all_the_same(layer, monkeypatch):
-    monkeypatch.setattr(cpu, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setattr(cpu, "load", lambda: None)
     cpu.native.cache_clear()
     try:
         x = inputs(2, 320)

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from arbllm.cli.evaluate import names
-from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
+from arbllm.cli.options import (
+    CalibrationText,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    MaxWindows,
+    Model,
+    Seed,
+    TrustRemoteCode,
+    WindowLength,
+)
 from arbllm.cli.output import command, print_json, say
 
 
@@ -24,12 +36,12 @@ def ablate(
         ),
     ] = None,
     text: Annotated[str, typer.Option(help="Texts of perplexity, with commas; see eval.")] = "wikitext2",
-    context: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Windows of each text at most.", show_default="all")] = None,
-    calibration: Annotated[str, typer.Option(help="Calibration text; see quantize.")] = "c4",
+    context: Context = 2048,
+    max_windows: MaxWindows = None,
+    calibration: CalibrationText = "c4",
     windows: Annotated[int, typer.Option(help="Calibration windows; half and twice as many are tried, too.")] = 128,
-    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    window_length: WindowLength = 2048,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from arbllm.cli.options import Debug, Dtype, Json, Model, TrustRemoteCode
+from arbllm.cli.options import CalibrationText, Debug, Dtype, Json, Model, Seed, TrustRemoteCode, WindowLength, Windows
 from arbllm.cli.output import command, print_json, say
 
 
@@ -18,10 +18,10 @@ def analyze(
         str | None,
         typer.Option(help="The linear to try every method on.", show_default="the one whose columns differ most"),
     ] = None,
-    calibration: Annotated[str, typer.Option(help="Calibration text of the methods; see quantize.")] = "c4",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 8,
-    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    calibration: CalibrationText = "c4",
+    windows: Windows = 8,
+    window_length: WindowLength = 1024,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,

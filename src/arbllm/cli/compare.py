@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from arbllm.cli.evaluate import names
-from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
+from arbllm.cli.options import (
+    CalibrationText,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    MaxWindows,
+    Model,
+    Seed,
+    TrustRemoteCode,
+    WindowLength,
+    Windows,
+)
 from arbllm.cli.output import command, print_json, say
 
 METHODS = "fp16,rtn-4,gptq-4,gptq-3,gptq-2,hqq-4,hqq-2,hqq-1,billm,arb,arb-x,arb-rc,arb-rcx-2.25"
@@ -24,17 +37,17 @@ def compare(
         ),
     ] = METHODS,
     text: Annotated[str, typer.Option(help="Texts of perplexity, with commas; see eval.")] = "wikitext2",
-    context: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Windows of each text at most.", show_default="all")] = None,
+    context: Context = 2048,
+    max_windows: MaxWindows = None,
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, with commas; see eval.")] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="Folder with the tasks' raw data sets.", show_default="from the hub")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task at most.", show_default="all")] = None,
-    calibration: Annotated[str, typer.Option(help="Calibration text of all methods; see quantize.")] = "c4",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    calibration: CalibrationText = "c4",
+    windows: Windows = 128,
+    window_length: WindowLength = 2048,
+    seed: Seed = 0,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the checkpoints.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",

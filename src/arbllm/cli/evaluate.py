@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arbllm.cli.options import Debug, Device, Dtype, Json, Model, TrustRemoteCode
+from arbllm.cli.options import Context, Debug, Device, Dtype, Json, MaxWindows, Model, TrustRemoteCode
 from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def evaluate(
             show_default="wikitext2, or none with --tasks",
         ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.", show_default="all")] = None,
+    context: Context = 2048,
+    max_windows: MaxWindows = None,
     skip_windows: Annotated[int, typer.Option(help="Leave out so many windows first: a text in pieces.")] = 0,
     tasks: Annotated[
         str | None,

@@ -9,6 +9,14 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a local directory (dense or packed), or a .gguf file.")
 ]
+CalibrationText = Annotated[
+    str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
+]
+Windows = Annotated[int, typer.Option(help="Calibration windows.")]
+WindowLength = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of calibration windows.")]
+Context = Annotated[int, typer.Option(help="Tokens of a window of text.")]
+MaxWindows = Annotated[int | None, typer.Option(help="Windows of each text at most.", show_default="all")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU where there is one, else the CPU")
 ]

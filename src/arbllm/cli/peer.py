@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
+from arbllm.cli.options import (
+    CalibrationText,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    TrustRemoteCode,
+    WindowLength,
+    Windows,
+)
 from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
 
@@ -15,12 +27,10 @@ def peer(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     method: Annotated[str, typer.Option(help="rtn, gptq or hqq and its bits: rtn-4, gptq-3, hqq-2.")] = "gptq-3",
-    calibration: Annotated[
-        str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
-    ] = "c4",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    calibration: CalibrationText = "c4",
+    windows: Windows = 128,
+    window_length: WindowLength = 2048,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

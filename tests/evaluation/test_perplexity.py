@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel
 
 from arbllm.errors import ModelError, TextError
-from arbllm.evaluation import perplexity as module
-from arbllm.evaluation.perplexity import perplexity, split_head
+from arbllm.evaluation.perplexity import perplexity
 
 SMALL = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {
@@ -22,7 +21,6 @@ CONFIGS = {
         final_logit_softcapping=0.05,
     ),
 }
-SPLITTABLE = {"llama", "gpt2", "opt with project_out"}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -37,7 +35,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_loss_of_transformers(name, tokens, monkeypatch):
-    monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 97 * 5)  # pieces of five tokens, the last one shorter
+    monkeypatch.setattr("arbllm.model.head.LOGIT_BYTES", 4 * 97 * 5)  # pieces of five tokens, the last one shorter
     model = build(name)
     windows = tokens[:128].view(4, 32)
     losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
@@ -46,13 +44,8 @@ def test_equals_the_loss_of_transformers(name, tokens, monkeypatch):
     assert measured.perplexity == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_head_is_split_off_only_where_that_is_exact(name):
-    assert (split_head(build(name)) is not None) == (name in SPLITTABLE)
-
-
 def test_the_largest_logits_are_one_piece(tokens, monkeypatch):
-    monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 97 * 5)
+    monkeypatch.setattr("arbllm.model.head.LOGIT_BYTES", 4 * 97 * 5)
     model = build("llama")
     lengths: list[int] = []
     model.lm_head.register_forward_hook(lambda layer, inputs, output: lengths.append(output.shape[1]))

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arbllm.errors import ModelError, TextError
+from arbllm.model.head import Head, split_head, tokens_at_a_time
 
-LOGIT_BYTES = 64 * 2**20
-PROBE_TOKENS = 8
 DEFAULT_CONTEXT = 2048
-
-Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,31 +90,11 @@ def negative_log_likelihood(model: PreTrainedModel, window: Tensor, head: Head |
         logits = model(input_ids=inputs, use_cache=False).logits[0]
         return _cross_entropy(logits, targets)
     hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-    piece = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
+    piece = tokens_at_a_time(model)
     return sum(
         _cross_entropy(head(hidden[:, start : start + piece])[0], targets[start : start + piece])
         for start in range(0, targets.numel(), piece)
     )
-
-
-@torch.inference_mode()
-def split_head(model: PreTrainedModel) -> Head | None:
-    """The model's output head, if its logits are just head(decoder's last hidden state).
-
-    Whether they are is tried out on a few tokens: some architectures scale or cap their logits afterwards.
-
-    Returns:
-        The head, or None where the whole model must run to get logits.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module) or model.base_model is model:
-        return None
-    probe = torch.arange(PROBE_TOKENS, device=model.device)[None] % _vocabulary(model)
-    hidden = getattr(model.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
-    if hidden is None or hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
-        return None
-    expected = model(input_ids=probe, use_cache=False).logits
-    return head if torch.equal(head(hidden), expected) else None
 
 
 def cut_windows(
@@ -159,10 +136,6 @@ def longest_context(model: PreTrainedModel, otherwise: int = DEFAULT_CONTEXT) ->
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> float:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size
 
 
 def _exp(mean: float) -> float:

@@ -48,11 +48,14 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output (1, L, d) for `hidden` (1, L, d)."""
-        if self.by_name:
-            output = block(*self.args, **{HIDDEN_STATES: hidden}, **self.kwargs)
-        else:
-            output = block(hidden, *self.args, **self.kwargs)
+        output = self.put(block, hidden)
         return output if isinstance(output, Tensor) else output[0]
+
+    def put(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """All that the block returns for `hidden` (1, L, d)."""
+        if self.by_name:
+            return block(*self.args, **{HIDDEN_STATES: hidden}, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
 
     def to(self, device: torch.device) -> BlockCall:
         """The same call for a block that runs on `device`, in the dtypes that `compute_dtype` gives."""
@@ -180,6 +183,17 @@ def resident(block: nn.Module, device: torch.device) -> Iterator[None]:
                 tensor.data = tensor.data.to(*homes[name])
 
 
+@contextmanager
+def intercepted(blocks: Sequence[DecoderBlock], instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a block's forward method is `instead(index, forward, *args, **kwargs)`, `forward` being its own."""
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            module = block.module
+            stack.callback(_restore_forward, module, module.__dict__.get("forward"))
+            module.forward = partial(instead, index, module.forward)
+        yield
+
+
 class _InputRecorder:
     """Accumulates sum x x^T for every distinct input of a set of linears.
 
@@ -283,7 +297,7 @@ def _follow(run: Callable[..., Any], blocks: Sequence[DecoderBlock], ids: Tensor
             tails.append(None if isinstance(output, Tensor) else tuple(output[1:]))
         return hidden if tails[0] is None else (hidden, *tails[0])
 
-    with _recorded(blocks, record):
+    with intercepted(blocks, record):
         try:
             run(input_ids=ids)
         except _StopForwardError:
@@ -299,23 +313,12 @@ def _stop_at_first(run: Callable[..., Any], block: DecoderBlock, ids: Tensor) ->
         recorded.append(BlockCall.split(args, kwargs))
         raise _StopForwardError
 
-    with _recorded([block], record):
+    with intercepted([block], record):
         try:
             run(input_ids=ids)
         except _StopForwardError:
             return recorded[0]
     raise ModelError(f"{block.name}: the model never calls this block; it cannot be calibrated")
-
-
-@contextmanager
-def _recorded(blocks: Sequence[DecoderBlock], record: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward method of every block by `record(index, forward, *args, **kwargs)`."""
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            module = block.module
-            stack.callback(_restore_forward, module, module.__dict__.get("forward"))
-            module.forward = partial(record, index, module.forward)
-        yield
 
 
 def _restore_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:

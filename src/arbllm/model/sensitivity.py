@@ -11,31 +11,26 @@ Two figures a linear, from a few windows of text:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from arbllm.budget import Demand
 from arbllm.errors import ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import InputGroup, capture_inputs, gather_hessians, resident
+from arbllm.model.gradients import watch_gradients
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
-PIECE = 256  # tokens that go backward through the model at a time: memory grows with them
 
 
 def measure_demands(model: PreTrainedModel, windows: Tensor, device: torch.device) -> dict[str, Demand]:
     """What `budget.allocate` needs to know of every linear.
 
     Args:
-        model: dense, in evaluation mode. It computes on `device` as a whole, gradients of activations included, and is
-            put back afterwards.
+        model: dense, in evaluation mode. It computes on `device` as a whole and is put back afterwards.
         windows: a few windows of text, int64 (N, L).
         device: where to compute.
 
@@ -58,25 +53,10 @@ def _loss_rises(
     """Sum over tokens of sum_i g_i^2 y_i^2 for the outputs y of every linear."""
     totals = {linear: 0.0 for block in blocks for linear in block.linears}
 
-    def watch(linear: Linear, _: nn.Module, __: Any, output: Tensor) -> None:
-        value = output.detach()
+    def add(linear: Linear, value: Tensor, gradient: Tensor) -> None:
+        totals[linear] += float((gradient.float() * value.float()).square().sum())
 
-        def add(gradient: Tensor) -> None:
-            totals[linear] += float((gradient.float() * value.float()).square().sum())
-
-        output.register_hook(add)
-
-    model.eval()
-    length = min(PIECE, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, 1, length)
-    with resident(model, device), ExitStack() as hooks, _frozen(model):
-        embedding = model.get_input_embeddings()
-        hooks.callback(embedding.register_forward_hook(lambda _, __, output: output.requires_grad_()).remove)
-        for linear in totals:
-            hooks.callback(linear.module.register_forward_hook(partial(watch, linear)).remove)
-        for piece in pieces.to(device):
-            logits = model(input_ids=piece, use_cache=False).logits[0, :-1]
-            nn.functional.cross_entropy(logits.float(), piece[0, 1:], reduction="sum").backward()
+    watch_gradients(model, blocks, windows, device, add)
     return totals
 
 
@@ -111,15 +91,3 @@ def _factorize(group: InputGroup) -> Factor:
             return factorize(group.hessian, DAMPING)
         except ModelError as error:
             raise ModelError(f"{group.linears[0].name}: {error}") from error
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter collects gradients inside; they flow through activations alone."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)

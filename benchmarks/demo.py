@@ -29,7 +29,7 @@ PROMPT = "Python is a programming language that"
 WINDOWS, CONTEXT = 8, 1024
 CALIBRATION = ("--calibration", "builtin", "--windows", "32", "--window-length", "512")
 SHORTER = ("--iterations", "1", "--tune", "16")
-NEW_TOKENS = 40
+NEW_TOKENS, TEMPERATURE = 40, 0.7
 
 Row = tuple[str, str, str]
 
@@ -65,8 +65,9 @@ def evaluate(model: Path) -> dict[str, Any]:
 
 
 def write(model: Path) -> str:
-    """What the model makes of the prompt."""
-    return arbllm("generate", model, PROMPT, "--max-new-tokens", str(NEW_TOKENS))["text"]
+    """What the model makes of the prompt, drawn with a fixed seed: the likeliest words alone run in circles."""
+    options = "--max-new-tokens", str(NEW_TOKENS), "--temperature", str(TEMPERATURE)
+    return arbllm("generate", model, PROMPT, *options)["text"]
 
 
 def comparison(job: dict[str, Any], original: dict[str, Any], binarized: dict[str, Any]) -> list[Row]:

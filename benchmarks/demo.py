@@ -24,6 +24,7 @@ from commands import arbllm, demonstration_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+ORIGINAL = ROOT / "out" / "SmolLM2-135M-Instruct"
 BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
 PROMPT = "Python is a programming language that"
 WINDOWS, CONTEXT = 8, 1024
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="put table and samples into README.md")
     options = parser.parse_args()
     start = time.perf_counter()
-    original, binarized = demonstration_model(), options.out
+    original, binarized = ORIGINAL, options.out
+    arbllm("export", demonstration_model(), original, "--overwrite")  # else every command reads the GGUF file anew
     job = quantize(original, binarized)
     rows = comparison(job, evaluate(original), evaluate(binarized))
     samples = {"original": write(original), "binarized": write(binarized)}

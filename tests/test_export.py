@@ -8,7 +8,9 @@ import arbllm
 from arbllm.errors import CheckpointError, ConfigError
 from arbllm.export import dense_bytes, dense_model, export
 from arbllm.format.checkpoint import bytes_on_disk
+from arbllm.model.source import open_model_only
 from arbllm.nn import BinaryLinear
+from tests.model.test_source import write_gguf
 from tests.tiny import VOCABULARY, byte_tokenizer, pack_tiny
 
 TOKENS = torch.arange(40)[None]
@@ -27,6 +29,18 @@ def test_an_ordinary_checkpoint_with_the_same_logits(packed, tmp_path):
     assert not any(isinstance(module, BinaryLinear) for module in dense.modules())
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("a")["input_ids"]
     torch.testing.assert_close(dense(TOKENS).logits, arbllm.load(packed)(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    # The tiny file has no tokenizer.
+    monkeypatch.setattr(
+        "arbllm.export.open_model", lambda path, dtype: (open_model_only(path, dtype), byte_tokenizer())
+    )
+    export(file, tmp_path / "dense", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(dense(TOKENS).logits, open_model_only(str(file), "float32")(TOKENS).logits)
 
 
 def test_conv1d_and_bias_come_back(tmp_path):

@@ -1,4 +1,4 @@
-"""A packed checkpoint back to an ordinary one, for engines that know nothing of packed weights."""
+"""A packed checkpoint, or a GGUF file, to an ordinary one, for engines that know nothing of packed weights."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def dense_layer(module: BinaryLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
 
 
 def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool = False) -> None:
-    """Write a packed checkpoint as an ordinary Hugging Face one, its weights dequantized.
+    """Write a packed checkpoint, or a GGUF file, as an ordinary Hugging Face one, its weights dequantized.
 
     Args:
-        checkpoint: directory of a packed checkpoint.
+        checkpoint: directory of a packed checkpoint, or a `.gguf` file.
         out: directory to write; it must not exist, or be empty, unless `overwrite` is set.
         dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of embeddings and norms.
         overwrite: replace an existing directory.
@@ -75,7 +75,8 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool 
     if checkpoint.resolve() == out.resolve():
         raise ConfigError(f"{out} is the packed checkpoint itself; choose another output directory")
     with output_directory(out, overwrite) as work:
-        open_checkpoint(checkpoint)
+        if checkpoint.suffix != ".gguf":
+            open_checkpoint(checkpoint)
         model, tokenizer = open_model(str(checkpoint), dtype=dtype)
         check_disk_space(dense_bytes(model), work)
         dense_model(model).save_pretrained(work)

@@ -12,7 +12,9 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="A packed checkpoint, as quantize wrote it.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A packed checkpoint, as quantize wrote it, or a .gguf file.")
+    ],
     dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The directory to write.")],
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -21,11 +23,15 @@ def export(
 ) -> None:
     """Write a packed checkpoint as an ordinary one, weights dequantized, for any other engine.
 
+    A .gguf file, too: transformers takes half a minute to open one, each time.
+
     **Examples**
 
     `arbllm export smollm2-packed smollm2-dense`
 
     `arbllm export smollm2-packed smollm2-dense --dtype bfloat16 --overwrite`
+
+    `arbllm export SmolLM2-135M-Instruct.Q4_1.gguf smollm2`
     """
     with command(debug):
         from arbllm.evaluation.measure import measure

@@ -31,7 +31,7 @@ from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, 
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
-SENSITIVITY_TOKENS = 4096
+SENSITIVITY_TOKENS = 8192
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 

@@ -49,7 +49,7 @@ def joint_rows() -> dict[str, tuple[str, ...]]:
     for bits in BITS:
         rows[f"arb-rcx {bits}"] = ("--bits", str(bits), "--tune", "0")
         rows[f"arb-rcx {bits} tuned"] = ("--bits", str(bits))
-        rows[f"arb-rcx {bits} tuned and distilled"] = ("--bits", str(bits), "--distill", "100")
+        rows[f"arb-rcx {bits} tuned and distilled"] = ("--bits", str(bits), "--distill", "128")
     rows["arb-rcx 2.25 uniform"] = ("--bits", "2.25", "--tune", "0", "--allocation", "uniform")
     return rows | {f"{row}{C4}": options for row, options in rows.items()}
 
@@ -82,7 +82,7 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, calibrated on {windows} windows: of the validation text of
 WikiText-2, or, where the row says so, of C4. *Tuned* rows had each block's scales and norms tuned after it was solved,
-*distilled* ones 100 steps of distillation in the end; *uniform* gives all linears the same bits. `rtn` and `gptq` round
+*distilled* ones 128 steps of distillation in the end; *uniform* gives all linears the same bits. `rtn` and `gptq` round
 to uniform grids, one a row and 128 columns, clipped by search, in the same loop on the same windows; their true bits
 count scales and zeros, and their megabytes are those that packed weights would take.
 

@@ -21,7 +21,7 @@ from arbllm.tunable import TunableLinear
 CHECKS = 4
 HELD_OUT = 2
 LENGTH = 512
-DISTILLATION_RATE = 1e-3
+DISTILLATION_RATE = 4e-3
 
 
 class Distilled(NamedTuple):

@@ -31,7 +31,7 @@ from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, 
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
-SENSITIVITY_TOKENS = 8192
+SENSITIVITY_TOKENS, SENSITIVITY_SHARE = 8192, 3  # at most; and of all windows, the third part at most
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
@@ -308,7 +308,7 @@ def _configs(
     if shares is not None:
         return {name: replace(config, bits=share) for name, share in shares.items()}
     if config.allocation == "measured":
-        few = windows[: -(-SENSITIVITY_TOKENS // windows.shape[1])]
+        few = windows[: max(1, min(-(-SENSITIVITY_TOKENS // windows.shape[1]), len(windows) // SENSITIVITY_SHARE))]
         demands = measure_demands(model, few, device)
     else:
         shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}

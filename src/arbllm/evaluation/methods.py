@@ -26,7 +26,7 @@ from arbllm.pipeline import quantize
 
 FULL = "fp16"
 JOINT = "arb-rcx"
-DISTILLATION_STEPS = 100
+DISTILLATION_STEPS = 128
 # Parts of a file that pictures and tables tell apart, and the tensors of packed linears that fall under them.
 PARTS = {
     "codes": (),

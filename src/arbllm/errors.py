@@ -21,3 +21,7 @@ class TextError(ArbllmError):
 
 class CheckpointError(ArbllmError):
     """A packed checkpoint that is missing, damaged or from another version; names the file and tensor."""
+
+
+class RankError(ArbllmError):
+    """Another process of the same job has ended, or does not answer."""

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
-from arbllm.binarize.methods import get_method
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
-from arbllm.format.checkpoint import bytes_on_disk, checksum, open_checkpoint
+from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.header import order_metadata
 from arbllm.integrations.transformers import mark_packed
-from arbllm.model.distill import DISTILLATION_RATE, cut_pieces, distill_model
-from arbllm.model.embeddings import check_embedding_bits, quantize_embeddings
+from arbllm.job import Job, choose_tuning, shown, streamable
+from arbllm.model.distill import DISTILLATION_RATE, distill_model
+from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.events import Event, LinearQuantized, OnEvent
-from arbllm.model.quantize import quantize_model
-from arbllm.model.resume import Progress, fingerprint, resumable_output
-from arbllm.model.source import open_model, open_model_only, open_tokenizer
-from arbllm.model.stream import StreamedModel, can_stream
+from arbllm.model.ranks import joined, own_device
+from arbllm.model.resume import Progress, resumable_output
+from arbllm.model.source import open_model, open_model_only
 from arbllm.model.tune import Tuning
 from arbllm.progress import JsonLinesLog
-from arbllm.sizes import bits_for_size, dense_sizes, largest_size
+from arbllm.sizes import largest_size
 from arbllm.summary import JobSummary
-from arbllm.text import calibration_windows, evaluation_tokens
+from arbllm.text import evaluation_tokens
 
 LOG_FILE = "quantization_log.jsonl"
 CARD_FILE = "README.md"
@@ -84,7 +81,8 @@ def quantize(
 
     `out` receives the weights, the tokenizer, a model card and `quantization_log.jsonl`, one line for each event
     (see `arbllm.model.events`). It appears whole or not at all. A job that was stopped in whatever way goes on where it
-    was when it is called again with the same arguments (see `arbllm.model.resume`).
+    was when it is called again with the same arguments (see `arbllm.model.resume`). Under `torchrun`, each process
+    calls this function, and all do the job together (see `arbllm.model.ranks`); rank 0 alone writes.
 
     Args:
         model: a hub id, a local directory or a `.gguf` file.
@@ -117,62 +115,60 @@ def quantize(
             that can be known.
     """
     model, out, config = str(model), Path(out), config or BinarizationConfig()
-    place = choose_device(device)
-    tuning = _tuning(config, tune, distill)
+    place = own_device(choose_device(device))
+    tuning = choose_tuning(config, tune, distill)
     if stream:
-        config = _streamable(model, config, distill)
+        config = streamable(model, config, distill)
     check_embedding_bits(embedding_bits)
     check_coding(bitmap)
     if size is not None and bitmap == CSR:
         raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
-    facts: dict[str, str | int] = {
-        "tune": tuning.steps if tuning else 0,
-        "distill": distill,
-        "text": _shown(calibration),
-        "windows": windows,
-        "window_length": window_length,
-        "seed": seed,
-    }
+    with joined(place) as ranks:
+        job = Job(
+            model=model,
+            config=config,
+            embedding_bits=embedding_bits,
+            bitmap=bitmap,
+            size=size,
+            tuning=tuning,
+            distill=distill,
+            calibration=calibration,
+            windows=windows,
+            window_length=window_length,
+            seed=seed,
+            device=place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            stream=stream,
+            offload=Path(offload_dir) if offload_dir else None,
+            ranks=ranks,
+        )
+        if not ranks.first:
+            job.binarize(job.open())
+        return ranks.told(partial(_write, job, out, overwrite, evaluate, on_event))
+
+
+def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event: OnEvent | None) -> QuantizationSummary:
+    """What rank 0 does: the job, and a checkpoint of it."""
     with resumable_output(out, overwrite) as (kept, work):
         with measure() as measured:
-            tokenizer = open_tokenizer(model, trust_remote_code)
-            tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
-            if distill:
-                cut_pieces(tokens)  # what would fail in the end is better refused in the beginning
-            streamed = StreamedModel(model, dtype, trust_remote_code) if stream else None
-            opened = streamed.model if streamed else open_model_only(model, dtype, trust_remote_code=trust_remote_code)
-            held_out = _held_out(opened, evaluate, tokenizer) if evaluate else None
-            dense_bytes, dense_linear_bytes = dense_sizes(opened)
-            source = streamed.fingerprint() if streamed else fingerprint(opened.state_dict().items())
-            quantize_embeddings(opened, embedding_bits)
-            if size is not None:
-                config = replace(config, bits=bits_for_size(opened, size))
-            check_disk_space(largest_size(opened, config, bitmap), work)
-            # Embeddings and the way of storing count as options: with others, finished blocks are of no use.
-            options = config.to_dict() | {"embedding_bits": embedding_bits, "bitmap": bitmap} | facts
-            options |= {"dtype": dtype, "device": place.type, "stream": stream}
-            progress = Progress(kept, _manifest(source, tokens, options))
+            opened = job.open()
+            model, config = opened.model, opened.config
+            held_out = _held_out(model, evaluate, opened.tokenizer) if evaluate else None
+            check_disk_space(largest_size(model, config, job.bitmap), work)
+            progress = Progress(kept, job.manifest(opened))
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = _both(log, on_event)
-                results = quantize_model(
-                    opened,
-                    tokens,
-                    config,
-                    tuning=tuning,
-                    device=place,
-                    on_event=emit,
-                    progress=progress,
-                    load_block=streamed.load_block if streamed else None,
-                    offload=Path(offload_dir) if offload_dir else None,
-                )
-                if distill:
-                    _distill(opened, model, trust_remote_code, tokens, distill, place, emit, progress)
-            _save(opened, tokenizer, work, config, bitmap, results, facts)
-        del opened
+                results = job.binarize(opened, emit, progress)
+                if job.distill:
+                    _distill(model, job, opened.tokens, emit, progress)
+            _save(model, opened.tokenizer, work, config, job.bitmap, results, job.facts)
+        dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
+        del opened, model
         packed = open_checkpoint(work).size.linears
-        score = _evaluate(work, held_out, place) if held_out is not None else None
+        score = _evaluate(work, held_out, job.device) if held_out is not None else None
         summary = QuantizationSummary(
             path=out,
             linears=len(results),
@@ -187,71 +183,23 @@ def quantize(
             perplexity=score.perplexity if score else None,
             **asdict(measured),
         )
-        (work / CARD_FILE).write_text(
-            _card(model, summary, config, embedding_bits, facts, evaluate, score), encoding="utf-8"
-        )
+        (work / CARD_FILE).write_text(_card(job, summary, config, evaluate, score), encoding="utf-8")
     return summary
 
 
-def _streamable(model: str, config: BinarizationConfig, distill: int) -> BinarizationConfig:
-    """The options for a model that is streamed.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
-    if not can_stream(model):
-        raise ConfigError(f"stream is for a local directory with safetensors files, which {model} is not")
-    if distill:
-        raise ConfigError("distill needs the dense model in memory; leave out stream, or distill")
-    if config.bits is None or config.allocation == "uniform":
-        return config
-    message = "bits are divided uniformly, since what linears gain from them is measured on the whole model in memory"
-    warnings.warn(message, stacklevel=1)
-    return replace(config, allocation="uniform")
-
-
-def _manifest(source: str, tokens: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job is: with any of it changed, its finished blocks would be others."""
-    versions = {"arbllm": arbllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"versions": versions, "model": source, "calibration_tokens": checksum(tokens), "options": dict(options)}
-
-
 def _distill(
-    model: PreTrainedModel,
-    source: str,
-    trust_remote_code: bool,
-    tokens: Tensor,
-    steps: int,
-    device: torch.device,
-    emit: Callable[[Event], None],
-    progress: Progress,
+    model: PreTrainedModel, job: Job, tokens: Tensor, emit: Callable[[Event], None], progress: Progress
 ) -> None:
-    """Distil from the model called `source`, unless that was done before."""
+    """Distil from the dense model, unless that was done before."""
     done = progress.restore_distilled(model)
     if done is not None:
         emit(done)
         return
     events: list[Event] = []
-    teacher = open_model_only(source, trust_remote_code=trust_remote_code)
-    distill_model(model, teacher, tokens, Tuning(steps, DISTILLATION_RATE), device, _both(events.append, emit))
+    teacher = open_model_only(job.model, trust_remote_code=job.trust_remote_code)
+    tuning = Tuning(job.distill, DISTILLATION_RATE)
+    distill_model(model, teacher, tokens, tuning, job.device, _both(events.append, emit))
     progress.keep_distilled(model, events[-1])
-
-
-def _tuning(config: BinarizationConfig, tune: int | None, distill: int) -> Tuning | None:
-    """How blocks are tuned, None for not at all.
-
-    Raises:
-        ConfigError: steps are negative, or the method cannot be tuned.
-    """
-    method = get_method(config.method)
-    for option, steps in (("tune", tune or 0), ("distill", distill)):
-        if steps < 0:
-            raise ConfigError(f"{option} must be a number of steps, 0 for none, not {steps}")
-        if steps and (method.has_means or not method.has_column_scales):
-            raise ConfigError(f"{option} is for arb-rc and arb-rcx; {config.method} has no column scales to tune")
-    if tune is None:
-        tune = Tuning().steps if method.joint else 0
-    return Tuning(tune) if tune else None
 
 
 def _save(
@@ -287,26 +235,24 @@ def _evaluate(checkpoint: Path, held_out: Tensor, device: torch.device) -> Perpl
 
 
 def _card(
-    source: str,
+    job: Job,
     summary: QuantizationSummary,
     config: BinarizationConfig,
-    embedding_bits: int,
-    calibration: Mapping[str, str | int],
     text: str | None,
     score: Perplexity | None,
 ) -> str:
     facts = CardFacts(
         name=summary.path.absolute().name,
-        source=source,
+        source=job.model,
         version=arbllm.__version__,
         config=config,
-        embedding_bits=embedding_bits,
-        calibration=calibration,
+        embedding_bits=job.embedding_bits,
+        calibration=job.facts,
         true_bits=summary.true_bits_per_weight,
         nominal_bits=summary.nominal_bits_per_weight,
         bytes_on_disk=summary.bytes_on_disk,
         output_error=summary.output_error,
-        perplexity={_shown(text): (score.perplexity, score.context)} if text and score else {},
+        perplexity={shown(text): (score.perplexity, score.context)} if text and score else {},
     )
     return model_card(facts)
 
@@ -318,8 +264,3 @@ def _both(first: Callable[[Event], None], second: OnEvent | None) -> OnEvent:
             second(event)
 
     return emit
-
-
-def _shown(text: str) -> str:
-    """A text as checkpoints name it: a file by its name alone."""
-    return Path(text).name if Path(text).is_file() else text

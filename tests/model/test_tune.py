@@ -235,7 +235,7 @@ def test_a_step_takes_the_beginning_of_a_window(name, monkeypatch):
     """Outputs there do not depend on what comes later, so the call for fewer tokens gives the same."""
     seen = []
 
-    def look(block, call, hidden, targets, matrices, tuning):
+    def look(block, call, hidden, targets, matrices, tuning, ranks):
         seen.append((hidden.shape, targets.shape))
         with torch.no_grad():  # the block is still the dense one, and so far none before it was tuned
             found = call(block.module, hidden[:1].clone())

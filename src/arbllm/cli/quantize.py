@@ -110,6 +110,8 @@ def quantize(
 
     `arbllm quantize ./llama-70b packed --stream --offload-dir /scratch`
 
+    `torchrun --nproc-per-node 8 -m arbllm quantize ./llama-70b packed --stream`
+
     A job that was stopped goes on where it was when the same command is given again.
 
     As the paper's own code: `--split-on saliency --compensation reference`
@@ -117,6 +119,7 @@ def quantize(
     with command(debug):
         from arbllm.config import BinarizationConfig
         from arbllm.errors import ConfigError
+        from arbllm.model.ranks import is_first_process
         from arbllm.pipeline import quantize as run
         from arbllm.plan import plan
         from arbllm.progress import ProgressDisplay
@@ -150,7 +153,8 @@ def quantize(
             )
             _print_plan(found, json)
             return
-        say("opening", model)
+        if is_first_process():
+            say("opening", model)
         with ProgressDisplay() as display:
             summary = run(
                 model,
@@ -174,6 +178,8 @@ def quantize(
                 evaluate=evaluate,
                 on_event=display,
             )
+        if not is_first_process():
+            return
         if json:
             print_json(summary.to_dict())
             return

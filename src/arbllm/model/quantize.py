@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.ranks import Ranks, assign_owners
 from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import measure_demands
 from arbllm.model.spill import spill
@@ -46,6 +48,7 @@ def quantize_model(
     progress: Progress | None = None,
     load_block: Callable[[DecoderBlock], None] | None = None,
     offload: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> list[LinearQuantized]:
     """Binarize every linear of every decoder block, in place; embeddings, norms and head stay as they are.
 
@@ -69,6 +72,8 @@ def quantize_model(
         load_block: reads a block's weights when its turn comes, where they are not in memory (see
             `arbllm.model.stream`); bits can then not be divided as measured.
         offload: a directory for the activations, which are memory-mapped from there; None for memory.
+        ranks: the processes that do this together, each calling this function with the same model and windows (see
+            `arbllm.model.ranks`), and rank 0 alone with `progress`; None for this one alone.
 
     Returns:
         One record per linear, in the model's order.
@@ -78,7 +83,7 @@ def quantize_model(
             activation is not finite; the message names the layer.
     """
     config = config or BinarizationConfig()
-    emit = on_event or _ignore
+    emit, ranks = on_event or _ignore, ranks or Ranks()
     blocks = find_blocks(model)
     if load_block is None:
         check_weights(blocks)
@@ -90,9 +95,9 @@ def quantize_model(
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
-    configs = _configs(model, blocks, windows, config, device, progress)
-    unfinished = [block.index for block in blocks if progress is None or progress.block(block.index) is None]
-    last = max(unfinished, default=-1)  # activations are needed as far as there
+    configs = ranks.told(partial(_configs, model, blocks, windows, config, device, progress))
+    last = ranks.told(partial(_last_unfinished, blocks, progress))  # activations are needed as far as there
+    windows = ranks.share(windows)
     hidden, calls = capture_inputs(model, blocks, windows, device)
     shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1] if tuning else [None] * len(calls)
     dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
@@ -104,7 +109,7 @@ def quantize_model(
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
                 load_block(blocks[0])
-            job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, progress)
+            job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, ranks, progress)
             results += job.run(call, short, hidden, dense)
     return results
 
@@ -122,6 +127,7 @@ class _BlockJob:
     tuning: Tuning | None
     on_event: OnEvent
     pool: Executor
+    ranks: Ranks
     progress: Progress | None = None
     events: list[Event] = field(default_factory=list)
 
@@ -137,7 +143,7 @@ class _BlockJob:
         """
         home = self.block.linears[0].weight.device
         call = call.to(self.device)
-        done = self.progress.block(self.block.index) if self.progress else None
+        done = self.ranks.told(lambda: self.progress.block(self.block.index) if self.progress else None)
         if done is not None:
             return self._repeat(done, home, call, hidden, dense)
         self.emit(BlockStarted(self.block.index, self.blocks))
@@ -149,6 +155,7 @@ class _BlockJob:
             groups = gather_hessians(self.block, call, hidden)
             laps.append(self._now())
             solved = self._solve(groups)
+            del groups  # they are large, and done with
             laps.append(self._now())
             if dense is not None and short is not None:
                 solved = self._tune(solved, short.to(self.device), hidden, dense)
@@ -223,17 +230,23 @@ class _BlockJob:
 
     def _solve(self, groups: list[InputGroup]) -> list[Solved]:
         """Binarize all linears, those with the same input by one factorisation; emits them in the block's order."""
+        owners = assign_owners(groups, self.ranks.count)
         factors: dict[Linear, Factor] = {}
-        for group in groups:
+        for group in self.ranks.sum_hessians(groups, owners):
             with _named(group.linears[0].name):
                 config = self.configs[group.linears[0].name]
                 shrinkage = group.sampling_error if get_method(config.method).joint else 0.0
                 factors |= dict.fromkeys(group.linears, factorize(group.hessian, config.damping, shrinkage))
         largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
         futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
+
+        def result(linear: Linear) -> tuple[BinaryMatrix, float]:
+            return futures[linear].result()
+
         solved = []
         for linear in self.block.linears:
-            matrix, seconds = futures[linear].result()
+            matrix, seconds = self.ranks.told(partial(result, linear), owners[linear])
+            matrix = matrix.map(lambda tensor: tensor.to(self.device))
             record = self._record(linear, matrix, seconds)
             self.emit(record)
             solved.append((linear, matrix, record))
@@ -244,7 +257,7 @@ class _BlockJob:
         start = self._now()
         matrices = {linear: matrix for linear, matrix, _ in solved}
         begin = slice(self.tuning.length)
-        tuned = tune_block(self.block, call, hidden[:, begin], targets[:, begin], matrices, self.tuning)
+        tuned = tune_block(self.block, call, hidden[:, begin], targets[:, begin], matrices, self.tuning, self.ranks)
         seconds = self._now() - start
         self.emit(BlockTuned(self.block.index, self.blocks, tuned.before, tuned.after, tuned.steps, seconds))
         return [(linear, tuned.matrices[linear], record) for linear, _, record in solved]
@@ -285,6 +298,12 @@ class _BlockJob:
 
 def _ignore(_: object) -> None:
     pass
+
+
+def _last_unfinished(blocks: list[DecoderBlock], progress: Progress | None) -> int:
+    """The number of the last block that is still to be quantized; -1 for none."""
+    unfinished = [block.index for block in blocks if progress is None or progress.block(block.index) is None]
+    return max(unfinished, default=-1)
 
 
 def _job_started(blocks: list[DecoderBlock]) -> JobStarted:
@@ -353,7 +372,10 @@ def _solver_pool(linears: int) -> Iterator[Executor]:
     share = threads // workers
     try:
         with ThreadPoolExecutor(workers, "arbllm-solver", torch.set_num_threads, (share,)) as pool:
-            yield pool
+            try:
+                yield pool
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error, what has not begun need not be done
     finally:
         torch.set_num_threads(threads)
 

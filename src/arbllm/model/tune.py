@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import BlockCall
+from arbllm.model.ranks import Ranks
 from arbllm.model.walk import DecoderBlock, Linear
 from arbllm.tunable import TunableLinear
 
@@ -54,6 +55,7 @@ def tune_block(
     targets: Tensor,
     matrices: Mapping[Linear, BinaryMatrix],
     tuning: Tuning,
+    ranks: Ranks | None = None,
 ) -> Tuned:
     """Adam on row scales, column scales and norm weights; the best state on held-out windows is kept.
 
@@ -67,7 +69,9 @@ def tune_block(
         targets: the block's outputs in the dense model for the same tokens, (N, L, d): earlier errors are made up for.
         matrices: its packed linears.
         tuning: how long and how fast.
+        ranks: processes that have other windows, each with as many to tune on; a step takes one of each.
     """
+    ranks = ranks or Ranks()
     layers = {linear: TunableLinear(matrix, linear.module.bias) for linear, matrix in matrices.items()}
     for linear, layer in layers.items():
         block.module.set_submodule(linear.name.removeprefix(f"{block.name}."), layer)
@@ -83,9 +87,9 @@ def tune_block(
 
     def measure() -> float:
         with torch.no_grad():
-            return sum(float(loss(window)) for window in held_out) / len(held_out)
+            return ranks.mean(sum(float(loss(window)) for window in held_out) / len(held_out))
 
-    trainer = Trainer(layers.values(), norms, tuning)
+    trainer = Trainer(layers.values(), norms, tuning, ranks)
     best = Best(trainer.parameters, measure())
     before, stride = best.loss, max(1, tuning.steps // CHECKS)
     for step in range(tuning.steps):
@@ -119,7 +123,13 @@ class Trainer:
         parameters: all that is trained.
     """
 
-    def __init__(self, layers: Iterable[TunableLinear], norms: Sequence[nn.Parameter], tuning: Tuning) -> None:
+    def __init__(
+        self,
+        layers: Iterable[TunableLinear],
+        norms: Sequence[nn.Parameter],
+        tuning: Tuning,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Norms learn at a rate of their own, in units of their size."""
         scales = [change for layer in layers for change in (layer.row_changes, layer.column_changes)]
         self.parameters = [*scales, *norms]
@@ -130,13 +140,15 @@ class Trainer:
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         self._rates = [group["lr"] for group in groups]
         self._steps = tuning.steps
+        self._ranks = ranks or Ranks()
 
     def step(self, step: int, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
+        """One step down the gradient of `loss`, its mean over all ranks."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self._steps))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._ranks.average([each.grad for each in self.parameters if each.grad is not None])
         self._optimizer.step()
 
     def finish(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,6 +60,25 @@ def check_disk_space(needed: int, directory: Path) -> None:
             f"no space left on the disk: the checkpoint can take {needed:,} bytes, {directory.parent} has {free:,} "
             "free; free some, or choose an output directory on another disk"
         )
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Run a job, and say what helps when the device has too little memory for it.
+
+    Raises:
+        ArbllmError: it has.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # as PyTorch says on a CPU
+            raise
+        raise ArbllmError(
+            "the device is out of memory; use fewer or shorter windows (--windows, --window-length), --stream where "
+            "the model is larger than memory, or another --device"
+        ) from error
 
 
 def reset_peak_memory() -> None:

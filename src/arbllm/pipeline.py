@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import arbllm
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
-from arbllm.device import check_disk_space, choose_device, evaluation_dtype
+from arbllm.device import check_disk_space, choose_device, evaluation_dtype, naming_lack_of_memory
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
@@ -125,7 +125,7 @@ def quantize(
         raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
-    with joined(place) as ranks:
+    with naming_lack_of_memory(), joined(place) as ranks:
         job = Job(
             model=model,
             config=config,

@@ -101,7 +101,7 @@ def test_a_block_of_another_job_is_not_taken(tmp_path):
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     write_whole(tmp_path / "a", b"first")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
         write_whole(tmp_path / "a", b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"first"
@@ -114,18 +114,6 @@ def test_two_jobs_do_not_write_to_one_directory(tmp_path):
         resumable_output(tmp_path / "out"),
     ):
         pass
-
-
-def run_out_of_memory(out):
-    with resumable_output(out) as (kept, _):
-        Progress(kept, MANIFEST).keep_block(0, BLOCK)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_device_out_of_memory_keeps_what_is_finished(tmp_path):
-    with pytest.warns(UserWarning, match="the same command goes on"), pytest.raises(ArbllmError, match="out of memory"):
-        run_out_of_memory(tmp_path / "out")
-    assert (tmp_path / ".out.unfinished" / "block-00000.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:what is finished is kept")

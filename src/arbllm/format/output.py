@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from safetensors import SafetensorError
-
 from arbllm.errors import ArbllmError
 
 
@@ -27,7 +25,7 @@ def output_directory(out: Path | str, overwrite: bool = False, work: Path | None
         work: where to write until then, on the same disk; None for a directory of its own beside `out`.
 
     Raises:
-        ArbllmError: `out` exists and may not be replaced, or cannot be made; the disk is full.
+        ArbllmError: `out` exists and may not be replaced, or cannot be made or written; the disk is full.
     """
     out = Path(out).resolve()
     check_replaceable(out, overwrite)
@@ -40,11 +38,13 @@ def output_directory(out: Path | str, overwrite: bool = False, work: Path | None
         yield work
         _replace(out, work)
     except Exception as error:
-        if not _disk_is_full(error):
+        if _disk_is_full(error):
+            message = "no space left on the disk; free some, or choose an output directory on another disk"
+        elif isinstance(error, OSError) and str(error.filename).startswith(str(out.parent)):
+            message = f"cannot be written ({error.strerror}: {error.filename}); choose another output directory"
+        else:
             raise
-        raise ArbllmError(
-            f"{out}: no space left on the disk; free some, or choose an output directory on another disk"
-        ) from error
+        raise ArbllmError(f"{out}: {message}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -81,8 +81,8 @@ def _replace(out: Path, work: Path) -> None:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Whether an error comes of a full disk; safetensors tells so in words alone."""
+    """Whether an error comes of a full disk; safetensors and tokenizers tell so in words alone."""
     full = {errno.ENOSPC, errno.EDQUOT}
-    if isinstance(error, OSError) and error.errno in full:
-        return True
-    return isinstance(error, SafetensorError) and any(f"os error {code}" in str(error) for code in full)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {code})" in str(error) for code in full)

@@ -20,13 +20,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -187,7 +186,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
         Where finished work is kept (see `Progress`), and the directory to write in, which becomes `out`.
 
     Raises:
-        ArbllmError: as `output_directory`; or another job is writing to `out`, or the device is out of memory.
+        ArbllmError: as `output_directory`; or another job is writing to `out`.
     """
     out = Path(out).resolve()
     check_replaceable(out, overwrite)
@@ -203,16 +202,11 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
         try:
             with output_directory(out, overwrite, directory / CHECKPOINT_DIRECTORY) as work:
                 yield directory, work
-        except BaseException as error:
+        except BaseException:
             if any(directory.glob("block-*.safetensors")):
                 warnings.warn(f"what is finished is kept: the same command goes on with {out}", stacklevel=1)
             else:
                 shutil.rmtree(directory, ignore_errors=True)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise ArbllmError(
-                    "the device is out of memory; use fewer or shorter windows (--windows, --window-length), or "
-                    "--device cpu"
-                ) from error
             raise
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -227,7 +221,7 @@ def write_whole(file: Path, octets: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the machine stops.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written, and nothing is left of it; names the file.
     """
     part = file.with_name(f"{file.name}.part")
     try:
@@ -236,9 +230,10 @@ def write_whole(file: Path, octets: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error
     _sync_directory(file.parent)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from arbllm.errors import ArbllmError, ConfigError, ModelError
+from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.format.checkpoint import QUANT_METHOD
+from arbllm.format.header import read_header
 from arbllm.hub import hub_is_reachable
 from arbllm.integrations.transformers import load
 
@@ -101,7 +102,21 @@ def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) ->
                 f"{name_or_path}: no such file or directory; as the name of a model on the hub it is not in the local "
                 "cache, and the hub cannot be reached. Give the path of a local model"
             ) from error
+        _check_files(Path(name_or_path).expanduser())
         raise ModelError(f"{name_or_path}: its {part} cannot be opened ({_first_line(error)})") from error
+
+
+def _check_files(directory: Path) -> None:
+    """Look for the damage that has kept a model from being opened.
+
+    Raises:
+        ModelError: a safetensors file is unreadable or damaged; names it.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            read_header(file)
+        except CheckpointError as error:
+            raise ModelError(str(error)) from error
 
 
 def _locate(name_or_path: str) -> dict[str, Any]:

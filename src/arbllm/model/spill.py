@@ -38,7 +38,7 @@ def spill(tensor: Tensor, directory: Path) -> Tensor:
         with suppress(OSError):
             file.unlink()
         raise ArbllmError(
-            f"{directory}: activations cannot be kept there ({error}); choose another directory"
+            f"{directory}: activations cannot be kept there ({error}); choose another --offload-dir"
         ) from error
     file.unlink()
     return mapped.reshape(tensor.shape).copy_(tensor)

@@ -1,6 +1,6 @@
 """What several processes spend on a decoder block, and from it the time of LLaMA-2-70B on 1, 8 and 64 GPUs.
 
-    python benchmarks/scaling.py          # measures a block of an eighth of its width, and prints
+    python benchmarks/scaling.py          # measures blocks of a sixteenth and an eighth of its width
     python benchmarks/scaling.py --page   # also writes docs/scaling.md
 
 Computing is measured in one process with one thread, by processor time, which others on the machine do not add to.
@@ -40,7 +40,8 @@ from solver import ROOT, Rows, as_markdown, as_table
 
 PAGE = ROOT / "docs" / "scaling.md"
 LARGE = SHAPES["llama-70b"]
-SMALL = {**LARGE, "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 1}
+SMALL = {**LARGE, "num_attention_heads": 8, "num_key_value_heads": 1}
+WIDTHS = (512, 1024)
 BITS = BinarizationConfig().bits or 0.0
 WINDOWS, LENGTH = 128, 2048
 COUNTS = (2, 4)
@@ -59,17 +60,17 @@ at hand: nothing below was measured on one, and the path by which GPUs sum Hessi
 
 ## What a block takes to compute
 
-A block of an eighth of LLaMA-2-70B's width (1024, MLP 3584), {windows} windows of {length} tokens, by one thread of a
-CPU, in its processor time. Operations are counted by formulas: 2 for each weight and token of a forward pass, three
-times that forward and backward; 2 for each token and entry of a Hessian at or above its diagonal, strips included; to
-solve a linear (n, m), n m^2. The last column is operations a second, in units of what a product of two 1024 x 1024
-matrices reached in the same run.
+A block of LLaMA-2-70B at a sixteenth and at an eighth of its width, {windows} windows of {length} tokens, by one thread
+of a CPU, in its processor time. Operations are counted by formulas: 2 for each weight and token of a forward pass,
+three times that forward and backward; 2 for each token and entry of a Hessian at or above its diagonal, strips
+included; to solve a linear (n, m), n m^2. The last column is operations a second, in units of what a product of two
+1024 x 1024 matrices reached in the same run.
 
 {steps}
 
 ## What ranks send
 
-The same block, quantized by processes of one machine that gloo connects, each operation timed from when all ranks have
+The wider block, quantized by processes of one machine that gloo connects, each operation timed from when all ranks have
 come to it. Bytes are those that each rank puts in or takes out; how many of them cross a wire is the affair of the
 library, for a sum in a ring about one time or two times of them. The seconds are wall-clock time on a machine that
 did other work as well: bounds from above.
@@ -87,13 +88,16 @@ square of the width and not with the number of windows. Packed linears take {bit
 
 What is assumed:
 
-- Each step reaches the same share of the rate of a matrix product as it did above: {half} Tflop/s in bfloat16 (forward
-  passes, tuning), {single} Tflop/s in float32 (Hessians, solving), about an H100 in practice.
+- Each step reaches the same share of the rate of a matrix product as it did above at the greater width: {half} Tflop/s
+  in bfloat16 (forward passes, tuning), {single} Tflop/s in float32 (Hessians, solving), about an H100 in practice.
 - Within a machine of 8 GPUs each sends {within} GB/s; with 64 GPUs, to other machines, {between} GB/s. Packed linears
   are told at {told} GB/s.
 - A machine reads {disk} GB/s of weights; its ranks read the same ones, which the system keeps in memory.
 - Nothing waits but for the steps above, which follow one another. Left out: the first pass through the embedding, the
   attention of tokens to each other, factorising the Hessians, dequantizing, and writing.
+
+Solving is the least certain part. From the smaller width to the greater its share rises in the first table, since much
+of it is not products of matrices; should that go on, it takes less than predicted.
 
 Forward passes and Hessians shrink with the number of GPUs. Solving shrinks as far as linears can be divided: a block
 has seven, of which three (gate, up, down) are most of the work, so more than a few owners do not help. Tuning does not
@@ -163,17 +167,18 @@ class CountingRanks(ManyRanks):
         self.nbytes[kind] += tensor.nbytes
 
 
-def small_model() -> LlamaForCausalLM:
+def small_model(width: int) -> LlamaForCausalLM:
     """Two blocks, random, the same each time."""
     torch.manual_seed(0)
-    shape = {**SMALL, "num_hidden_layers": 2}
+    inner = width * LARGE["intermediate_size"] // LARGE["hidden_size"]
+    shape = {**SMALL, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, **shape)).eval()
 
 
-def measure_steps(windows: int, length: int) -> dict[str, Step]:
+def measure_steps(width: int, windows: int, length: int) -> dict[str, Step]:
     """What a block takes to compute, in this process."""
     torch.set_num_threads(1)
-    model, tokens = small_model(), torch.randint(256, (windows, length))
+    model, tokens = small_model(width), torch.randint(256, (windows, length))
     block = find_blocks(model)[0]
     hidden, calls = capture_inputs(model, [block], tokens, torch.device("cpu"))
     weights = sum(linear.weight.numel() for linear in block.linears)
@@ -217,7 +222,7 @@ def _processor_time(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure_traffic(windows: int, length: int) -> tuple[Mapping[str, int], Mapping[str, float]]:
+def measure_traffic(width: int, windows: int, length: int) -> tuple[Mapping[str, int], Mapping[str, float]]:
     """Bytes that a rank gives to each kind of common operation in a block, and the seconds that they take.
 
     To be called by every rank.
@@ -231,7 +236,7 @@ def measure_traffic(windows: int, length: int) -> tuple[Mapping[str, int], Mappi
 
     config = BinarizationConfig(allocation="uniform")
     with suppress(EnoughError):
-        quantize_model(small_model(), tokens, config, tuning=Tuning(), on_event=listen, ranks=ranks)
+        quantize_model(small_model(width), tokens, config, tuning=Tuning(), on_event=listen, ranks=ranks)
     return dict(ranks.nbytes), dict(ranks.seconds)
 
 
@@ -278,10 +283,11 @@ def _sum_seconds(groups: list[InputGroup], owners: Mapping[Linear, int], gpus: i
     return nbytes * (gpus - 1) / gpus / rate
 
 
-def step_rows(steps: Mapping[str, Step]) -> Rows:
+def step_rows(measured: Mapping[int, Mapping[str, Step]]) -> Rows:
     """The table of what was computed."""
     return [
-        (name, f"{step.operations / 1e9:.1f}", f"{step.seconds:.2f}", f"{step.share:.3f}")
+        (name, str(width), f"{step.operations / 1e9:.1f}", f"{step.seconds:.2f}", f"{step.share:.3f}")
+        for width, steps in measured.items()
         for name, step in steps.items()
     ]
 
@@ -313,15 +319,18 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="also write docs/scaling.md")
     options = parser.parse_args()
     shape = options.windows, options.window_length
-    traffic = {count: run_ranks(count, partial(measure_traffic, *shape))[0] for count in COUNTS}
-    steps = measure_steps(*shape)
+    traffic = {count: run_ranks(count, partial(measure_traffic, WIDTHS[-1], *shape))[0] for count in COUNTS}
+    steps = {width: measure_steps(width, *shape) for width in WIDTHS}
     machine = Machine()
     tables = {
-        "steps": (("step", "billion operations", "processor time, s", "share of a product's rate"), step_rows(steps)),
+        "steps": (
+            ("step", "width", "billion operations", "processor time, s", "share of a product's rate"),
+            step_rows(steps),
+        ),
         "traffic": (("a rank, a block", *(f"{count} ranks" for count in COUNTS)), traffic_rows(traffic)),
         "prediction": (
             ("LLaMA-2-70B, s a block", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS)),
-            prediction_rows({gpus: predict(gpus, steps, machine) for gpus in GPUS}),
+            prediction_rows({gpus: predict(gpus, steps[WIDTHS[-1]], machine) for gpus in GPUS}),
         ),
     }
     console = Console(width=120)

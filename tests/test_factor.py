@@ -100,3 +100,12 @@ def test_shrinkage_helps_where_tokens_are_few():
         return float(((difference @ exact) * difference).sum())
 
     assert error((40 / 60) ** 0.5) < 0.95 * error(0.0)
+
+
+def test_without_u_all_else_stays():
+    factor = factorize(hessian_of(), shrinkage=0.5)
+    light = factor.without_upper()
+    torch.testing.assert_close(light.inverse_diagonal, (factor.upper.T @ factor.upper).diagonal())
+    assert torch.equal(light.damped, factor.damped)
+    assert torch.equal(light.damped.diagonal(), light.damped_diagonal)
+    assert light.upper.numel() == 0

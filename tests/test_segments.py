@@ -85,7 +85,9 @@ def test_a_round_raises_the_error_by_no_more_than_the_rounding_of_scales(seed, r
         before = solving.error()
         levels = solving.refine(levels, bounds)
         assert solving.error() <= before + allowed
-        exact = error_of((solving.weight - solving.values).T, Factor(hessian, hessian, factor.dead, 0.0))
+        exact = error_of(
+            (solving.weight - solving.values).T, Factor(hessian, hessian, hessian.diagonal(), factor.dead, 0.0)
+        )
         assert solving.error() == pytest.approx(exact, rel=1e-3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Factor:
 
     Attributes:
         hessian: H, float32 (m, m), as accumulated.
-        upper: U, upper triangular, (H + lambda I)^-1 = U^T U, float32 (m, m).
+        upper: U, upper triangular, (H + lambda I)^-1 = U^T U, float32 (m, m); empty in `without_upper`.
+        inverse_diagonal: diagonal of U^T U, float32 (m).
         dead: bool (m), inputs that never fire (H_jj = 0).
         damping: lambda over the mean of diag H; larger than asked for where Cholesky needed it.
         shrinkage: rho.
@@ -29,16 +30,27 @@ class Factor:
 
     hessian: Tensor
     upper: Tensor
+    inverse_diagonal: Tensor
     dead: Tensor
     damping: float
     shrinkage: float = 0.0
 
+    def without_upper(self) -> Factor:
+        """The same without U, as large as H, for those that only ask for the diagonal of its square."""
+        return replace(self, upper=self.upper.new_empty(0, 0))
+
     @property
     def damped(self) -> Tensor:
         """H + rho diag(H) + lambda I, with H_jj = 1 for inputs that never fire: positive definite, float32 (m, m)."""
-        damped, unit = _shrunk(self.hessian, self.dead, self.shrinkage)
-        damped.diagonal().add_(self.damping * unit)
+        damped = self.hessian.clone()
+        damped.diagonal().copy_(self.damped_diagonal)
         return damped
+
+    @property
+    def damped_diagonal(self) -> Tensor:
+        """The diagonal of `damped`, which is all that it does not share with H, float32 (m)."""
+        diagonal, unit = _shrunk(self.hessian, self.dead, self.shrinkage)
+        return diagonal + self.damping * unit
 
 
 def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
@@ -57,13 +69,18 @@ def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) ->
     if not torch.isfinite(hessian).all():
         raise ModelError("its Hessian has NaN or infinite entries: the activations overflowed; try --dtype float32")
     dead = hessian.diagonal() <= 0
-    damped, unit = _shrunk(hessian, dead, shrinkage)
+    diagonal, unit = _shrunk(hessian, dead, shrinkage)
     while damping < DAMPING_LIMIT:
         # With J the reversal of order, chol(J A J) gives A = R R^T, R upper triangular, so A^-1 = U^T U with U = R^-1.
-        shifted = damped + damping * unit * torch.eye(damped.shape[0], device=damped.device)
-        lower, failed = torch.linalg.cholesky_ex(shifted.flip(0, 1))
+        # H can be large: no more copies of it live at a time than must.
+        matrix = hessian.flip(0, 1)
+        matrix.diagonal().copy_((diagonal + damping * unit).flip(0))
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            return Factor(hessian, _inverse(lower.flip(0, 1)), dead, damping, shrinkage)
+            matrix = matrix.flip(0, 1)
+            upper = _inverse(matrix)
+            del matrix
+            return Factor(hessian, upper, upper.square().sum(0), dead, damping, shrinkage)
         raised = DAMPING_STEP * damping
         warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=2)
         damping = raised
@@ -71,12 +88,10 @@ def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) ->
 
 
 def _shrunk(hessian: Tensor, dead: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """H + rho diag(H) with H_jj = 1 for inputs that never fire, (m, m), and the mean of diag H, by then without rho."""
-    shrunk = hessian.clone()
-    shrunk.diagonal()[dead] = 1.0
-    unit = shrunk.diagonal().mean()
-    shrunk.diagonal().mul_(1 + shrinkage)
-    return shrunk, unit
+    """(1 + rho) diag(H) with H_jj = 1 for inputs that never fire, (m), and the mean of diag H, by then without rho."""
+    diagonal = hessian.diagonal().clone()
+    diagonal[dead] = 1.0
+    return diagonal * (1 + shrinkage), diagonal.mean()
 
 
 def _inverse(upper: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
             round that raises it, since scales are rounded, is undone.
     """
     order = processing_order(weight, factor, segments)
-    hessian = factor.damped[order][:, order]
+    hessian = factor.hessian[order][:, order]
+    hessian.diagonal().copy_(factor.damped_diagonal[order])
     problem = _Problem(weight.T[order].contiguous(), hessian, factorize(hessian, NO_DAMPING).upper)
     bounds = _bounds(segments)
     levels = problem.solve(segments, bounds)
@@ -65,10 +66,11 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
         errors.append(error)
         if errors[-2] - errors[-1] < ENOUGH * errors[-2]:
             break
+    del problem, hessian
     reconstruction = torch.empty_like(weight)
-    reconstruction[:, order] = torch.cat([level.values() for level in levels]).T
     parts = []
     for level, place in zip(levels, bounds, strict=True):
+        reconstruction[:, order[place]] = level.values().T
         columns, ascending = order[place].sort()
         parts.append(level.reordered(ascending).to_part(columns))
     return SegmentsFit(parts, reconstruction, tuple(errors))
@@ -91,9 +93,9 @@ def processing_order(weight: Tensor, factor: Factor, segments: Sequence[Segment]
     Segments of a single column get the greatest H_jj. Of the others, the more bits, the greater
     ||w_j||^2 / (H^-1)_jj, a column's energy that no other column can make up for; inside a kind by falling H_jj.
     """
-    diagonal = factor.damped.diagonal()
+    diagonal = factor.damped_diagonal
     single = sum(segment.width == 1 for segment in segments)
-    energy = weight.square().sum(0) / factor.upper.square().sum(0)
+    energy = weight.square().sum(0) / factor.inverse_diagonal
     energy[diagonal.argsort(descending=True, stable=True)[:single]] = torch.inf
     ranked = energy.argsort(descending=True, stable=True)
     places, start = [], 0

@@ -76,8 +76,7 @@ def _solve_segments(original: Tensor, factor: Factor, config: BinarizationConfig
     assert config.bits is not None, "the configuration fills it in"
     rows, columns = original.shape
     layout = joint_layout(rows, columns, config.bits, config.scale_block, outliers(factor.hessian))
-    weight = original.clone()
-    weight[:, factor.dead] = 0
+    weight = original.masked_fill(factor.dead, 0) if factor.dead.any() else original
     fit = fit_segments(weight, factor, layout.segments, config.iterations)
     return _Solved(fit.parts, fit.reconstruction, (fit.errors,), layout.scale_bits)
 

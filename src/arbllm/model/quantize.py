@@ -235,8 +235,10 @@ class _BlockJob:
         for group in self.ranks.sum_hessians(groups, owners):
             with _named(group.linears[0].name):
                 config = self.configs[group.linears[0].name]
-                shrinkage = group.sampling_error if get_method(config.method).joint else 0.0
-                factors |= dict.fromkeys(group.linears, factorize(group.hessian, config.damping, shrinkage))
+                joint = get_method(config.method).joint
+                factor = factorize(group.hessian, config.damping, group.sampling_error if joint else 0.0)
+                factors |= dict.fromkeys(group.linears, factor.without_upper() if joint else factor)
+                del factor
         largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
         futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
 

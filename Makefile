@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 
-.PHONY: install develop demo test test-arm sanitize check format results bench-scale clean
+.PHONY: install develop demo test test-arm sanitize check format results bench-scale bench-memory clean
 
 install: $(INSTALLED)  ## what the demo needs
 
@@ -55,7 +55,10 @@ results: develop  ## docs/results.md and docs/comparison: hours on two cores, re
 
 bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape, which takes 14 GB of disk
 	$(BIN)/python benchmarks/make_random_model.py out/llama-7b --shape llama-7b
-	$(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048
+	$(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048 --page
+
+bench-memory: install  ## memory of a streamed job with the demonstration model
+	$(BIN)/python benchmarks/memory.py stream smollm2 --windows 32 --window-length 2048 --page
 
 clean:
 	rm -rf .venv build dist out demo .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -125,7 +125,7 @@ class _Problem:
 
     def error(self) -> float:
         """tr(D H D^T)."""
-        return float((self.pull * (self.weight - self.values)).sum())
+        return float((self.weight - self.values).mul_(self.pull).sum())
 
     def solve(self, segments: Sequence[Segment], bounds: Sequence[slice]) -> list[Levels]:
         """The first pass: later segments make up for the errors of earlier ones."""
@@ -142,6 +142,7 @@ class _Problem:
             error = torch.linalg.solve_triangular(triangle.T, target - self.values[place], upper=False)
             remaining[place.stop :] -= self.upper[place, place.stop :].T @ error
             solved.append(levels)
+        del remaining
         self.pull = self.hessian @ (self.weight - self.values)
         return solved
 

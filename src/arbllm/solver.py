@@ -119,7 +119,7 @@ def _compensation(error: Tensor, triangle: Tensor, form: str) -> Tensor:
 
 def _energy(matrix: Tensor, hessian: Tensor) -> float:
     """tr(A H A^T)."""
-    return float(((matrix @ hessian) * matrix).sum())
+    return float((matrix @ hessian).mul_(matrix).sum())
 
 
 def _ratio(part: float, whole: float) -> float:

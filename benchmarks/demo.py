@@ -29,7 +29,7 @@ BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
 PROMPT = "Python is a programming language that"
 WINDOWS, CONTEXT = 8, 1024
 CALIBRATION = ("--calibration", "builtin", "--windows", "24", "--window-length", "512")
-SHORTER = ("--iterations", "1", "--tune", "4", "--distill", "20")
+SHORTER = ("--iterations", "1", "--tune", "0", "--distill", "10")
 NEW_TOKENS, TEMPERATURE = 40, 0.7
 
 Row = tuple[str, str, str]
@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def quantize(model: Path, out: Path) -> dict[str, Any]:
-    """Binarize with the defaults, arb-rcx at 2.25 bits, tuned, and 8-bit embeddings, on the built-in text.
+    """Binarize with the defaults, arb-rcx at 2.25 bits, and 8-bit embeddings, on the built-in text.
 
-    Fewer rounds and steps than by default keep it short. A step of distillation takes about as long as one of tuning in
-    all blocks, and does more for a model that is small enough for it.
+    Fewer rounds than by default keep it short; and the scales are tuned for all blocks together, by distillation, which
+    for so small a model takes no longer than block by block and does more.
     """
     return arbllm("quantize", model, out, *SHORTER, "--embeddings", "8", *CALIBRATION, "--overwrite")
 

@@ -27,9 +27,9 @@ README = ROOT / "README.md"
 ORIGINAL = ROOT / "out" / "SmolLM2-135M-Instruct"
 BEGIN, END = "<!-- demo -->\n", "<!-- end of demo -->\n"
 PROMPT = "Python is a programming language that"
-WINDOWS, CONTEXT = 8, 1024
-CALIBRATION = ("--calibration", "builtin", "--windows", "24", "--window-length", "512")
-SHORTER = ("--iterations", "1", "--tune", "0", "--distill", "10")
+WINDOWS, CONTEXT = 5, 1024
+CALIBRATION = ("--calibration", "builtin", "--windows", "20", "--window-length", "512")
+SHORTER = ("--iterations", "0", "--tune", "0", "--distill", "8")
 NEW_TOKENS, TEMPERATURE = 40, 0.7
 
 Row = tuple[str, str, str]
@@ -56,8 +56,8 @@ def main() -> None:
 def quantize(model: Path, out: Path) -> dict[str, Any]:
     """Binarize with the defaults, arb-rcx at 2.25 bits, and 8-bit embeddings, on the built-in text.
 
-    Fewer rounds than by default keep it short; and the scales are tuned for all blocks together, by distillation, which
-    for so small a model takes no longer than block by block and does more.
+    No rounds of refinement under H keep it short; and the scales are tuned for all blocks together, by distillation,
+    which for so small a model takes no longer than block by block and does more.
     """
     return arbllm("quantize", model, out, *SHORTER, "--embeddings", "8", *CALIBRATION, "--overwrite")
 

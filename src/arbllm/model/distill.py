@@ -18,7 +18,7 @@ from arbllm.model.walk import replace_module
 from arbllm.nn import BinaryLinear, PackedModule
 from arbllm.tunable import TunableLinear
 
-CHECKS = 4
+CHECKS, FEWEST_STEPS = 4, 8  # how often the held-out loss is measured, and after how many steps at least
 HELD_OUT = 2
 LENGTH = 512
 DISTILLATION_RATE = 4e-3
@@ -97,13 +97,14 @@ def distill(
             return sum(float(divergence(model, teacher, piece[None])) for piece in held_out) / len(held_out)
 
     best = Best(trainer.parameters, measure())
-    before, stride = best.loss, max(1, tuning.steps // CHECKS)
+    before, stride = best.loss, max(tuning.steps // CHECKS, min(tuning.steps, FEWEST_STEPS), 1)
     for step in range(tuning.steps):
         loss = divergence(model, teacher, train[order[step % len(train)]][None])
         trainer.step(step, loss)
         if on_step:
             on_step(step + 1, tuning.steps, float(loss.detach()))
-        if (step + 1) % stride == 0 and not best.offer(measure(), step + 1):
+        due = (step + 1) % stride == 0 or step + 1 == tuning.steps
+        if due and not best.offer(measure(), step + 1):
             break
     best.restore()
     trainer.finish()

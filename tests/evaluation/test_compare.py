@@ -102,7 +102,7 @@ def test_a_step_in_a_process_of_its_own():
         ("arb-rcx", "arb-rcx", 2.25, None, 0),
         ("arb-rcx-1.6", "arb-rcx", 1.6, None, 0),
         ("arb-rcx-2.85-untuned", "arb-rcx", 2.85, 0, 0),
-        ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, 100),
+        ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, 128),
         ("arb-x", "arb-x", None, None, 0),
     ],
 )

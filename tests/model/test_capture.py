@@ -193,3 +193,11 @@ def test_half_precision_is_kept_on_a_gpu():
     assert compute_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
     assert compute_dtype(torch.float16, CPU) == torch.float32
     assert compute_dtype(torch.bool, CPU) == torch.bool
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-350m", "falcon-alibi"])
+def test_a_single_window_is_enough(name):
+    model, windows = tiny_model(name), random_windows()
+    blocks = find_blocks(model)
+    hidden, _ = capture_inputs(model, blocks, windows[:1], torch.device("cpu"))
+    assert torch.equal(hidden, capture_inputs(model, blocks, windows, torch.device("cpu"))[0][:1])

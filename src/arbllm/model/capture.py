@@ -124,7 +124,7 @@ def capture_inputs(
     ids = windows.to(embedding.device)
     first, calls = _follow(run, blocks, ids[:1])
     states = [first]
-    for window in ids[1:].split(1):
+    for window in ids[1:, None]:  # split would make one empty window of none
         hidden, call = _stop_at_first(run, blocks[0], window)
         if not call.same_tensors(calls[0]):
             raise ModelError(

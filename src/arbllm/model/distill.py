@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from arbllm.errors import ModelError
 from arbllm.model.capture import compute_dtype
 from arbllm.model.events import DistillationFinished, DistillationStep, OnEvent
-from arbllm.model.tune import Best, Trainer, Tuning, norm_weights
+from arbllm.model.tune import Trainer, Tuning, norm_weights
 from arbllm.model.walk import replace_module
 from arbllm.nn import BinaryLinear, PackedModule
 from arbllm.tunable import TunableLinear
 
-CHECKS, FEWEST_STEPS = 4, 8  # how often the held-out loss is measured, and after how many steps at least
+FEWEST_STEPS = 8  # between two measurements of the held-out loss
 HELD_OUT = 2
 LENGTH = 512
 DISTILLATION_RATE = 4e-3
@@ -96,20 +96,12 @@ def distill(
         with torch.no_grad():
             return sum(float(divergence(model, teacher, piece[None])) for piece in held_out) / len(held_out)
 
-    best = Best(trainer.parameters, measure())
-    before, stride = best.loss, max(tuning.steps // CHECKS, min(tuning.steps, FEWEST_STEPS), 1)
-    for step in range(tuning.steps):
-        loss = divergence(model, teacher, train[order[step % len(train)]][None])
-        trainer.step(step, loss)
-        if on_step:
-            on_step(step + 1, tuning.steps, float(loss.detach()))
-        due = (step + 1) % stride == 0 or step + 1 == tuning.steps
-        if due and not best.offer(measure(), step + 1):
-            break
-    best.restore()
-    trainer.finish()
+    def loss(step: int) -> Tensor:
+        return divergence(model, teacher, train[order[step % len(train)]][None])
+
+    best = trainer.run(loss, measure, FEWEST_STEPS, on_step)
     _close_scales(model, layers)
-    return Distilled(before, best.loss, best.step)
+    return Distilled(best.before, best.loss, best.step)
 
 
 def cut_pieces(windows: Tensor) -> Tensor:

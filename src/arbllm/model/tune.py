@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,15 +90,8 @@ def tune_block(
             return ranks.mean(sum(float(loss(window)) for window in held_out) / len(held_out))
 
     trainer = Trainer(layers.values(), norms, tuning, ranks)
-    best = Best(trainer.parameters, measure())
-    before, stride = best.loss, max(1, tuning.steps // CHECKS)
-    for step in range(tuning.steps):
-        trainer.step(step, loss(order[step % train]))
-        if (step + 1) % stride == 0 and not best.offer(measure(), step + 1):
-            break
-    best.restore()
-    trainer.finish()
-    return Tuned({linear: layer.to_matrix() for linear, layer in layers.items()}, before, best.loss, best.step)
+    best = trainer.run(lambda step: loss(order[step % train]), measure)
+    return Tuned({linear: layer.to_matrix() for linear, layer in layers.items()}, best.before, best.loss, best.step)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -142,6 +135,35 @@ class Trainer:
         self._steps = tuning.steps
         self._ranks = ranks or Ranks()
 
+    def run(
+        self,
+        loss: Callable[[int], Tensor],
+        measure: Callable[[], float],
+        fewest: int = 1,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> Best:
+        """Take all steps, or stop when the held-out loss no longer falls; leaves the best state and `finish`es.
+
+        Args:
+            loss: of a step, by its number from 0.
+            measure: the held-out loss; asked for before the first step, CHECKS times between, and after the last one.
+            fewest: steps from one such time to the next, at least.
+            on_step: told of (steps done, steps in all, loss of the last one).
+        """
+        best = Best(self.parameters, measure())
+        stride = max(self._steps // CHECKS, min(self._steps, fewest), 1)
+        for step in range(self._steps):
+            value = loss(step)
+            self.step(step, value)
+            if on_step:
+                on_step(step + 1, self._steps, float(value.detach()))
+            due = (step + 1) % stride == 0 or step + 1 == self._steps
+            if due and not best.offer(measure(), step + 1):
+                break
+        best.restore()
+        self.finish()
+        return best
+
     def step(self, step: int, loss: Tensor) -> None:
         """One step down the gradient of `loss`, its mean over all ranks."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -162,7 +184,8 @@ class Best:
     """The state of parameters with the least loss so far.
 
     Attributes:
-        loss: that loss.
+        before: the loss of the first state.
+        loss: the least one.
         misses: how many states in a row have not been better.
         step: after how many steps it was reached.
     """
@@ -170,7 +193,7 @@ class Best:
     def __init__(self, parameters: list[nn.Parameter], loss: float) -> None:
         self._parameters = parameters
         self._state: list[Tensor] = []
-        self.loss, self.step, self.misses = math.inf, 0, 0
+        self.before, self.loss, self.step, self.misses = loss, math.inf, 0, 0
         self.offer(loss, 0)
 
     def offer(self, loss: float, step: int) -> bool:

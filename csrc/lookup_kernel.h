@@ -2,6 +2,7 @@
 // defines a type V of static functions:
 //
 //   Bytes               a vector of V::lanes bytes, V::lanes a divisor of 64; also seen as numbers of 16 bits
+//   together            vectors that are worked on at once, as many as registers hold; a divisor of 64 / V::lanes
 //   zero, load          all zero; from memory
 //   table               16 bytes of memory, in a form that lookup takes
 //   low, high           the lower or higher four bits of each byte
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "lookup.h"
@@ -31,6 +33,8 @@ constexpr int FINE = 7;  // bits that entries have beyond the point before they 
 constexpr int SHARE = 32767;  // the greatest share of a block
 constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
 constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
+constexpr int STRETCH_NIBBLES = STRETCH * BLOCK_NIBBLES;
+constexpr int AHEAD = STRETCH * BLOCK_BYTES;  // bytes of a row's codes that are fetched before they are needed
 constexpr int64_t SMALL = 1 << 21;  // weights times tokens that one thread does sooner alone
 
 // What an entry's index says of the columns of four bits: [kind of accumulator][column][index] -> -1, 0 or 1. Kinds are
@@ -54,7 +58,7 @@ struct Patterns {
     }
 };
 
-// What the tables of one pass are, for one token.
+// The tables of one pass, for one token.
 struct Tables {
     const uint8_t* entries;  // [nibble][accumulator][16]
     const float* scales;  // [stretch][accumulator]
@@ -64,6 +68,20 @@ struct Tables {
 
 int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
 int stretches_of(const Pass& pass) { return (blocks_of(pass) + STRETCH - 1) / STRETCH; }
+
+struct Stretch {
+    int pass, number;
+};
+
+std::vector<Stretch> stretches_of(const Prepared& prepared) {
+    std::vector<Stretch> all;
+    for (int p = 0; p < prepared.header->passes; ++p) {
+        for (int number = 0; number < stretches_of(prepared.passes[p]); ++number) {
+            all.push_back({p, number});
+        }
+    }
+    return all;
+}
 
 // Where in a token's work space the tables of each pass are.
 class Space {
@@ -98,97 +116,106 @@ class Space {
 
 int share_of(int number, int share) { return (number * share + (1 << 14)) >> 15; }
 
-// The tables of one accumulator, from what its columns are multiplied by: values (PER * 2 * bytes), the last ones 0.
+// The tables of one accumulator and stretch, from what its columns are multiplied by, 0 beyond the last one.
 template <int PER>
-void build_accumulator(const Pass& pass, int a, const float* values, const Tables& tables) {
+void build_accumulator(const Pass& pass, int stretch, int a, const float* values, const Tables& tables) {
     static const Patterns patterns(PER, PER == 4 ? 1 : PER == 2 ? 2 : 4);
-    const int count = pass.accumulators, nibbles = 2 * pass.bytes, blocks = blocks_of(pass);
-    auto* entries = const_cast<uint8_t*>(tables.entries) + 16 * a;
-    auto* shares = const_cast<int32_t*>(tables.shares) + a;
+    const int count = pass.accumulators, first = STRETCH * stretch;
+    const int nibbles = std::min(STRETCH_NIBBLES, 2 * pass.bytes - BLOCK_NIBBLES * first);
+    const int blocks = (nibbles + BLOCK_NIBBLES - 1) / BLOCK_NIBBLES;
+    auto* entries = const_cast<uint8_t*>(tables.entries) + 16 * (int64_t{count} * BLOCK_NIBBLES * first + a);
+    auto* shares = const_cast<int32_t*>(tables.shares) + count * first + a;
     const auto& pattern = patterns.of[a];
-    for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
-        const int first = STRETCH * stretch, last = std::min(first + STRETCH, blocks);
-        float largest[STRETCH] = {}, most = 0.0f;
-        for (int block = first; block < last; ++block) {
-            const int end = std::min(BLOCK_NIBBLES * (block + 1), nibbles);
-            for (int n = BLOCK_NIBBLES * block; n < end; ++n) {
-                float sum = 0.0f;
-                for (int c = 0; c < PER; ++c) {
-                    sum += std::fabs(values[PER * n + c]);
-                }
-                largest[block - first] = std::max(largest[block - first], sum);
+    float largest[STRETCH] = {}, most = 0.0f;
+    for (int block = 0; block < blocks; ++block) {
+        const int end = std::min(BLOCK_NIBBLES * (block + 1), nibbles);
+        for (int n = BLOCK_NIBBLES * block; n < end; ++n) {
+            float sum = 0.0f;
+            for (int c = 0; c < PER; ++c) {
+                sum += std::fabs(values[PER * n + c]);
             }
-            most = std::max(most, largest[block - first]);
+            largest[block] = std::max(largest[block], sum);
         }
-        int zero = 0;
-        for (int block = first; block < last; ++block) {
-            const float own = largest[block - first], inverse = own > 0.0f ? LARGEST * (1 << FINE) / own : 0.0f;
-            const int share = most > 0.0f ? static_cast<int>(std::ceil(own / most * SHARE)) : 0;
-            const int begin = BLOCK_NIBBLES * block, inside = std::min(BLOCK_NIBBLES, nibbles - begin);
-            // The share is a whole number, so the scale of the block is that which it makes exact.
-            const float exact = share ? inverse * (own / most * SHARE) / static_cast<float>(share) : 0.0f;
-            shares[block * count] = share;
-            zero += share_of(2 * ZERO * inside, share);
-            int16_t fine[PER * BLOCK_NIBBLES];
-            for (int i = 0; i < PER * inside; ++i) {
-                fine[i] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(values[PER * begin + i] * exact)));
-            }
-            for (int n = 0; n < inside; ++n) {
-                Entries sums = Entries{} + static_cast<uint16_t>((ZERO << FINE) + (1 << (FINE - 1)));
-                for (int c = 0; c < PER; ++c) {
-                    sums += pattern[c] * static_cast<uint16_t>(fine[PER * n + c]);
-                }
-                const EntryBytes rounded = __builtin_convertvector(sums >> FINE, EntryBytes);
-                std::memcpy(entries + 16 * count * (begin + n), &rounded, 16);
-            }
-        }
-        const float scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
-        const_cast<float*>(tables.scales)[stretch * count + a] = scale;
-        const_cast<float*>(tables.zeros)[stretch * count + a] = scale * static_cast<float>(zero);
+        most = std::max(most, largest[block]);
     }
+    int zero = 0;
+    for (int block = 0; block < blocks; ++block) {
+        const float own = largest[block], inverse = own > 0.0f ? LARGEST * (1 << FINE) / own : 0.0f;
+        const int share = most > 0.0f ? static_cast<int>(std::ceil(own / most * SHARE)) : 0;
+        const int begin = BLOCK_NIBBLES * block, inside = std::min(BLOCK_NIBBLES, nibbles - begin);
+        // The share is a whole number, so the scale of the block is that which it makes exact.
+        const float exact = share ? inverse * (own / most * SHARE) / static_cast<float>(share) : 0.0f;
+        shares[block * count] = share;
+        zero += share_of(2 * ZERO * inside, share);
+        int16_t fine[PER * BLOCK_NIBBLES];
+        for (int i = 0; i < PER * inside; ++i) {
+            fine[i] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(values[PER * begin + i] * exact)));
+        }
+        for (int n = 0; n < inside; ++n) {
+            Entries sums = Entries{} + static_cast<uint16_t>((ZERO << FINE) + (1 << (FINE - 1)));
+            for (int c = 0; c < PER; ++c) {
+                sums += pattern[c] * static_cast<uint16_t>(fine[PER * n + c]);
+            }
+            const EntryBytes rounded = __builtin_convertvector(sums >> FINE, EntryBytes);
+            std::memcpy(entries + 16 * count * (begin + n), &rounded, 16);
+        }
+    }
+    const float scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
+    const_cast<float*>(tables.scales)[stretch * count + a] = scale;
+    const_cast<float*>(tables.zeros)[stretch * count + a] = scale * static_cast<float>(zero);
 }
 
-void build_tables(const Prepared& prepared, const Pass& pass, const float* x, const Tables& tables) {
-    static thread_local std::vector<float> memory;
-    const int per = pass.per_nibble, padded = 2 * per * pass.bytes;
-    if (static_cast<int>(memory.size()) < padded) {
-        memory.resize(padded);
-    }
-    float* values = memory.data();
-    std::fill(values + pass.width, values + padded, 0.0f);
+// The tables of one stretch of a pass; x are the inputs of the whole pass.
+void build_tables(const Prepared& prepared, const Pass& pass, int stretch, const float* x, const Tables& tables) {
+    const int per = pass.per_nibble, first = per * STRETCH_NIBBLES * stretch;
+    const int width = std::min(per * STRETCH_NIBBLES, pass.width - first);
+    float values[4 * STRETCH_NIBBLES] = {};
     for (int a = 0; a < pass.accumulators; ++a) {
         if (a < pass.signed_sums) {
-            const float* factors = prepared.column_factors + pass.column_factors + int64_t{a} * pass.width;
-            std::transform(x, x + pass.width, factors, values, [](float number, float factor) { return number * factor; });
+            const float* factors = prepared.column_factors + pass.column_factors + int64_t{a} * pass.width + first;
+            std::transform(x + first, x + first + width, factors, values, std::multiplies<float>());
         } else {
-            std::copy(x, x + pass.width, values);
+            std::copy(x + first, x + first + width, values);
         }
-        (per == 4 ? build_accumulator<4> : per == 2 ? build_accumulator<2> : build_accumulator<1>)(pass, a, values, tables);
+        (per == 4   ? build_accumulator<4>
+         : per == 2 ? build_accumulator<2>
+                    : build_accumulator<1>)(pass, stretch, a, values, tables);
     }
 }
 
-// Sums of what a vector's codes look up in K of COUNT tables: of all bytes, seen as numbers of 16 bits, and of the upper
-// ones, which tell the lower ones' sums from the former.
+// Sums of what the codes of V::together vectors look up in K of COUNT tables: of all bytes, seen as numbers of 16 bits,
+// and of the upper ones, which tell the lower ones' sums from the former.
 template <class V, int COUNT>
 struct Sums {
-    static constexpr int K = COUNT < 2 ? 1 : 2;
-    typename V::Bytes all[K], odd[K];
+    static constexpr int K = COUNT < 2 ? 1 : 2, G = V::together;
+    typename V::Bytes all[K][G], odd[K][G];
 
     Sums() {
         for (int k = 0; k < K; ++k) {
-            all[k] = odd[k] = V::zero();
+            for (int g = 0; g < G; ++g) {
+                all[k][g] = odd[k][g] = V::zero();
+            }
         }
     }
 
     // One byte of codes, so the tables of two nibbles.
     void add(const uint8_t* codes, const uint8_t* tables) {
-        const auto code = V::load(codes);
-        const typename V::Bytes indices[2] = {V::low(code), V::high(code)};
+        typename V::Bytes code[G];
+        for (int g = 0; g < G; ++g) {
+            code[g] = V::load(codes + V::lanes * g);
+        }
         for (int half = 0; half < 2; ++half) {
+            typename V::Bytes index[G];
+            for (int g = 0; g < G; ++g) {
+                index[g] = half ? V::high(code[g]) : V::low(code[g]);
+            }
             for (int k = 0; k < K; ++k) {
-                const auto found = V::lookup(V::table(tables + 16 * (COUNT * half + k)), indices[half]);
-                all[k] = V::add16(all[k], found);
-                odd[k] = V::add16(odd[k], V::down8(found));
+                const auto table = V::table(tables + 16 * (COUNT * half + k));
+                for (int g = 0; g < G; ++g) {
+                    const auto found = V::lookup(table, index[g]);
+                    all[k][g] = V::add16(all[k][g], found);
+                    odd[k][g] = V::add16(odd[k][g], V::down8(found));
+                }
             }
         }
     }
@@ -198,19 +225,20 @@ struct Sums {
 template <class V, int COUNT>
 void add_stretch(const uint8_t* codes, const uint8_t* tables, int bytes, const int32_t* shares, const float* scales,
                  float* sums) {
-    constexpr int K = Sums<V, COUNT>::K, STRIDE = 32 * COUNT;
-    for (int v = 0; v < LANES / V::lanes; ++v) {
-        typename V::Bytes totals[K][2];
-        for (int k = 0; k < K; ++k) {
-            totals[k][0] = totals[k][1] = V::zero();
+    constexpr int K = Sums<V, COUNT>::K, G = Sums<V, COUNT>::G, STRIDE = 32 * COUNT;
+    for (int lane = 0; lane < LANES; lane += V::lanes * G) {
+        typename V::Bytes totals[K][G][2];
+        for (int i = 0; i < K * G; ++i) {
+            totals[i / G][i % G][0] = totals[i / G][i % G][1] = V::zero();
         }
         for (int first = 0; first < bytes; first += BLOCK_BYTES) {
-            const uint8_t* code = codes + LANES * first + V::lanes * v;
+            const uint8_t* code = codes + LANES * first + lane;
             const uint8_t* table = tables + int64_t{STRIDE} * first;
             Sums<V, COUNT> found;
             if (first + BLOCK_BYTES <= bytes) {
 #pragma GCC unroll 8
                 for (int b = 0; b < BLOCK_BYTES; ++b) {
+                    __builtin_prefetch(code + LANES * (b + AHEAD));
                     found.add(code + LANES * b, table + STRIDE * b);
                 }
             } else {
@@ -220,14 +248,19 @@ void add_stretch(const uint8_t* codes, const uint8_t* tables, int bytes, const i
             }
             for (int k = 0; k < K; ++k) {
                 const int share = shares[first / BLOCK_BYTES * COUNT + k];
-                const auto even = V::sub16(found.all[k], V::up8(found.odd[k]));
-                totals[k][0] = V::add16(totals[k][0], V::share16(V::add16(even, even), share));
-                totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(found.odd[k], found.odd[k]), share));
+                for (int g = 0; g < G; ++g) {
+                    const auto odd = found.odd[k][g], even = V::sub16(found.all[k][g], V::up8(odd));
+                    totals[k][g][0] = V::add16(totals[k][g][0], V::share16(V::add16(even, even), share));
+                    totals[k][g][1] = V::add16(totals[k][g][1], V::share16(V::add16(odd, odd), share));
+                }
             }
         }
         for (int k = 0; k < K; ++k) {
-            for (int half = 0; half < 2; ++half) {
-                V::add_scaled(sums + LANES * k + LANES / 2 * half + V::lanes / 2 * v, totals[k][half], scales[k]);
+            for (int g = 0; g < G; ++g) {
+                for (int half = 0; half < 2; ++half) {
+                    float* to = sums + LANES * k + LANES / 2 * half + (lane + V::lanes * g) / 2;
+                    V::add_scaled(to, totals[k][g][half], scales[k]);
+                }
             }
         }
     }
@@ -244,8 +277,11 @@ void add_accumulators(const Prepared& prepared, const Pass& pass, const Tables& 
         alignas(64) float sums[K * LANES] = {};
         for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
             const int first = BYTES * stretch, at = stretch * COUNT + a;
-            for (int i = 0; i < K * LANES; ++i) {
-                sums[i] -= tables.zeros[at + i / LANES];
+            for (int k = 0; k < K; ++k) {
+                const float zero = tables.zeros[at + k];
+                for (int r = 0; r < LANES; ++r) {
+                    sums[LANES * k + r] -= zero;
+                }
             }
             add_stretch<V, COUNT>(codes + LANES * first, tables.entries + 16 * (int64_t{2 * COUNT} * first + a),
                                   std::min(BYTES, pass.bytes - first),
@@ -319,7 +355,8 @@ class Product {
           space_(prepared),
           columns_((prepared.header->columns + 15) / 16 * 16),
           tokens_(activations.tokens),
-          tables_(activations.tokens * prepared.header->passes),
+          stretches_(stretches_of(prepared)),
+          tables_(activations.tokens * static_cast<int64_t>(stretches_.size())),
           tiles_(prepared.tiles()) {
         const int64_t each = space_.bytes() + 4 * columns_;
         static thread_local std::vector<uint8_t> memory;
@@ -339,10 +376,12 @@ class Product {
             gather(product.prepared_, product.activations_, token, product.x_[token]);
         }
         product.tokens_.wait();
-        const int64_t passes = product.prepared_.header->passes;
+        const auto stretches = static_cast<int64_t>(product.stretches_.size());
         for (int64_t i; (i = product.tables_.next()) >= 0; product.tables_.done()) {
-            const Pass& pass = product.prepared_.passes[i % passes];
-            build_tables(product.prepared_, pass, product.x_[i / passes] + pass.column, product.tables(i / passes, i % passes));
+            const Stretch& stretch = product.stretches_[i % stretches];
+            const Pass& pass = product.prepared_.passes[stretch.pass];
+            build_tables(product.prepared_, pass, stretch.number, product.x_[i / stretches] + pass.column,
+                         product.tables(i / stretches, stretch.pass));
         }
         product.tables_.wait();
         for (int64_t tile; (tile = product.tiles_.next()) >= 0;) {
@@ -387,6 +426,7 @@ class Product {
     const Activations& activations_;
     const Space space_;
     const int64_t columns_;
+    const std::vector<Stretch> stretches_;
     std::vector<float*> x_;
     std::vector<uint8_t*> spaces_;
     Claims tokens_, tables_, tiles_;

@@ -4,7 +4,7 @@ namespace arbllm {
 namespace {
 
 struct Portable {
-    static constexpr int lanes = 16;
+    static constexpr int lanes = 16, together = 1;
     struct Bytes {
         uint16_t pairs[lanes / 2];
     };

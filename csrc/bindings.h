@@ -4,4 +4,5 @@
 #include <nanobind/nanobind.h>
 
 void bind_lookup(nanobind::module_& module);
+void bind_rebuild(nanobind::module_& module);
 void bind_sweep(nanobind::module_& module);

@@ -10,5 +10,6 @@ NB_MODULE(_native, module) {
     module.doc() = "Kernels of arbllm in C++.";
     bind_lookup(module);
     module.def("instruction_sets", &arbllm::instruction_sets, "Instruction sets that can be chosen, the best first.");
+    bind_rebuild(module);
     bind_sweep(module);
 }

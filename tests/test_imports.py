@@ -18,7 +18,7 @@ LAYERS = (
     ("model", "text", "hub", "device"),
     ("integrations",),
     ("nn", "tunable", "embedding"),
-    ("kernels",),
+    ("kernels", "rebuild"),
     ("solver", "baselines"),
     ("segments", "budget"),
     ("factor",),

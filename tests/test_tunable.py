@@ -9,7 +9,7 @@ from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
-from arbllm.tunable import TunableLinear, signed_masks
+from arbllm.tunable import TunableLinear
 from tests.helpers import random_matrix
 from tests.strategies import SEEDS, matrices
 
@@ -57,21 +57,6 @@ def test_half_precision_in_and_out(matrix, dtype):
     y = TunableLinear(matrix, bias)(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y, BinaryLinear.from_matrix(matrix, bias)(x), rtol=0.02, atol=0.02)
-
-
-def test_signed_masks_rebuild_the_weight(matrix):
-    rows, columns = matrix.scales()
-    weight = torch.empty(matrix.shape)
-    order = matrix.column_order()
-    for place, masks in zip(matrix.layout.places, signed_masks(matrix), strict=True):
-        width, groups, terms = place.segment
-        assert masks.shape == (groups * terms, 6, width)
-        assert torch.equal(masks.abs().sum(0), torch.full((6, width), terms))
-        scaled = columns[place.column_scale : place.column_scale + len(masks) * width].view(-1, 1, width)
-        own = rows[:, place.row_scale : place.row_scale + len(masks)].T[..., None]
-        weight[:, place.column : place.column + width] = (masks * own * scaled).sum(0)
-    natural = weight if order is None else weight[:, order.argsort()]
-    torch.testing.assert_close(natural, matrix.dequantize())
 
 
 def test_gradients_are_those_of_finite_differences(matrix):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from arbllm.errors import ConfigError
-from arbllm.format.bitplanes import unpack_values
-from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.rebuild import Codes
 
 
 class TunableLinear(nn.Module):
@@ -44,11 +43,10 @@ class TunableLinear(nn.Module):
             raise ConfigError("only scales of arb-rc and arb-rcx can be tuned; choose one of these methods")
         self.transposed = transposed
         self._matrix = matrix
-        self._order = matrix.column_order()
         self._row_scales, factors = matrix.scales()
         assert factors is not None, "the layout has column scales"
         self._column_scales = factors
-        self._signs = signed_masks(matrix)
+        self._codes = Codes.from_matrix(matrix)
         self.row_changes = nn.Parameter(torch.zeros_like(self._row_scales))
         self.column_changes = nn.Parameter(torch.zeros_like(self._column_scales))
         self.bias = None if bias is None else bias.detach()
@@ -59,9 +57,8 @@ class TunableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., m) to y (..., n), in the dtype of x."""
-        weight = _Weight.apply(*self.scales(), self._signs, self._matrix.layout)
-        x = x if self._order is None else x.index_select(-1, self._order)
-        return nn.functional.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y: Tensor = _Product.apply(x, *self.scales(), self.bias, self._codes)
+        return y
 
     @torch.no_grad()
     def to_matrix(self) -> BinaryMatrix:
@@ -69,65 +66,30 @@ class TunableLinear(nn.Module):
         return self._matrix.with_scales(*self.scales())
 
 
-def signed_masks(matrix: BinaryMatrix) -> list[Tensor]:
-    """Of each segment in stored order, each weight's sign in each scale slot, 0 outside its group.
+class _Product(torch.autograd.Function):
+    """x W^T + bias by hand: autograd would keep every product that W is made of."""
 
-    Returns:
-        int8 (slots, n, width) for each segment.
-    """
-    layout = matrix.layout
-    signs = [unpack_values(matrix.signs, layout.columns, -1, 1)]
-    if matrix.second_signs is not None:
-        signs.append(unpack_values(matrix.second_signs, layout.salient, -1, 1))
-    planes = [
-        unpack_values(plane, width, 0, 1)
-        for plane, width in (
-            (matrix.group_bitmap, layout.grouped_columns),
-            (matrix.group_bitmap_high, layout.quartered_columns),
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, codes: Codes) -> Tensor:
+        """Map x (..., m) to (..., n), in the dtype of x."""
+        weight = codes.rebuild(rows, columns).to(x.dtype)
+        ctx.codes = codes
+        # Where it takes little time, W is rebuilt instead of kept.
+        ctx.save_for_backward(x, rows, columns, None if codes.native(rows) else weight)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        """Gradients of x and of the scales."""
+        x, rows, columns, weight = ctx.saved_tensors
+        if weight is None:
+            weight = ctx.codes.rebuild(rows, columns).to(x.dtype)
+        gradient = gradients[0].reshape(-1, len(rows))
+        inputs = gradient @ weight if ctx.needs_input_grad[0] else None
+        products = (gradient.T @ x.reshape(-1, x.shape[-1])).to(rows.dtype)
+        return (
+            None if inputs is None else inputs.view_as(x),
+            *ctx.codes.contract(products, rows, columns),
+            None,
+            None,
         )
-        if plane is not None
-    ]
-    masks = []
-    for place in layout.places:
-        width, groups, terms = place.segment
-        group = torch.zeros_like(signs[0][:, :width])
-        for plane, start, worth in zip(planes, (place.low, place.high), (1, 2), strict=False):
-            if groups > worth:
-                group += plane[:, start : start + width] * worth
-        starts = place.column, place.second
-        own = [signs[term][:, starts[term] : starts[term] + width] for term in range(terms)]
-        masks.append(torch.stack([sign * (group == g) for g in range(groups) for sign in own]))
-    return masks
-
-
-class _Weight(torch.autograd.Function):
-    """W in stored order from its scales; by hand, since autograd would keep every product."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, signs: list[Tensor], layout: Layout) -> Tensor:
-        """Sum over slots of signs * (r c^T), float32 (n, m)."""
-        ctx.save_for_backward(rows, columns)
-        ctx.signs, ctx.layout = signs, layout
-        weight = rows.new_zeros(layout.rows, layout.columns)
-        for place, masks in zip(layout.places, signs, strict=True):
-            width = place.segment.width
-            values = weight[:, place.column : place.column + width]
-            for slot, mask in enumerate(masks):
-                start = place.column_scale + slot * width
-                values.addcmul_(mask * columns[start : start + width], rows[:, place.row_scale + slot, None])
-        return weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients of the scales."""
-        rows, columns = ctx.saved_tensors
-        row_gradients, column_gradients = torch.zeros_like(rows), torch.zeros_like(columns)
-        for place, masks in zip(ctx.layout.places, ctx.signs, strict=True):
-            width = place.segment.width
-            gradient = gradients[0][:, place.column : place.column + width]
-            for slot, mask in enumerate(masks):
-                signed = gradient * mask
-                start = place.column_scale + slot * width
-                row_gradients[:, place.row_scale + slot] = signed @ columns[start : start + width]
-                column_gradients[start : start + width] = rows[:, place.row_scale + slot] @ signed
-        return row_gradients, column_gradients, None, None

@@ -1,0 +1,2 @@
+#define INSTRUCTION_SET portable
+#include "rebuild_kernel.h"

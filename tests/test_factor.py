@@ -5,7 +5,7 @@ import torch
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
-from arbllm.factor import INVERSE_LEAF, factorize
+from arbllm.factor import INVERSE_LEAF, PART, _reverse, factorize
 from arbllm.solver import quantize_matrix
 
 
@@ -109,3 +109,18 @@ def test_without_u_all_else_stays():
     assert torch.equal(light.damped, factor.damped)
     assert torch.equal(light.damped.diagonal(), light.damped_diagonal)
     assert light.upper.numel() == 0
+
+
+def test_columns_in_another_order():
+    factor = factorize(hessian_of(2 * INVERSE_LEAF + 44), shrinkage=0.5)
+    order = torch.randperm(2 * INVERSE_LEAF + 44, generator=torch.Generator().manual_seed(0))
+    expected = factor.damped[order][:, order]
+    assert torch.equal(factor.reordered(order), expected)
+    torch.testing.assert_close(factor.reordered_upper(order), factorize(expected, 1e-6).upper)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 2 * PART + 3])
+def test_reversal_in_place(size):
+    vector = torch.arange(size)
+    _reverse(vector)
+    assert torch.equal(vector, torch.arange(size).flip(0))

@@ -77,9 +77,10 @@ def test_a_round_raises_the_error_by_no_more_than_the_rounding_of_scales(seed, r
     weight, factor = problem(rows, 40, seed)
     order = processing_order(weight, factor, mixed(40, kind))
     hessian = factor.damped[order][:, order]
-    solving = module._Problem(weight.T[order].contiguous(), hessian, factorize(hessian, 1e-6).upper)
+    solving = module._Problem(weight.T[order].contiguous())
     bounds = module._bounds(mixed(40, kind))
-    levels = solving.solve(mixed(40, kind), bounds)
+    levels = solving.solve(mixed(40, kind), bounds, factor.reordered_upper(order))
+    solving.look_at(factor.reordered(order))
     allowed = 0.03**2 * float(torch.linalg.eigvalsh(hessian).max() * weight.square().sum())
     for _ in range(6):
         before = solving.error()

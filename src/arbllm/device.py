@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,13 @@ def naming_lack_of_memory() -> Iterator[None]:
             "the device is out of memory; use fewer or shorter windows (--windows, --window-length), --stream where "
             "the model is larger than memory, or another --device"
         ) from error
+
+
+def release_memory() -> None:
+    """Give the system back what this process has freed; does nothing where the C library cannot."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def reset_peak_memory() -> None:

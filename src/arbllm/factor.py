@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from arbllm.errors import ModelError
 
 DAMPING_STEP = 4.0
 DAMPING_LIMIT = 1e4
+NO_DAMPING = 1e-6  # for what is damped already
 INVERSE_LEAF = 128
+ROWS, PART = 512, 2**20  # of a large matrix, and of its numbers, that are dealt with at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Factor:
         diagonal, unit = _shrunk(self.hessian, self.dead, self.shrinkage)
         return diagonal + self.damping * unit
 
+    def reordered(self, order: Tensor) -> Tensor:
+        """`damped` with its columns, and rows, in another order, int64 (m): float32 (m, m)."""
+        damped = _reorder(self.hessian, order)
+        damped.diagonal().copy_(self.damped_diagonal[order])
+        return damped
+
+    def reordered_upper(self, order: Tensor) -> Tensor:
+        """U of `reordered`, float32 (m, m)."""
+        diagonal = self.damped_diagonal[order]
+        return _inverse_root(partial(_reorder, self.hessian, order.flip(0)), diagonal, diagonal.mean(), NO_DAMPING)[0]
+
 
 def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
     """Damp and factorise H, raising the damping fourfold with a warning for as long as Cholesky fails.
@@ -66,25 +81,13 @@ def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) ->
         ModelError: H has NaN or infinite entries, or is so far from positive definite that no damping helps.
     """
     hessian = hessian.float()
-    if not torch.isfinite(hessian).all():
+    if not all(torch.isfinite(rows).all() for rows in hessian.split(ROWS)):
         raise ModelError("its Hessian has NaN or infinite entries: the activations overflowed; try --dtype float32")
     dead = hessian.diagonal() <= 0
     diagonal, unit = _shrunk(hessian, dead, shrinkage)
-    while damping < DAMPING_LIMIT:
-        # With J the reversal of order, chol(J A J) gives A = R R^T, R upper triangular, so A^-1 = U^T U with U = R^-1.
-        # H can be large: no more copies of it live at a time than must.
-        matrix = hessian.flip(0, 1)
-        matrix.diagonal().copy_((diagonal + damping * unit).flip(0))
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            matrix = matrix.flip(0, 1)
-            upper = _inverse(matrix)
-            del matrix
-            return Factor(hessian, upper, upper.square().sum(0), dead, damping, shrinkage)
-        raised = DAMPING_STEP * damping
-        warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=2)
-        damping = raised
-    raise ModelError("its Hessian is not positive definite at any damping: calibrate on more or other text")
+    upper, damping = _inverse_root(partial(hessian.flip, 0, 1), diagonal, unit, damping)
+    inverse_diagonal = torch.cat([columns.square().sum(0) for columns in upper.split(ROWS, 1)])
+    return Factor(hessian, upper, inverse_diagonal, dead, damping, shrinkage)
 
 
 def _shrunk(hessian: Tensor, dead: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -94,14 +97,65 @@ def _shrunk(hessian: Tensor, dead: Tensor, shrinkage: float) -> tuple[Tensor, Te
     return diagonal * (1 + shrinkage), diagonal.mean()
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves, a third of the work of solving against the identity."""
-    size = upper.shape[0]
+def _inverse_root(
+    reversed_copy: Callable[[], Tensor], diagonal: Tensor, unit: Tensor, damping: float
+) -> tuple[Tensor, float]:
+    """U with A^-1 = U^T U, for A with `diagonal` + damping * `unit`, and the damping that it took.
+
+    A can be large: but for blocks of a quarter of it, all happens in one copy.
+
+    Args:
+        reversed_copy: makes J A J, C-contiguous, J being the reversal of order; called again where Cholesky failed.
+        diagonal: of A, (m).
+        unit: of damping, a number.
+        damping: to begin with.
+
+    Raises:
+        ModelError: no damping makes A positive definite.
+    """
+    while damping < DAMPING_LIMIT:
+        matrix = reversed_copy()
+        matrix.diagonal().copy_((diagonal + damping * unit).flip(0))
+        # J A J = L L^T, and with R = J L J, upper triangular, A = R R^T, so A^-1 = U^T U with U = R^-1.
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, failed))
+        if not failed:
+            _reverse(matrix.view(-1))
+            _invert(matrix.mT)
+            return matrix.mT, damping
+        raised = DAMPING_STEP * damping
+        warnings.warn(f"the Hessian is not positive definite at damping {damping:g}; trying {raised:g}", stacklevel=3)
+        damping = raised
+    raise ModelError("its Hessian is not positive definite at any damping: calibrate on more or other text")
+
+
+def _reverse(vector: Tensor) -> None:
+    """Reverse the order of a vector's entries in place."""
+    size = len(vector)
+    for start in range(0, size // 2, PART):
+        stop = min(start + PART, size // 2)
+        head, tail = vector[start:stop], vector[size - stop : size - start]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
+
+
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place by halves, a third of the work of solving against the identity."""
+    size = len(upper)
     if size <= INVERSE_LEAF:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True))
+        return
     half = size // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half] = _inverse(upper[:half, :half])
-    inverse[half:, half:] = _inverse(upper[half:, half:])
-    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
-    return inverse
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert(first)
+    _invert(last)
+    corner.copy_((first @ corner).neg_() @ last)
+
+
+def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
+    """A square matrix with rows and columns in another order; some rows at a time, so that two copies do not meet."""
+    reordered = torch.empty_like(matrix)
+    for target, rows in zip(reordered.split(ROWS), order.split(ROWS), strict=True):
+        torch.index_select(matrix[rows], 1, order, out=target)
+    return reordered

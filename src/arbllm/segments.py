@@ -16,13 +16,12 @@ from torch import Tensor
 
 from arbllm.binarize.block import Part
 from arbllm.binarize.joint import Levels, choose_levels, feed_forward, refit_scales, start
-from arbllm.factor import Factor, factorize
+from arbllm.factor import Factor
 from arbllm.format.layout import Segment
 
 FIRST_ROUNDS = 3
 OUTLIER_ENERGY, MOST_OUTLIERS = 20.0, 0.01  # times the mean energy, share of the columns
 ENOUGH = 0.006
-NO_DAMPING = 1e-6  # the Hessian is damped already
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
             round that raises it, since scales are rounded, is undone.
     """
     order = processing_order(weight, factor, segments)
-    hessian = factor.hessian[order][:, order]
-    hessian.diagonal().copy_(factor.damped_diagonal[order])
-    problem = _Problem(weight.T[order].contiguous(), hessian, factorize(hessian, NO_DAMPING).upper)
+    problem = _Problem(weight.T[order].contiguous())
     bounds = _bounds(segments)
-    levels = problem.solve(segments, bounds)
+    # Both H and U can be larger than the weight: U is gone when H in this order is made.
+    levels = problem.solve(segments, bounds, factor.reordered_upper(order))
+    problem.look_at(factor.reordered(order))
     errors = [problem.error()]
     for _ in range(rounds):
         refined = problem.refine(levels, bounds)
@@ -66,7 +65,7 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
         errors.append(error)
         if errors[-2] - errors[-1] < ENOUGH * errors[-2]:
             break
-    del problem, hessian
+    del problem
     reconstruction = torch.empty_like(weight)
     parts = []
     for level, place in zip(levels, bounds, strict=True):
@@ -112,27 +111,27 @@ class _Problem:
 
     Attributes:
         weight: W^T, float32 (m, n).
-        hessian: H, damped, float32 (m, m).
-        upper: U of it.
         values: W_hat^T so far.
-        pull: H (W - W_hat)^T, float32 (m, n), once the first pass is done.
+        hessian: H, damped, float32 (m, m), once it was looked at.
+        pull: H (W - W_hat)^T, float32 (m, n), from then on.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, upper: Tensor) -> None:
-        self.weight, self.hessian, self.upper = weight, hessian, upper
-        self.values = torch.zeros_like(weight)
-        self.pull = torch.empty_like(weight)
+    hessian: Tensor
+    pull: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.values = weight, torch.zeros_like(weight)
 
     def error(self) -> float:
         """tr(D H D^T)."""
         return float((self.weight - self.values).mul_(self.pull).sum())
 
-    def solve(self, segments: Sequence[Segment], bounds: Sequence[slice]) -> list[Levels]:
-        """The first pass: later segments make up for the errors of earlier ones."""
+    def solve(self, segments: Sequence[Segment], bounds: Sequence[slice], upper: Tensor) -> list[Levels]:
+        """The first pass, by U of H: later segments make up for the errors of earlier ones."""
         remaining = self.weight.clone()
         solved = []
         for segment, place in zip(segments, bounds, strict=True):
-            target, triangle = remaining[place], self.upper[place, place]
+            target, triangle = remaining[place], upper[place, place]
             metric = torch.cholesky_inverse(triangle, upper=True)
             levels = feed_forward(target, start(target, segment.groups, segment.terms), triangle)
             goal = metric @ target
@@ -140,11 +139,14 @@ class _Problem:
                 levels = choose_levels(goal, refit_scales(goal, levels, metric), metric)
             self.values[place] = levels.values()
             error = torch.linalg.solve_triangular(triangle.T, target - self.values[place], upper=False)
-            remaining[place.stop :] -= self.upper[place, place.stop :].T @ error
+            remaining[place.stop :] -= upper[place, place.stop :].T @ error
             solved.append(levels)
-        del remaining
-        self.pull = self.hessian @ (self.weight - self.values)
         return solved
+
+    def look_at(self, hessian: Tensor) -> None:
+        """Go on from the first pass under H itself."""
+        self.hessian = hessian
+        self.pull = hessian @ (self.weight - self.values)
 
     def refine(self, levels: Sequence[Levels], bounds: Sequence[slice]) -> list[Levels]:
         """One round over all segments under H, each with all the others fixed."""

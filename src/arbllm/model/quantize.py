@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from arbllm.binarize.methods import get_method
 from arbllm.budget import Demand, allocate
 from arbllm.config import BinarizationConfig
-from arbllm.device import peak_memory_bytes
+from arbllm.device import peak_memory_bytes, release_memory
 from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
@@ -30,6 +30,7 @@ from arbllm.model.sensitivity import measure_demands
 from arbllm.model.spill import spill
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
+from arbllm.model.workers import Solvers, solver_memory, solvers
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
@@ -104,7 +105,7 @@ def quantize_model(
     hidden = spill(hidden, offload) if offload else hidden
     results: list[LinearQuantized] = []
     total = len(blocks)
-    with _solver_pool(max(len(block.linears) for block in blocks)) as pool:
+    with solvers(blocks, frugal=load_block is not None) as pool:
         for call, short in zip(calls, shorter, strict=True):
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
@@ -126,7 +127,7 @@ class _BlockJob:
     configs: Mapping[str, BinarizationConfig]
     tuning: Tuning | None
     on_event: OnEvent
-    pool: Executor
+    pool: Solvers
     ranks: Ranks
     progress: Progress | None = None
     events: list[Event] = field(default_factory=list)
@@ -153,16 +154,16 @@ class _BlockJob:
             if dense is not None:
                 propagate(self.block, call, dense)
             groups = gather_hessians(self.block, call, hidden)
-            laps.append(self._now())
+            laps.append(self._lap())
             solved = self._solve(groups)
-            del groups  # they are large, and done with
-            laps.append(self._now())
+            self._drop_weights()
+            laps.append(self._lap())
             if dense is not None and short is not None:
                 solved = self._tune(solved, short.to(self.device), hidden, dense)
-            laps.append(self._now())
+            laps.append(self._lap())
             matrices = {linear: matrix for linear, matrix, _ in solved}
             self._advance(matrices, call, hidden)
-            laps.append(self._now())
+            laps.append(self._lap())
             self._pack(matrices, home)
             # As it computed, before it goes back to the dtype that it is stored in: a repetition must do the same.
             kept = {name: parameter.detach().clone() for name, parameter in others.items()}
@@ -212,6 +213,11 @@ class _BlockJob:
         weights = {linear.module.weight for linear in self.block.linears}
         return {name: each for name, each in self.block.module.named_parameters() if each not in weights}
 
+    def _drop_weights(self) -> None:
+        """Let go of the dense weights, which nothing asks for once they are solved."""
+        for linear in self.block.linears:
+            linear.set_weight(linear.weight.new_empty(0, 0))
+
     def _advance(self, matrices: Mapping[Linear, BinaryMatrix], call: BlockCall, hidden: Tensor) -> None:
         """Run the block with its new weights, where a later block needs what it puts out."""
         if self.block.index >= self.last:
@@ -229,18 +235,25 @@ class _BlockJob:
             replace_module(self.model, linear.name, packed)
 
     def _solve(self, groups: list[InputGroup]) -> list[Solved]:
-        """Binarize all linears, those with the same input by one factorisation; emits them in the block's order."""
+        """Binarize all linears, those with the same input by one factorisation; emits them in the block's order.
+
+        The groups are used up: of a Hessian, nothing is left when the last linear that reads it is solved.
+        """
         owners = assign_owners(groups, self.ranks.count)
         factors: dict[Linear, Factor] = {}
-        for group in self.ranks.sum_hessians(groups, owners):
+        mine = self.ranks.sum_hessians(groups, owners)
+        groups.clear()
+        while mine:
+            group = mine.pop(0)
             with _named(group.linears[0].name):
                 config = self.configs[group.linears[0].name]
                 joint = get_method(config.method).joint
                 factor = factorize(group.hessian, config.damping, group.sampling_error if joint else 0.0)
                 factors |= dict.fromkeys(group.linears, factor.without_upper() if joint else factor)
-                del factor
-        largest_first = sorted(factors, key=lambda linear: linear.weight.numel(), reverse=True)
-        futures = {linear: self.pool.submit(self._solve_linear, linear, factors[linear]) for linear in largest_first}
+                del factor, group
+        futures: dict[Linear, Future[tuple[BinaryMatrix, float]]] = {}
+        for linear in sorted(factors, key=solver_memory, reverse=True):
+            futures[linear] = self.pool.submit(linear, partial(self._solve_linear, linear, factors.pop(linear)))
 
         def result(linear: Linear) -> tuple[BinaryMatrix, float]:
             return futures[linear].result()
@@ -270,6 +283,7 @@ class _BlockJob:
             matrix = quantize_matrix(linear.weight, factor.hessian, self.configs[linear.name], factor=factor)
         except ModelError as error:
             raise ModelError(f"{linear.name}: {error}") from error
+        release_memory()
         return matrix, self._now() - start
 
     def _record(self, linear: Linear, matrix: BinaryMatrix, seconds: float) -> LinearQuantized:
@@ -293,6 +307,11 @@ class _BlockJob:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def _lap(self) -> float:
+        """`_now`, at the end of a stage, whose memory goes back to the system."""
+        release_memory()
+        return self._now()
 
     def _peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory_bytes()
@@ -360,26 +379,6 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
             f"the text has token number {int(windows.max())}, but the model knows {vocabulary} tokens; "
             "use the model's own tokenizer"
         )
-
-
-@contextmanager
-def _solver_pool(linears: int) -> Iterator[Executor]:
-    """Threads that solve linears side by side and divide PyTorch's threads among them.
-
-    The solver's many small steps gain little from several threads, and on a busy machine lose far more in waiting for
-    one another.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, linears)
-    share = threads // workers
-    try:
-        with ThreadPoolExecutor(workers, "arbllm-solver", torch.set_num_threads, (share,)) as pool:
-            try:
-                yield pool
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after an error, what has not begun need not be done
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -38,11 +38,23 @@ def test_nothing_but_config_is_read(dense, tmp_path):
 
 
 def test_memory_by_part(dense, tmp_path):
-    whole, streamed = (plan(dense, tmp_path / "out", stream=stream, **TEXT) for stream in (False, True))
+    config = {"config": CONFIG}
+    whole, streamed = (plan(dense, tmp_path / "out", stream=stream, **config, **TEXT) for stream in (False, True))
+    assert whole.stage == streamed.stage == "blocks"
     assert whole.peak_memory_bytes == sum(whole.memory.values())
     assert whole.memory["activations"] == 2 * 3 * 32 * 32 * 4
-    assert streamed.memory["model"] < whole.memory["model"]
-    assert plan(dense, tmp_path / "out", tune=0, **TEXT).memory["activations"] == 3 * 32 * 32 * 4
+    assert streamed.memory["outside_blocks"] + streamed.memory["packed"] < whole.memory["model"]
+    assert plan(dense, tmp_path / "out", tune=0, **config, **TEXT).memory["activations"] == 3 * 32 * 32 * 4
+
+
+def test_the_stage_that_takes_the_most(dense, tmp_path):
+    """Of long text the activations are large, of a few long windows what measuring takes."""
+    few, many = ({"windows": windows, "window_length": 128} for windows in (1, 1000))
+    assert plan(dense, tmp_path / "out", **few).stage == "measuring"
+    assert plan(dense, tmp_path / "out", **many).stage == "blocks"
+    distilled = plan(dense, tmp_path / "out", distill=1, **few)
+    assert distilled.stage == "distilling"
+    assert distilled.peak_memory_bytes == sum(distilled.memory.values())
 
 
 def test_the_time_comes_from_finished_blocks(dense, tmp_path):

@@ -16,15 +16,20 @@ from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
 from arbllm.format.accounting import matrix_size
 from arbllm.format.rows import ROW_BITS, RowLayout
+from arbllm.model.distill import LENGTH
 from arbllm.model.resume import unfinished_directory
 from arbllm.model.stream import empty_model
 from arbllm.model.tune import Tuning
 from arbllm.model.walk import DecoderBlock, find_blocks
+from arbllm.model.workers import solver_memory
 from arbllm.sizes import largest_layout
 
 FLOAT_BYTES = 4
-HESSIANS, SOLVER, TUNER = 3, 6, 12
-"""Float32 copies that are held: of each Hessian; of the largest weight in the solver; bytes a weight of the tuner."""
+PROGRAM_BYTES = 100_000_000  # tokenizer and text, and what the allocator keeps, beside the libraries
+TRAINER_BYTES = 8  # a weight: signs in their slots, the weight rebuilt from them, a gradient in passing
+KEPT = 2.3  # float32 numbers that a pass forward keeps for the way back, for each that a linear reads or writes
+PASSING = 3  # likewise without a way back, but of the largest linear
+LOGITS = 8  # float32 copies
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Plan:
         true_bits_per_weight: of them, at most.
         result_bytes: of the checkpoint's tensors, at most.
         peak_memory_bytes: an estimate, the sum of `memory`.
-        memory: the same by part: the program as it is, the model, activations, the block at work, its Hessians, and the
-            larger of what solver and tuner need.
+        stage: which takes the most: `measuring` how the bits are to be divided, `blocks` or `distilling`.
+        memory: bytes by part at that stage.
         seconds: for all blocks, if they take as long as those that an unfinished job has measured; None without one.
     """
 
@@ -49,6 +54,7 @@ class Plan:
     true_bits_per_weight: float
     result_bytes: int
     peak_memory_bytes: int
+    stage: str
     memory: dict[str, int]
     seconds: float | None = None
 
@@ -64,6 +70,7 @@ def plan(
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
     tune: int | None = None,
+    distill: int = 0,
     windows: int = 128,
     window_length: int = 2048,
     dtype: str = "auto",
@@ -78,6 +85,7 @@ def plan(
         config: method and options.
         embedding_bits: as in `arbllm.quantize`, like all that follows.
         tune: steps of tuning; None for the method's own.
+        distill: steps of distillation.
         windows: calibration windows.
         window_length: tokens of a window.
         dtype: to open the model in.
@@ -89,13 +97,20 @@ def plan(
     """
     config = config or BinarizationConfig()
     empty = empty_model(model, dtype, trust_remote_code)
+    empty.tie_weights()
     blocks = find_blocks(empty)
     weights = sum(linear.weight.numel() for block in blocks for linear in block.linears)
     packed = _packed_bytes(blocks, config)
     tuned = bool(tune if tune is not None else get_method(config.method).joint and Tuning().steps)
     rest = _rest_bytes(empty, blocks, embedding_bits)
-    memory = _memory(empty, blocks, windows * window_length, tuned)
-    memory["model"] = rest + packed if stream else sum(parameter.nbytes for parameter in empty.parameters())
+    text = windows, window_length
+    stages = {"blocks": _at_blocks(empty, blocks, text, tuned) | _model(empty, rest, packed, stream)}
+    if config.bits is not None and config.allocation == "measured" and not stream:
+        stages["measuring"] = _measuring(empty, blocks, window_length)
+    if distill:
+        stages["distilling"] = _distilling(empty, blocks, min(window_length, LENGTH), rest + packed)
+    stage = max(stages, key=lambda name: sum(stages[name].values()))
+    memory = {"program": peak_memory_bytes() + PROGRAM_BYTES} | stages[stage]
     return Plan(
         blocks=len(blocks),
         linears=sum(len(block.linears) for block in blocks),
@@ -103,6 +118,7 @@ def plan(
         true_bits_per_weight=8 * packed / weights,
         result_bytes=packed + rest,
         peak_memory_bytes=sum(memory.values()),
+        stage=stage,
         memory=memory,
         seconds=_seconds(unfinished_directory(Path(out)), len(blocks)),
     )
@@ -128,23 +144,72 @@ def _rest_bytes(model: PreTrainedModel, blocks: list[DecoderBlock], embedding_bi
     return rest + sum(layout.nbytes - weight.nbytes for weight, layout in matrices.items())
 
 
-def _memory(model: PreTrainedModel, blocks: list[DecoderBlock], tokens: int, tuned: bool) -> dict[str, int]:
-    """Bytes by part, but for the model itself."""
-    width = model.get_input_embeddings().weight.shape[1]
-    block = max(blocks, key=lambda each: sum(linear.weight.numel() for linear in each.linears))
-    shapes = [tuple(linear.weight.shape) for linear in block.linears]
-    inputs = sum(columns**2 for columns in {columns for _, columns in shapes})
-    shared = len(shapes) > 1  # attention and MLP read inputs of one width, but not the same ones
-    inputs += sum(columns**2 for columns in {columns for _, columns in shapes} if columns == width) * 2 * shared
-    numbers = sum(rows * columns for rows, columns in shapes)
-    largest = max(rows * columns for rows, columns in shapes)
+def _model(model: PreTrainedModel, rest: int, packed: int, stream: bool) -> dict[str, int]:
+    """Bytes of the model while its blocks are quantized, by part; the packed ones in the end."""
+    return {"outside_blocks": rest, "packed": packed} if stream else {"model": _bytes(model)}
+
+
+def _at_blocks(
+    model: PreTrainedModel, blocks: list[DecoderBlock], text: tuple[int, int], tuned: bool
+) -> dict[str, int]:
+    """Bytes by part while blocks are quantized, but for the model; `text` is so many windows of so many tokens."""
+    block = max(blocks, key=_numbers)
+    windows, length = text
+    passing = PASSING * FLOAT_BYTES * length * max(sum(linear.weight.shape) for linear in block.linears)
+    tuning = (TRAINER_BYTES - FLOAT_BYTES) * _numbers(block)  # in the place of the dense weights
     return {
-        "program": peak_memory_bytes(),
-        "activations": tokens * width * FLOAT_BYTES * (2 if tuned else 1),
-        "block": numbers * FLOAT_BYTES,
-        "hessians": HESSIANS * inputs * FLOAT_BYTES,
-        "solver_or_tuner": max(SOLVER * largest * FLOAT_BYTES, TUNER * numbers if tuned else 0),
+        "activations": windows * length * _width(model) * FLOAT_BYTES * (2 if tuned else 1),
+        "block": _numbers(block) * FLOAT_BYTES,
+        "hessians": _hessian_bytes(model, block),
+        "work": max(*map(solver_memory, block.linears), passing, tuning if tuned else 0),
     }
+
+
+def _measuring(model: PreTrainedModel, blocks: list[DecoderBlock], length: int) -> dict[str, int]:
+    """Bytes by part while it is measured what linears gain from bits: the model forward and backward on a window."""
+    return {
+        "model": _bytes(model, FLOAT_BYTES),
+        "activations": len(blocks) * length * _width(model) * FLOAT_BYTES,
+        "work": max(_kept(block, length) for block in blocks),
+    }
+
+
+def _distilling(model: PreTrainedModel, blocks: list[DecoderBlock], length: int, packed: int) -> dict[str, int]:
+    """Bytes by part while a packed model of so many bytes is distilled, a piece of so many tokens at a time."""
+    logits = length * model.get_input_embeddings().num_embeddings * FLOAT_BYTES
+    return {
+        "teacher": _bytes(model, FLOAT_BYTES),
+        "packed": packed,
+        "trainer": TRAINER_BYTES * sum(map(_numbers, blocks)),
+        "activations": sum(_kept(block, length) for block in blocks),
+        "logits": LOGITS * logits,
+    }
+
+
+def _bytes(model: PreTrainedModel, each: int | None = None) -> int:
+    """Bytes of a model's parameters, with `each` bytes a number, or as they are stored."""
+    return sum(parameter.numel() * (each or parameter.itemsize) for parameter in model.parameters())
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def _numbers(block: DecoderBlock) -> int:
+    """Weights of a block's linears."""
+    return sum(linear.weight.numel() for linear in block.linears)
+
+
+def _kept(block: DecoderBlock, tokens: int) -> int:
+    """Bytes of what a block keeps of some tokens to go backward."""
+    return int(KEPT * FLOAT_BYTES * tokens * sum(sum(linear.weight.shape) for linear in block.linears))
+
+
+def _hessian_bytes(model: PreTrainedModel, block: DecoderBlock) -> int:
+    """Bytes of the Hessians of a block's inputs; attention and MLP read inputs of one width, but not the same ones."""
+    widths = {linear.weight.shape[1] for linear in block.linears}
+    repeated = 2 * _width(model) ** 2 if len(block.linears) > 1 and _width(model) in widths else 0
+    return FLOAT_BYTES * (sum(width**2 for width in widths) + repeated)
 
 
 def _seconds(directory: Path, blocks: int) -> float | None:

@@ -145,6 +145,7 @@ def quantize(
                 config=config,
                 embedding_bits=embeddings,
                 tune=tune,
+                distill=distill,
                 windows=windows,
                 window_length=window_length,
                 dtype=dtype,
@@ -209,7 +210,7 @@ def _print_plan(found: Plan, json: bool) -> None:
             "linears": f"{found.linears} in {found.blocks} blocks, {found.weights:,} weights",
             "true bits a weight": f"at most {found.true_bits_per_weight:.3f}",
             "size of the result": f"at most {format_bytes(found.result_bytes)}",
-            "peak memory": f"about {format_bytes(found.peak_memory_bytes)} ({parts})",
+            "peak memory": f"about {format_bytes(found.peak_memory_bytes)}, at stage {found.stage} ({parts})",
             "time": "not known before a block is done: start the job, and ask again"
             if found.seconds is None
             else f"about {found.seconds:.0f} s, as long as the finished blocks of the unfinished job took",

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 import arbllm
 import arbllm.integrations.transformers  # what is imported once is no matter of a checkpoint
 from arbllm.device import peak_memory_bytes, reset_peak_memory
@@ -106,8 +108,10 @@ def streamed(model: Path, blocks: int | None, windows: int, window_length: int) 
     which = "all its blocks" if len(done) == foretold.blocks else f"the first {len(done)} of {foretold.blocks} blocks"
     return (
         f"{model.name}: {bytes_on_disk(model) / 1e9:.2f} GB on disk; with {windows} windows of {window_length} tokens "
-        f"{which} took {max(event.peak_memory_bytes for event in done) / 1e9:.2f} GB of memory at most (--dry-run says "
-        f"{foretold.peak_memory_bytes / 1e9:.2f} GB) and {sum(event.seconds for event in done):.0f} s"
+        f"{which} took {max(event.peak_memory_bytes for event in done) / 1e9:.2f} GB of memory at most and "
+        f"{sum(event.seconds for event in done):.0f} s, on {torch.get_num_threads()} of the processor's cores. "
+        f"--dry-run says {foretold.peak_memory_bytes / 1e9:.2f} GB, {foretold.memory['packed'] / 1e9:.2f} GB of it for "
+        f"all {foretold.blocks} blocks when they are packed."
     )
 
 

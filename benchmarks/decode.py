@@ -1,31 +1,33 @@
 """Tokens a second on a CPU, one at a time with a static cache: packed against bfloat16 and float32, beside llama.cpp.
 
-    python benchmarks/decode.py [--threads 2] [--bits 2.25] [--tokens 24] [--repeats 3] [--page]
+    python benchmarks/decode.py [--threads 2] [--bits 2.25] [--tokens 24] [--repeats 5] [--page]
 
 Weights are random: they make no difference to the speed. All models run the same code of transformers but for their
-linears. Of the LLaMA-7B as many blocks are measured as tell what a block costs, the rest is calculated.
+linears, as it is and compiled (`torch.compile`). Of the LLaMA-7B as many blocks are measured as tell what a block
+costs, the rest is calculated. llama.cpp is measured where `llama-cpp-python` is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from arbllm.nn import BinaryLinear
-from commands import demonstration_model
 from kernels import machine
+from llama_cpp_peer import NO_PEER, PEER, PEER_HEADINGS, peers_of
 from random_matrices import random_matrix
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
-HEADINGS = ("model", "linears", "tokens a second", "spread", "x bfloat16", "x float32")
+HEADINGS = ("model", "linears", "loop", "tokens a second", "spread", "x bfloat16", "x float32")
 SHAPES = {
     "SmolLM2-135M": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -36,26 +38,36 @@ SHAPES = {
         "num_key_value_heads": 32, "vocab_size": 32_000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-MEASURED_BLOCKS = {"SmolLM2-135M": (30,), "LLaMA-7B": (1, 2)}
+MEASURED_BLOCKS = {"SmolLM2-135M": (30,), "LLaMA-7B": (1, 4)}
+LINEARS = ("bfloat16", "float32", "packed")
+LOOPS = ("eager", "compiled")
+CACHE_LENGTH = 128
 WARM_UP = 3
 COMMAND = "python benchmarks/decode.py --page"
 
 _SECTION = """\
 ## Writing tokens on a CPU
 
-One text, one token at a time, greedily, with a static cache, {threads} threads, eager transformers; linears of the
-blocks dense or packed at {bits:g} bits a weight, embedding and head dense. Medians of {repeats} runs of {tokens} tokens
-in which the contestants take turns; the spread is from the least to the greatest. Weights are random. Of LLaMA-7B one
-block and two blocks are measured, and 30 more times the difference is added.
+One text, one token at a time, greedily, with a static cache, {threads} threads; linears of the blocks dense or packed
+at {bits:g} bits a weight, embedding and head dense. All models run the code of transformers, *eager* as it is or
+*compiled* by `torch.compile`. Medians of {repeats} runs of {tokens} tokens in which the contestants take turns; the
+spread is from the least to the greatest. Weights are random. Of LLaMA-7B one block and four are measured, and a third
+of the difference is added for each of the other 28.
 
 {machine}
 
 {table}
 
-{peer}
+llama.cpp, as `llama-cpp-python` builds it for this machine, in the same turns and with the same number of threads.
+Weights of LLaMA-7B's shape are random there, too; SmolLM2's width is no multiple of 256, as Q2_K and TQ2_0 need.
+
+{peers}
 
 `{command}` writes this section.
 """
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""The next token, int64 (1, 1), after this one at this place, int64 (1)."""
 
 
 def main() -> None:
@@ -64,57 +76,82 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the kernel")
     parser.add_argument("--bits", type=float, default=2.25, help="true bits a weight")
     parser.add_argument("--tokens", type=int, default=24, help="of a run")
-    parser.add_argument("--repeats", type=int, default=3, help="runs")
+    parser.add_argument("--repeats", type=int, default=5, help="runs")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=120)
     rows: Rows = []
+    peers: Rows = []
     for name in options.models:
-        rows += contest(name, options.bits, options.tokens, options.repeats)
+        dense_and_packed, others = contest(name, options.bits, options.tokens, options.repeats, options.threads)
+        rows += dense_and_packed
+        peers += others
     console.print(as_table(HEADINGS, rows))
-    peer = llama_cpp(options.threads, options.tokens, options.repeats)
-    console.print(peer)
+    console.print(as_table(PEER_HEADINGS, peers) if peers else NO_PEER)
     if options.page:
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, tokens=options.tokens,
-            machine=machine(), table=as_markdown(HEADINGS, rows), peer=peer, command=COMMAND,
+            machine=machine(), table=as_markdown(HEADINGS, rows),
+            peers=as_markdown(PEER_HEADINGS, peers) if peers else NO_PEER, command=COMMAND,
         )  # fmt: skip
         write_section(PERFORMANCE, "tokens on a CPU", text)
         console.print(f"wrote {PERFORMANCE}")
 
 
-def contest(name: str, bits: float, tokens: int, repeats: int) -> Rows:
-    """A model with dense linears of two dtypes, and packed."""
+def contest(name: str, bits: float, tokens: int, repeats: int, threads: int) -> tuple[Rows, Rows]:
+    """A model with dense linears of two dtypes, and packed, each eager and compiled; and what llama.cpp does."""
     blocks = MEASURED_BLOCKS[name]
-    models = {
-        (linears, count): make_model(name, count, linears, bits)
-        for linears in ("bfloat16", "float32", "packed")
-        for count in blocks
+    contestants: dict[tuple[str, int], Callable[[], float]] = {}
+    for linears in LINEARS:
+        for count in blocks:
+            model = make_model(name, count, linears, bits)
+            for loop in LOOPS:
+                contestants[f"{linears} {loop}", count] = partial(seconds_a_token, *decoder(model, loop), tokens)
+    for kind, count, peer in peers_of(SHAPES[name], blocks, threads):
+        contestants[kind, count] = partial(peer, tokens)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
+    for repeat in range(repeats + 1):
+        for key, contestant in contestants.items():
+            found = contestant()
+            if repeat:  # the first round compiles
+                seconds[key].append(found)
+    more = SHAPES[name]["num_hidden_layers"] - blocks[-1]
+    whole = {
+        kind: whole_model(seconds[kind, blocks[0]], seconds[kind, blocks[-1]], more, blocks)
+        for kind in dict.fromkeys(kind for kind, _ in contestants)
     }
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in models}
-    for _ in range(repeats):
-        for key, model in models.items():
-            seconds[key].append(seconds_a_token(model, tokens))
-    whole = {}
-    for linears in ("bfloat16", "float32", "packed"):
-        first, last = (seconds[linears, count] for count in (blocks[0], blocks[-1]))
-        more = SHAPES[name]["num_hidden_layers"] - blocks[-1]
-        steps = max(1, blocks[-1] - blocks[0])
-        whole[linears] = sorted(b + more * (b - a) / steps for a, b in zip(first, last, strict=True))
-    middle = {linears: median(found) for linears, found in whole.items()}
-    return [
-        (
-            name,
-            linears,
-            f"{1 / middle[linears]:.2f}",
-            f"{1 / found[-1]:.2f}-{1 / found[0]:.2f}",
-            f"{middle['bfloat16'] / middle[linears]:.2f}",
-            f"{middle['float32'] / middle[linears]:.2f}",
-        )
-        for linears, found in whole.items()
-    ]
+    return ranking(name, whole), peer_ranking(name, whole)
+
+
+def whole_model(few: list[float], many: list[float], more: int, blocks: Sequence[int]) -> list[float]:
+    """Seconds a token of all blocks, in rising order, from those of the measured numbers of blocks."""
+    steps = max(1, blocks[-1] - blocks[0])
+    return sorted(b + more * (b - a) / steps for a, b in zip(few, many, strict=True))
+
+
+def ranking(name: str, whole: dict[str, list[float]]) -> Rows:
+    """The models that run here, each beside the dense ones of the same loop."""
+    rows: Rows = []
+    for loop in LOOPS:
+        for linears in LINEARS:
+            found = whole[f"{linears} {loop}"]
+            ratios = (median(whole[f"{dense} {loop}"]) / median(found) for dense in ("bfloat16", "float32"))
+            rows.append((name, linears, loop, *speeds(found), *(f"{ratio:.2f}" for ratio in ratios)))
+    return rows
+
+
+def peer_ranking(name: str, whole: dict[str, list[float]]) -> Rows:
+    """What llama.cpp does, and how many times as fast packed linears are."""
+    packed = min(median(whole[f"packed {loop}"]) for loop in LOOPS)
+    peers = {kind: found for kind, found in whole.items() if kind.startswith(PEER)}
+    return [(name, kind, *speeds(found), f"{median(found) / packed:.2f}") for kind, found in peers.items()]
+
+
+def speeds(seconds: list[float]) -> tuple[str, str]:
+    """The median and the spread of tokens a second."""
+    return f"{1 / median(seconds):.2f}", f"{1 / seconds[-1]:.2f}-{1 / seconds[0]:.2f}"
 
 
 def make_model(name: str, blocks: int, linears: str, bits: float) -> LlamaForCausalLM:
@@ -138,37 +175,31 @@ def make_model(name: str, blocks: int, linears: str, bits: float) -> LlamaForCau
     return model.eval()
 
 
+def decoder(model: LlamaForCausalLM, loop: str) -> tuple[Step, StaticCache]:
+    """A model's step and the cache that it fills."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=CACHE_LENGTH)
+    width = config.hidden_size // config.num_attention_heads
+    cache.early_initialization(1, config.num_key_value_heads, width, model.dtype, model.device)
+
+    def step(token: Tensor, place: Tensor) -> Tensor:
+        logits = model(token, past_key_values=cache, cache_position=place, use_cache=True).logits
+        return logits[:, -1:].argmax(-1)
+
+    return (torch.compile(step, dynamic=False) if loop == "compiled" else step), cache
+
+
 @torch.inference_mode()
-def seconds_a_token(model: LlamaForCausalLM, tokens: int) -> float:
+def seconds_a_token(step: Step, cache: StaticCache, tokens: int) -> float:
     """Seconds of a token, after a few that do not count."""
-    cache = StaticCache(config=model.config, max_cache_len=128)
+    cache.reset()
     token = torch.ones(1, 1, dtype=torch.int64)
     start = 0.0
     for position in range(WARM_UP + tokens):
         if position == WARM_UP:
             start = time.perf_counter()
-        place = torch.tensor([position])
-        logits = model(token, past_key_values=cache, cache_position=place, use_cache=True).logits
-        token = logits[:, -1:].argmax(-1)
+        token = step(token, torch.tensor([position]))
     return (time.perf_counter() - start) / tokens
-
-
-def llama_cpp(threads: int, tokens: int, repeats: int) -> str:
-    """What llama.cpp does with the demonstration model's GGUF file, in a sentence."""
-    if find_spec("llama_cpp") is None:
-        return "llama.cpp was not measured: `llama-cpp-python` is not installed."
-    from llama_cpp import Llama
-
-    path = demonstration_model()
-    llama = Llama(str(path), n_ctx=256, n_threads=threads, verbose=False)
-
-    def run() -> float:
-        start = time.perf_counter()
-        written = sum(1 for _ in zip(range(tokens), llama.generate([1], temp=0.0), strict=False))
-        return written / (time.perf_counter() - start)
-
-    speeds = sorted(run() for _ in range(repeats))
-    return f"llama.cpp, {path.name}: {median(speeds):.1f} tokens a second ({speeds[0]:.1f}-{speeds[-1]:.1f})."
 
 
 if __name__ == "__main__":

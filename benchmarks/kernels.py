@@ -114,7 +114,7 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
     prepared = cpu.prepare(matrix)
     weight = matrix.dequantize()
     half = weight.bfloat16()
-    copies = cycle([prepared] + [prepared.clone() for _ in range(CACHE_BYTES // prepared.numel())])
+    copies = cycle([prepared] + [cpu.prepare(matrix) for _ in range(CACHE_BYTES // prepared.numel())])
     streams = cycle(
         [torch.zeros(matrix.nbytes // 8, dtype=torch.int64) for _ in range(1 + CACHE_BYTES // matrix.nbytes)]
     )

@@ -35,7 +35,8 @@ constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
 constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
 constexpr int STRETCH_NIBBLES = STRETCH * BLOCK_NIBBLES;
 constexpr int AHEAD = STRETCH * BLOCK_BYTES;  // bytes of a row's codes that are fetched before they are needed
-constexpr int64_t SMALL = 1 << 21;  // weights times tokens that one thread does sooner alone
+constexpr int64_t SMALL = 1 << 18;  // weights times tokens that one thread does sooner alone
+constexpr int64_t SHARES = 4;  // pieces of work for a thread, at least, if there are so many blocks of rows
 
 // What an entry's index says of the columns of four bits: [kind of accumulator][column][index] -> -1, 0 or 1. Kinds are
 // the groups of signs, then the groups of means.
@@ -345,11 +346,11 @@ void write(const Activations& activations, int64_t at, const float* values, int6
     }
 }
 
-// One multiplication, as its threads see it: first the tables of all tokens, then tile by tile all tokens.
+// One multiplication, as its threads see it: first the tables of all tokens, then piece by piece of the rows all tokens.
 template <class V>
 class Product {
   public:
-    Product(const Prepared& prepared, const Activations& activations)
+    Product(const Prepared& prepared, const Activations& activations, int threads)
         : prepared_(prepared),
           activations_(activations),
           space_(prepared),
@@ -357,7 +358,8 @@ class Product {
           tokens_(activations.tokens),
           stretches_(stretches_of(prepared)),
           tables_(activations.tokens * static_cast<int64_t>(stretches_.size())),
-          tiles_(prepared.tiles()) {
+          piece_(prepared.tiles() < SHARES * threads ? 1 : TILE_BLOCKS),
+          pieces_((prepared.blocks() + piece_ - 1) / piece_) {
         const int64_t each = space_.bytes() + 4 * columns_;
         static thread_local std::vector<uint8_t> memory;
         if (static_cast<int64_t>(memory.size()) < activations.tokens * each + 64) {
@@ -384,28 +386,30 @@ class Product {
                          product.tables(i / stretches, stretch.pass));
         }
         product.tables_.wait();
-        for (int64_t tile; (tile = product.tiles_.next()) >= 0;) {
-            product.multiply(tile);
+        for (int64_t piece; (piece = product.pieces_.next()) >= 0;) {
+            product.multiply(piece * product.piece_);
         }
     }
 
   private:
     Tables tables(int64_t token, int64_t pass) const { return space_.tables(spaces_[token], prepared_, pass); }
 
-    void multiply(int64_t tile) const {
+    // The rows of one piece: blocks of one tile, from the first one on.
+    void multiply(int64_t first) const {
         const Header& header = *prepared_.header;
-        const int64_t blocks = prepared_.tile_blocks(tile), tokens = activations_.tokens;
+        const int64_t tile = first / TILE_BLOCKS, skipped = first % TILE_BLOCKS, tokens = activations_.tokens;
+        const int64_t blocks = std::min(piece_, prepared_.tile_blocks(tile) - skipped);
         alignas(64) float y[MOST_TOKENS][TILE_ROWS] = {};
         for (int64_t p = 0; p < header.passes; ++p) {
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables found = tables(token, p);
                 for (int64_t block = 0; block < blocks; ++block) {
-                    add_pass<V>(prepared_, prepared_.passes[p], found, tile, block, y[token] + LANES * block);
+                    add_pass<V>(prepared_, prepared_.passes[p], found, tile, skipped + block, y[token] + LANES * block);
                 }
             }
         }
         for (int64_t block = 0; block < blocks; ++block) {
-            const float* dense = prepared_.dense_of(tile, block);
+            const float* dense = prepared_.dense_of(tile, skipped + block);
             for (int64_t token = 0; token < tokens; ++token) {
                 const float* x = x_[token] + header.dense_column;
                 float* to = y[token] + LANES * block;
@@ -416,7 +420,7 @@ class Product {
                 }
             }
         }
-        const int64_t row = tile * TILE_ROWS, rows = std::min(int64_t{TILE_ROWS}, header.rows - row);
+        const int64_t row = first * LANES, rows = std::min(blocks * LANES, header.rows - row);
         for (int64_t token = 0; token < tokens; ++token) {
             write(activations_, token * header.rows + row, y[token], rows);
         }
@@ -429,14 +433,17 @@ class Product {
     const std::vector<Stretch> stretches_;
     std::vector<float*> x_;
     std::vector<uint8_t*> spaces_;
-    Claims tokens_, tables_, tiles_;
+    Claims tokens_, tables_;
+    const int64_t piece_;  // blocks of rows that a thread claims at a time
+    Claims pieces_;
 };
 
 template <class V>
 void multiply(const Prepared& prepared, const Activations& activations, int threads) {
-    Product<V> product(prepared, activations);
     const int64_t work = prepared.header->rows * prepared.header->columns * activations.tokens;
-    in_parallel(work < SMALL ? 1 : threads, &Product<V>::run, &product);
+    const int used = work < SMALL ? 1 : threads;
+    Product<V> product(prepared, activations, used);
+    in_parallel(used, &Product<V>::run, &product);
 }
 
 // Adds one pass of one block, with G groups, to W^T: rows of `stride` floats.

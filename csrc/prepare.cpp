@@ -1,5 +1,9 @@
 #include "prepare.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 
 #include "parallel.h"
@@ -7,6 +11,8 @@
 namespace arbllm {
 
 namespace {
+
+constexpr uintptr_t LARGE_PAGE = 1 << 21;
 
 int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -195,12 +201,24 @@ struct Writing {
     }
 };
 
+// Codes are read once a token, from memory that is not in the cache, and then neither are the tables of small pages.
+void ask_for_large_pages(uint8_t* start, int64_t bytes) {
+#ifdef __linux__
+    const auto first = (reinterpret_cast<uintptr_t>(start) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    const auto last = (reinterpret_cast<uintptr_t>(start) + bytes) / LARGE_PAGE * LARGE_PAGE;
+    if (first < last) {
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a system without them says no
+    }
+#endif
+}
+
 }  // namespace
 
 int64_t prepared_bytes(const Packed& packed) { return planned(packed).header.bytes; }
 
 void prepare(const Packed& packed, uint8_t* to, int threads) {
     const Plan plan = planned(packed);
+    ask_for_large_pages(to, plan.header.bytes);
     std::memset(to, 0, plan.header.bytes);
     std::memcpy(to, &plan.header, sizeof(Header));
     if (!plan.passes.empty()) {

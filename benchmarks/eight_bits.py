@@ -1,0 +1,95 @@
+"""What the CPU kernel's 8-bit tables do to perplexity: a packed model reads text a few tokens at a time, as it decodes.
+
+    python benchmarks/eight_bits.py CHECKPOINT [--text FILE] [--windows 4] [--window-length 512] [--page]
+
+Products of up to 16 tokens are looked up in tables rounded to 8 bits, unless `BinaryLinear.exact` says that they be in
+float32. Every window is read twice with a cache, 16 tokens at a time: exactly, and by look-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import arbllm.integrations.transformers  # noqa: F401  so that transformers knows packed models
+from arbllm.evaluation.perplexity import cut_windows
+from arbllm.kernels.cpu import MOST_LOOKUP_TOKENS
+from arbllm.nn import BinaryLinear
+from arbllm.text import evaluation_tokens
+from kernels import machine
+from sections import PERFORMANCE, write_section
+from solver import Rows, as_markdown, as_table
+
+HEADINGS = ("products", "perplexity", "change")
+COMMAND = "python benchmarks/eight_bits.py CHECKPOINT --page"
+
+_SECTION = """\
+## What 8-bit tables do to perplexity
+
+SmolLM2-135M by arb-rcx at {bits:.2f} bits reads {windows} windows of {length} tokens of {text}, {together} tokens at a
+time with a cache, all products in float32 or all by look-up in tables of 8 bits.
+
+{machine}
+
+{table}
+
+`{command}` writes this section.
+"""
+
+
+def main() -> None:
+    """Print both perplexities, and write them to the page if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a packed model")
+    parser.add_argument("--text", default="builtin", help="a name or file, as for `arbllm eval`")
+    parser.add_argument("--windows", type=int, default=4, help="to read")
+    parser.add_argument("--window-length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
+    tokens = evaluation_tokens(options.text, tokenizer)
+    windows = cut_windows(model, tokens, options.window_length, options.windows)
+    console = Console()
+    exact, rounded = (perplexity(model, windows, exact=exact) for exact in (True, False))
+    rows: Rows = [
+        ("float32", f"{exact:.3f}", ""),
+        ("8-bit tables", f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"),
+    ]
+    console.print(as_table(HEADINGS, rows))
+    if options.page:
+        linears = [module.matrix for module in model.modules() if isinstance(module, BinaryLinear)]
+        weights = sum(matrix.layout.rows * matrix.layout.columns for matrix in linears)
+        text = _SECTION.format(
+            bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
+            length=options.window_length, text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
+            table=as_markdown(HEADINGS, rows), command=COMMAND,
+        )  # fmt: skip
+        write_section(PERFORMANCE, "8-bit tables", text)
+        console.print(f"wrote {PERFORMANCE}")
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, windows: Tensor, *, exact: bool) -> float:
+    """Perplexity over windows (N, L), a few tokens at a time."""
+    BinaryLinear.exact = exact
+    total = 0.0
+    for window in windows:
+        cache = None
+        for start in range(0, len(window) - 1, MOST_LOOKUP_TOKENS):
+            stop = min(start + MOST_LOOKUP_TOKENS, len(window) - 1)
+            output = model(input_ids=window[None, start:stop], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            total += cross_entropy(output.logits[0].float(), window[start + 1 : stop + 1], reduction="sum").item()
+    return math.exp(total / (windows.numel() - len(windows)))
+
+
+if __name__ == "__main__":
+    main()

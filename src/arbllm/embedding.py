@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from arbllm.format.rows import RowLayout, dequantize_rows, quantize_rows
+from arbllm.kernels import rows
 from arbllm.nn import PackedModule
 
 CPU_TILE_WEIGHTS = 2**20  # a tile in float32 and its codes stay within the caches
@@ -74,9 +75,9 @@ class Int8Embedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Map token numbers (...) to vectors (..., d), in the dtype that the model computes in."""
         flat = ids.reshape(-1)
-        rows = dequantize_rows(self.codes[flat], self.scales[flat], self.inner.weight.dtype)
+        vectors = dequantize_rows(self.codes[flat], self.scales[flat], self.inner.weight.dtype)
         places = torch.arange(len(flat), device=ids.device).view(ids.shape)
-        found: Tensor = functional_call(self.inner, {"weight": rows}, (places,))
+        found: Tensor = functional_call(self.inner, {"weight": vectors}, (places,))
         return found
 
     def extra_repr(self) -> str:
@@ -146,17 +147,13 @@ class Int8Linear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., d) to y (..., V), in the dtype of x; half precision is computed in float32 on a CPU.
 
-        Of the dense W, a tile of rows exists at a time.
+        A few tokens in bfloat16 are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W
+        exists at a time.
         """
         codes, scales = self._rows()
-        on_cpu = x.device.type == "cpu"
-        dtype = torch.float32 if on_cpu and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        inputs = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = x.new_empty(len(inputs), self.out_features)
-        height = max(1, (CPU_TILE_WEIGHTS if on_cpu else DEVICE_TILE_WEIGHTS) // self.in_features)
-        for start in range(0, self.out_features, height):
-            tile = slice(start, start + height)
-            y[:, tile] = inputs @ dequantize_rows(codes[tile], scales[tile], dtype).T
+        inputs = x.reshape(-1, x.shape[-1])
+        multiply = rows.multiply if rows.suits(inputs, codes) else _by_tiles
+        y = multiply(inputs, codes, scales)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -169,6 +166,18 @@ class Int8Linear(PackedModule):
     def _rows(self) -> tuple[Tensor, Tensor]:
         owner = self.tied or self
         return owner.get_buffer("codes"), owner.get_buffer("scales")
+
+
+def _by_tiles(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    on_cpu = x.device.type == "cpu"
+    dtype = torch.float32 if on_cpu and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    inputs, (height, width) = x.to(dtype), codes.shape
+    y = x.new_empty(len(inputs), height)
+    step = max(1, (CPU_TILE_WEIGHTS if on_cpu else DEVICE_TILE_WEIGHTS) // width)
+    for start in range(0, height, step):
+        tile = slice(start, start + step)
+        y[:, tile] = inputs @ dequantize_rows(codes[tile], scales[tile], dtype).T
+    return y
 
 
 def _register_rows(module: Int8Embedding | Int8Linear, device: torch.device) -> None:

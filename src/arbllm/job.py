@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError
 from arbllm.format.checkpoint import checksum
 from arbllm.model.distill import cut_pieces
-from arbllm.model.embeddings import quantize_embeddings
+from arbllm.model.embeddings import DENSE_BITS, quantize_embeddings
 from arbllm.model.events import LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.ranks import Ranks
@@ -28,7 +27,6 @@ from arbllm.model.resume import Progress, fingerprint
 from arbllm.model.source import open_model_only, open_tokenizer
 from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.tune import Tuning
-from arbllm.model.walk import DecoderBlock
 from arbllm.sizes import bits_for_size, dense_sizes
 from arbllm.text import calibration_windows
 
@@ -39,7 +37,7 @@ class Opened:
 
     Attributes:
         model: the model.
-        load_block: reads a block's weights, where they are streamed.
+        streamed: what reads its blocks and head, where they are streamed.
         tokenizer: its tokenizer.
         tokens: calibration windows, int64 (N, L).
         config: method and options, the bits that lead to the size asked for among them.
@@ -49,7 +47,7 @@ class Opened:
     """
 
     model: PreTrainedModel
-    load_block: Callable[[DecoderBlock], None] | None
+    streamed: StreamedModel | None
     tokenizer: PreTrainedTokenizerBase
     tokens: Tensor
     config: BinarizationConfig
@@ -105,13 +103,15 @@ class Job:
         source = streamed.fingerprint() if streamed else fingerprint(model.state_dict().items())
         self.ranks.check_same([source, _versions()], "model or versions of libraries")
         dense_bytes, dense_linear_bytes = dense_sizes(model)
+        if streamed and self.embedding_bits != DENSE_BITS:
+            streamed.load_head()
         quantize_embeddings(model, self.embedding_bits)
         config = self.config
         if self.size is not None:
             config = replace(config, bits=bits_for_size(model, self.size))
         return Opened(
             model=model,
-            load_block=streamed.load_block if streamed else None,
+            streamed=streamed,
             tokenizer=tokenizer,
             tokens=tokens,
             config=config,
@@ -136,7 +136,7 @@ class Job:
         self, opened: Opened, on_event: OnEvent | None = None, progress: Progress | None = None
     ) -> list[LinearQuantized]:
         """Binarize the model, in place."""
-        return quantize_model(
+        results = quantize_model(
             opened.model,
             opened.tokens,
             opened.config,
@@ -144,10 +144,13 @@ class Job:
             device=self.device,
             on_event=on_event,
             progress=progress,
-            load_block=opened.load_block,
+            load_block=opened.streamed.load_block if opened.streamed else None,
             offload=self.offload,
             ranks=self.ranks,
         )
+        if opened.streamed:
+            opened.streamed.load_head()
+        return results
 
 
 def streamable(model: str, config: BinarizationConfig, distill: int) -> BinarizationConfig:

@@ -26,8 +26,9 @@ from arbllm.sizes import largest_layout
 
 FLOAT_BYTES = 4
 PROGRAM_BYTES = 100_000_000  # tokenizer and text, and what the allocator keeps, beside the libraries
-TRAINER_BYTES = 8  # a weight: signs in their slots, the weight rebuilt from them, a gradient in passing
-KEPT = 2.3  # float32 numbers that a pass forward keeps for the way back, for each that a linear reads or writes
+CODE_BYTES = 1  # of a weight whose scales are trained
+REBUILT = 3  # float32 copies of the largest of such weights, gradients included
+KEPT = 1.3  # float32 numbers that a pass forward keeps for the way back, for each that a linear reads or writes
 PASSING = 3  # likewise without a way back, but of the largest linear
 LOGITS = 8  # float32 copies
 
@@ -155,13 +156,15 @@ def _at_blocks(
     """Bytes by part while blocks are quantized, but for the model; `text` is so many windows of so many tokens."""
     block = max(blocks, key=_numbers)
     windows, length = text
+    numbers, stored = _numbers(block), sum(linear.weight.nbytes for linear in block.linears)
     passing = PASSING * FLOAT_BYTES * length * max(sum(linear.weight.shape) for linear in block.linears)
-    tuning = (TRAINER_BYTES - FLOAT_BYTES) * _numbers(block)  # in the place of the dense weights
+    tuning = _trainer([block]) + _kept(block, min(length, Tuning().length)) if tuned else 0
     return {
         "activations": windows * length * _width(model) * FLOAT_BYTES * (2 if tuned else 1),
-        "block": _numbers(block) * FLOAT_BYTES,
+        "block": stored,
         "hessians": _hessian_bytes(model, block),
-        "work": max(*map(solver_memory, block.linears), passing, tuning if tuned else 0),
+        # Passes take the block in float32; the tuner takes its place.
+        "work": max(*map(solver_memory, block.linears), passing + FLOAT_BYTES * numbers - stored, tuning - stored),
     }
 
 
@@ -180,7 +183,7 @@ def _distilling(model: PreTrainedModel, blocks: list[DecoderBlock], length: int,
     return {
         "teacher": _bytes(model, FLOAT_BYTES),
         "packed": packed,
-        "trainer": TRAINER_BYTES * sum(map(_numbers, blocks)),
+        "trainer": _trainer(blocks),
         "activations": sum(_kept(block, length) for block in blocks),
         "logits": LOGITS * logits,
     }
@@ -198,6 +201,12 @@ def _width(model: PreTrainedModel) -> int:
 def _numbers(block: DecoderBlock) -> int:
     """Weights of a block's linears."""
     return sum(linear.weight.numel() for linear in block.linears)
+
+
+def _trainer(blocks: list[DecoderBlock]) -> int:
+    """Bytes of what trains the scales of some blocks together."""
+    largest = max(linear.weight.numel() for block in blocks for linear in block.linears)
+    return CODE_BYTES * sum(map(_numbers, blocks)) + REBUILT * FLOAT_BYTES * largest
 
 
 def _kept(block: DecoderBlock, tokens: int) -> int:

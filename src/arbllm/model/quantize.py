@@ -22,7 +22,15 @@ from arbllm.device import peak_memory_bytes, release_memory
 from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.model.capture import BlockCall, InputGroup, capture_inputs, gather_hessians, propagate, resident
+from arbllm.model.capture import (
+    BlockCall,
+    InputGroup,
+    capture_inputs,
+    compute_dtype,
+    gather_hessians,
+    propagate,
+    resident,
+)
 from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
 from arbllm.model.ranks import Ranks, assign_owners
 from arbllm.model.resume import FinishedBlock, Progress
@@ -143,6 +151,7 @@ class _BlockJob:
         there. `short` calls the block with the first `tuning.length` tokens of a window.
         """
         home = self.block.linears[0].weight.device
+        stored = {linear: linear.weight.dtype for linear in self.block.linears}
         call = call.to(self.device)
         done = self.ranks.told(lambda: self.progress.block(self.block.index) if self.progress else None)
         if done is not None:
@@ -154,6 +163,8 @@ class _BlockJob:
             if dense is not None:
                 propagate(self.block, call, dense)
             groups = gather_hessians(self.block, call, hidden)
+            for linear, dtype in stored.items():  # the solver takes one after the other to float32
+                linear.set_weight(linear.weight.to(dtype))
             laps.append(self._lap())
             solved = self._solve(groups)
             self._drop_weights()
@@ -223,7 +234,7 @@ class _BlockJob:
         if self.block.index >= self.last:
             return
         for linear, matrix in matrices.items():
-            linear.set_weight(matrix.dequantize(linear.weight.dtype))
+            linear.set_weight(matrix.dequantize(compute_dtype(linear.weight.dtype, self.device)))
             replace_module(self.model, linear.name, linear.module)
         propagate(self.block, call, hidden)
 

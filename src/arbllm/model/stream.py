@@ -1,7 +1,7 @@
 """Models larger than memory: built without weights, which are read from their files one decoder block at a time.
 
-Everything outside the blocks (embeddings, last norm, head) is read at once; a block when its turn comes. Quantized, it
-is a seventh of its size and stays.
+Embeddings and last norm are read at once, a block when its turn comes, the head in the end. Quantized, a block is a
+seventh of its size and stays.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class StreamedModel:
 
     Attributes:
         model: the model, in evaluation mode, with the weights of its decoder blocks on the meta device until
-            `load_block` has read them.
+            `load_block` has read them, and those of its head, unless they are the embeddings', until `load_head` has.
     """
 
     model: PreTrainedModel
 
     def __init__(self, directory: Path | str, dtype: str = "auto", trust_remote_code: bool = False) -> None:
-        """Build the model and read all but its blocks.
+        """Build the model and read all but its blocks and head.
 
         Args:
             directory: config.json and safetensors files.
@@ -55,10 +55,10 @@ class StreamedModel:
         self.model = empty_model(self.directory, dtype, trust_remote_code).eval()
         self.model.tie_weights()
         self._check_names()
-        blocks = [f"{block.name}." for block in find_blocks(self.model)]
-        self._load(
-            self.model, "", [name for name in self._missing(self.model, "") if not name.startswith(tuple(blocks))]
-        )
+        head = self.model.get_output_embeddings()
+        later = [block.module for block in find_blocks(self.model)] + ([head] if head is not None else [])
+        prefixes = tuple(f"{name}." for name, module in self.model.named_modules() if module in later)
+        self._load(self.model, "", [name for name in self._missing(self.model, "") if not name.startswith(prefixes)])
         self.model.tie_weights()
 
     def load_block(self, block: DecoderBlock) -> None:
@@ -72,6 +72,17 @@ class StreamedModel:
         if missing:
             self._load(block.module, prefix, missing)
             check_weights([block])
+
+    def load_head(self) -> None:
+        """Read the head's weights, unless they are there, as tied ones are.
+
+        Raises:
+            ModelError: a file is unreadable; names it.
+        """
+        head = self.model.get_output_embeddings()
+        for name, module in self.model.named_modules():
+            if module is head:
+                self._load(module, f"{name}.", self._missing(module, f"{name}."))
 
     def fingerprint(self) -> str:
         """Checksum of all names, dtypes, shapes, and of the first `SAMPLE` numbers of each tensor."""

@@ -12,7 +12,7 @@ import torch
 
 from arbllm.model.walk import DecoderBlock, Linear
 
-WEIGHTS, HESSIANS = 5, 1  # float32 copies of either that the solver of a linear makes
+WEIGHTS, HESSIANS = 7, 1  # float32 copies of either that the solver of a linear makes
 
 Made = TypeVar("Made")
 

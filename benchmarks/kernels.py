@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py [--threads 2] [--bits 2.25] [--repeats 9] [--page]
 
-The contestants take turns, so that whatever else the machine does falls on all of them. Each goes through as many
-matrices as the cache cannot hold. The bandwidth limit is the time of a streaming sum over the packed bytes.
+The contestants take turns, so that whatever else the machine does falls on all of them. A call that counts follows one
+of its own kind that does not, as products of one kind follow each other in a model. All go through as many matrices as
+the cache cannot hold. The bandwidth limit is the time of a streaming sum over the packed bytes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ _SECTION = """\
 
 One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, against `torch.nn.functional.linear` in
 bfloat16 and float32. Medians of {repeats} runs in which the contestants take turns; the spread is that of the middle
-half of the packed runs. *At best* compares the least times instead, which other jobs on the machine disturb less. The
-packed products go through matrices of {cache} MB together, so that none comes from the cache. *Share of bandwidth* is
+half of the packed runs. *At best* compares the least times instead, which other jobs on the machine disturb less. Each
+run follows one of its own kind that does not count, as products of one kind follow each other in a model, and all go
+through matrices of {cache} MB together, so that no weight comes from the cache. *Share of bandwidth* is
 the time of a streaming sum over the bytes of the packed tensors, with as many threads, over that of the product.
 *Error* is that of the output for normally distributed inputs, from tables of 8 bits; products of more than {most}
 tokens are in float32.
@@ -113,8 +115,10 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
     matrix = random_matrix(rows, columns, bits, torch.device("cpu"))
     prepared = cpu.prepare(matrix)
     weight = matrix.dequantize()
-    half = weight.bfloat16()
     copies = cycle([prepared] + [cpu.prepare(matrix) for _ in range(CACHE_BYTES // prepared.numel())])
+    singles, halves = (
+        cycle([dense.clone() for _ in range(1 + CACHE_BYTES // dense.nbytes)]) for dense in (weight, weight.bfloat16())
+    )
     streams = cycle(
         [torch.zeros(matrix.nbytes // 8, dtype=torch.int64) for _ in range(1 + CACHE_BYTES // matrix.nbytes)]
     )
@@ -123,8 +127,8 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
         x = torch.randn(tokens, columns)
         xs = x.bfloat16()
         contestants: list[Callable[[], Tensor]] = [
-            partial(linear, xs, half),
-            partial(linear, x, weight),
+            partial(_dense, xs, halves),
+            partial(_dense, x, singles),
             partial(_packed, xs, copies, rows),
             partial(_stream, streams),
         ]
@@ -142,6 +146,10 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
     return table
 
 
+def _dense(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return linear(x, next(weights))
+
+
 def _packed(x: Tensor, copies: Iterator[Tensor], rows: int) -> Tensor:
     return cpu.multiply(x, next(copies), rows)
 
@@ -151,14 +159,14 @@ def _stream(streams: Iterator[Tensor]) -> Tensor:
 
 
 def in_turn(calls: list[Callable[[], Tensor]], repeats: int) -> list[Times]:
-    """The times of all calls, made one after the other in each repeat, after a round that does not count."""
+    """The times of all calls, made in turns, each after one of its own that does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for call, found in zip(calls, seconds, strict=True):
+            call()
             start = time.perf_counter()
             call()
-            if repeat:
-                found.append(time.perf_counter() - start)
+            found.append(time.perf_counter() - start)
     ordered = [sorted(found) for found in seconds]
     return [Times(found[0], median(found), found[repeats // 4], found[repeats - 1 - repeats // 4]) for found in ordered]
 

@@ -34,7 +34,7 @@ constexpr int SHARE = 32767;  // the greatest share of a block
 constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
 constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
 constexpr int STRETCH_NIBBLES = STRETCH * BLOCK_NIBBLES;
-constexpr int AHEAD = STRETCH * BLOCK_BYTES;  // bytes of a row's codes that are fetched before they are needed
+constexpr int AHEAD = 2 * STRETCH * BLOCK_BYTES;  // bytes of a row's codes that are fetched before they are needed
 constexpr int64_t SMALL = 1 << 18;  // weights times tokens that one thread does sooner alone
 constexpr int64_t SHARES = 4;  // pieces of work for a thread, at least, if there are so many blocks of rows
 
@@ -239,7 +239,7 @@ void add_stretch(const uint8_t* codes, const uint8_t* tables, int bytes, const i
             if (first + BLOCK_BYTES <= bytes) {
 #pragma GCC unroll 8
                 for (int b = 0; b < BLOCK_BYTES; ++b) {
-                    __builtin_prefetch(code + LANES * (b + AHEAD));
+                    __builtin_prefetch(code + LANES * (b + AHEAD), 0, 2);
                     found.add(code + LANES * b, table + STRIDE * b);
                 }
             } else {

@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # all models share the code of one step
     console = Console(width=120)
     rows: Rows = []
     peers: Rows = []

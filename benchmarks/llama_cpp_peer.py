@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -29,19 +30,23 @@ def peers_of(
     if find_spec("llama_cpp") is None:
         return
     for count in blocks:
-        dense = write_random_model({**shape, "num_hidden_layers": count})
+        dense = OUTPUT / f"random-{shape['hidden_size']}-{count}.gguf"
         for name, together in FORMATS.items():
             if shape["hidden_size"] % together == 0 and shape["intermediate_size"] % together == 0:
-                yield f"{PEER} {name}", count, decoder(quantized(dense, name), threads)
-        dense.unlink()
+                packed = dense.with_suffix(f".{name}.gguf")
+                if not packed.exists():
+                    if not dense.exists():
+                        write_random_model({**shape, "num_hidden_layers": count}, dense)
+                    quantize(dense, packed, name)
+                yield f"{PEER} {name}", count, decoder(packed, threads)
+        dense.unlink(missing_ok=True)
 
 
-def write_random_model(shape: dict[str, Any]) -> Path:
+def write_random_model(shape: dict[str, Any], path: Path) -> None:
     """A LLaMA of this shape with random weights in float16, without a vocabulary."""
     width, inner, blocks = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    path = OUTPUT / f"random-{width}-{blocks}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(blocks)
     writer.add_context_length(2048)
@@ -77,25 +82,23 @@ def write_random_model(shape: dict[str, Any]) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
-def quantized(dense: Path, name: str) -> Path:
-    """The model in one of llama.cpp's formats: all linears, and head and embedding as llama.cpp chooses."""
+def quantize(dense: Path, to: Path, name: str) -> None:
+    """Write the model in one of llama.cpp's formats: all linears, and head and embedding as llama.cpp chooses."""
     import llama_cpp
 
-    to = dense.with_suffix(f".{name}.gguf")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
     if llama_cpp.llama_model_quantize(bytes(dense), bytes(to), ctypes.byref(options)):
         raise SystemExit(f"llama.cpp could not write {to.name}")
-    return to
 
 
 def decoder(path: Path, threads: int) -> Callable[[int], float]:
     """Seconds a token of so many tokens, one at a time, after a few that do not count."""
     import llama_cpp
 
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
     options = llama_cpp.llama_context_default_params()

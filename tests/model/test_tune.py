@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -237,15 +238,16 @@ def test_a_step_takes_the_beginning_of_a_window(name, monkeypatch):
 
     def look(block, call, hidden, targets, matrices, tuning, ranks):
         seen.append((hidden.shape, targets.shape))
-        with torch.no_grad():  # the block is still the dense one, and so far none before it was tuned
-            found = call(block.module, hidden[:1].clone())
         if block.index == 0:
+            with torch.no_grad():
+                found = call(first.module, hidden[:1].clone())
             torch.testing.assert_close(found, targets[:1], rtol=1e-4, atol=1e-5)
         return Tuned(matrices, 1.0, 1.0, 0)
 
     monkeypatch.setattr("arbllm.model.quantize.tune_block", look)
     model = tiny_model(name)
     blocks = len(find_blocks(model))
+    first = find_blocks(copy.deepcopy(model))[0]
     quantize_model(model, random_windows(3, 24), CONFIG, tuning=Tuning(length=16))
     assert {shapes[0][:2] for shapes in seen} == {shapes[1][:2] for shapes in seen} == {(3, 16)}
     assert len(seen) == blocks

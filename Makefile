@@ -55,10 +55,10 @@ results: develop  ## docs/results.md and docs/comparison: hours on two cores, re
 
 bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape, which takes 14 GB of disk
 	$(BIN)/python benchmarks/make_random_model.py out/llama-7b --shape llama-7b
-	$(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048 --page
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py stream out/llama-7b --blocks 2 --windows 8 --window-length 2048 --page
 
 bench-memory: install  ## memory of a streamed job with the demonstration model
-	$(BIN)/python benchmarks/memory.py stream smollm2 --windows 32 --window-length 2048 --page
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py stream smollm2 --windows 32 --window-length 2048 --page
 
 clean:
 	rm -rf .venv build dist out demo .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

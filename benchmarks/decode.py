@@ -1,6 +1,6 @@
 """Tokens a second on a CPU, one at a time with a static cache: packed against bfloat16 and float32, beside llama.cpp.
 
-    python benchmarks/decode.py [--threads 2] [--bits 2.25] [--tokens 24] [--repeats 5] [--page]
+    python benchmarks/decode.py [--threads 2] [--bits 2.25] [--tokens 16] [--repeats 4] [--page]
 
 Weights are random: they make no difference to the speed. All models run the same code of transformers but for their
 linears, as it is and compiled (`torch.compile`). Of the LLaMA-7B as many blocks are measured as tell what a block
@@ -75,8 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the kernel")
     parser.add_argument("--bits", type=float, default=2.25, help="true bits a weight")
-    parser.add_argument("--tokens", type=int, default=24, help="of a run")
-    parser.add_argument("--repeats", type=int, default=5, help="runs")
+    parser.add_argument("--tokens", type=int, default=16, help="of a run")
+    parser.add_argument("--repeats", type=int, default=4, help="runs")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
     options = parser.parse_args()

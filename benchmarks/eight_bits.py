@@ -28,12 +28,12 @@ from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 HEADINGS = ("products", "perplexity", "change")
-COMMAND = "python benchmarks/eight_bits.py CHECKPOINT --page"
+COMMAND = "python benchmarks/eight_bits.py out/results/arb-rcx-2.25-tuned-and-distilled --text wiki.test.raw --page"
 
 _SECTION = """\
 ## What 8-bit tables do to perplexity
 
-SmolLM2-135M by arb-rcx at {bits:.2f} bits reads {windows} windows of {length} tokens of {text}, {together} tokens at a
+`{name}`, at {bits:.2f} bits, reads {windows} windows of {length} tokens of {text}, {together} tokens at a
 time with a cache, all products in float32 or all by look-up in tables of 8 bits.
 
 {machine}
@@ -69,7 +69,7 @@ def main() -> None:
         weights = sum(matrix.layout.rows * matrix.layout.columns for matrix in linears)
         text = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
-            length=options.window_length, text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
+            length=options.window_length, name=Path(options.checkpoint).name, text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
             table=as_markdown(HEADINGS, rows), command=COMMAND,
         )  # fmt: skip
         write_section(PERFORMANCE, "8-bit tables", text)

@@ -1,6 +1,6 @@
 """How long a whole model takes to quantize on the CPU, and on what: the paper's arb-rc with its bitmap.
 
-    python benchmarks/quantizing.py [--windows 16] [--window-length 2048] [--blocks 4] [--threads 2] [--page]
+    python benchmarks/quantizing.py [--windows 16] [--window-length 2048] [--blocks 3] [--threads 2] [--page]
 
 The first blocks of the demonstration model are measured. The reference implementation's seconds are those of
 `../shared/data/reference/reference.json`, or of another directory named by $ARBLLM_REFERENCE: one thread, one matrix of
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=16, help="of calibration text")
     parser.add_argument("--window-length", type=int, default=2048, help="tokens of each")
-    parser.add_argument("--blocks", type=int, default=4, help="decoder blocks to measure")
+    parser.add_argument("--blocks", type=int, default=3, help="decoder blocks to measure")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and the solver")
     parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
     options = parser.parse_args()

@@ -6,18 +6,7 @@
 #include <cstring>
 
 #include "rebuild.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#define VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#include <immintrin.h>
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
-
-#define INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace arbllm {
 namespace INSTRUCTION_SET {

@@ -8,16 +8,7 @@
 #include <cstring>
 
 #include "sweep.h"
-
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
-
-#define INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace arbllm {
 namespace INSTRUCTION_SET {

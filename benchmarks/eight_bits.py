@@ -69,7 +69,8 @@ def main() -> None:
         weights = sum(matrix.layout.rows * matrix.layout.columns for matrix in linears)
         text = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
-            length=options.window_length, name=Path(options.checkpoint).name, text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
+            length=options.window_length, name=Path(options.checkpoint).name,
+            text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
             table=as_markdown(HEADINGS, rows), command=COMMAND,
         )  # fmt: skip
         write_section(PERFORMANCE, "8-bit tables", text)

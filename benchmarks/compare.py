@@ -1,11 +1,15 @@
-"""All methods on SmolLM2-135M at their true size: `arbllm compare`, its report kept in docs/comparison.
+"""All methods on SmolLM2-135M at their true size, as `arbllm compare` does it, the report kept in docs/comparison.
 
     python benchmarks/compare.py                         everything that is missing: a day on two cores, resumable
     python benchmarks/compare.py --methods fp16,gptq-3   some methods; others that are there already stay in the report
+    python benchmarks/compare.py --max-windows 50        the first 50 windows of the text alone
+    python benchmarks/compare.py --text                  perplexity alone: no tasks, no speed, no report
+    python benchmarks/compare.py --report                only the report, from the rows that are whole
 
 Perplexity on the whole of WikiText-2 test, accuracy on 200 items of each of seven tasks, calibrated on 32 windows of
-2048 tokens of `wiki.valid.raw`. Data are looked for under $ARBLLM_DATA or ../shared/data; what each step gave, and the
-checkpoints, in out/comparison.
+2048 tokens of `wiki.valid.raw`, or, with `--calibration c4`, of C4. Data are looked for under $ARBLLM_DATA or
+../shared/data. What each step gave is kept in docs/comparison/rows and not run again; checkpoints, in out/comparison,
+are deleted by hand.
 """
 
 from __future__ import annotations
@@ -13,34 +17,90 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
-from commands import arbllm, demonstration_model
+from arbllm.errors import ArbllmError
+from arbllm.evaluation.compare import ROWS, Protocol, collect, compare, run_row, text_pieces, write_json
+from arbllm.evaluation.methods import Calibration, find_recipe
+from arbllm.evaluation.tasks import TASKS
+from arbllm.evaluation.write_report import write_report
+from commands import demonstration_model
 from results import CONTEXT, DATA, JOINT_WINDOWS, ROOT
 
-OUT, KEPT = ROOT / "out" / "comparison", ROOT / "docs" / "comparison"
+CALIBRATIONS = {"wikitext2": DATA / "wiki.valid.raw", "c4": DATA.parent / "c4" / "c4_sample.txt"}
+ITEMS = 200
 METHODS = (
-    "fp16,rtn-4,rtn-3,gptq-4,gptq-3,gptq-2,hqq-4,hqq-3,hqq-2,hqq-1,billm,arb,arb-x,arb-rc,"
-    "arb-rcx-1.1,arb-rcx-1.6,arb-rcx-2.25-untuned,arb-rcx-2.25,arb-rcx-2.85"
+    "fp16,rtn-4,gptq-4,gptq-3,gptq-2,hqq-4,hqq-2,hqq-1,billm,arb,arb-x,arb-rc,"
+    "arb-rcx-1.1,arb-rcx-1.6,arb-rcx-2.25-untuned,arb-rcx-2.25,arb-rcx-2.25-distilled,arb-rcx-2.85"
 )
-TASKS = "arc_easy,arc_challenge,boolq,hellaswag,openbookqa,piqa,winogrande"
 
 
 def main() -> None:
-    """Run the comparison, then copy the report."""
+    """Run the comparison, keep its rows, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=METHODS, help="with commas")
-    methods = parser.parse_args().methods
-    for name in ("wiki.valid.raw", "wiki.test.raw"):
-        if not (DATA / name).exists():
-            sys.exit(f"{DATA / name} is missing: set ARBLLM_DATA to the directory that holds wikitext2/{name}")
-    calibration = ("--calibration", DATA / "wiki.valid.raw", "--windows", str(JOINT_WINDOWS))
-    text = ("--window-length", str(CONTEXT), "--text", DATA / "wiki.test.raw", "--context", str(CONTEXT))
-    tasks = ("--tasks", TASKS, "--task-data", DATA.parent / "qa", "--limit", "200")
-    arbllm("compare", demonstration_model(), "--methods", methods, "--out", OUT, *calibration, *text, *tasks)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    for file in (OUT / "results.json", OUT / "report.html", *OUT.glob("*.png")):
-        shutil.copy(file, KEPT)
-    print(f"wrote {KEPT.relative_to(ROOT)}")
+    parser.add_argument("--max-windows", type=int, help="only so many windows of the text; the report says so")
+    parser.add_argument("--calibration", choices=CALIBRATIONS, default="wikitext2", help="text to calibrate on")
+    parser.add_argument("--text", action="store_true", help="perplexity alone: no tasks, no speed, no report")
+    parser.add_argument("--report", action="store_true", help="only write the report from the rows that are whole")
+    options = parser.parse_args()
+    methods = options.methods.split(",")
+    protocol = comparison(options.calibration, options.max_windows)
+    kept, out = folders(options.calibration)
+    (out / ROWS).mkdir(parents=True, exist_ok=True)
+    for file in (kept / ROWS).glob("*.json"):
+        if not (out / ROWS / file.name).exists():
+            shutil.copy(file, out / ROWS)
+    try:
+        run(protocol, methods, out, kept, text_alone=options.text, report_alone=options.report)
+    except ArbllmError as error:
+        sys.exit(str(error))
+
+
+def run(protocol: Protocol, methods: list[str], out: Path, kept: Path, *, text_alone: bool, report_alone: bool) -> None:
+    """Do what the options ask for."""
+    pieces = text_pieces(protocol)
+    for method in [] if report_alone else methods:
+        if text_alone:
+            run_row(find_recipe(method), replace(protocol, tasks=()), pieces, out, speed=False, on_step=say)
+        else:
+            compare(protocol, [method], out, keep_models=True, on_step=say)
+        (kept / ROWS).mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / ROWS / f"{method}.json", kept / ROWS)
+    if not text_alone:
+        results = collect(protocol, pieces, out, methods)
+        write_json(kept / "results.json", results)
+        print(f"wrote {write_report(results, kept).relative_to(ROOT)}")
+
+
+def say(method: str, step: str) -> None:
+    """Tell what begins."""
+    print(f"{method}: {step}", flush=True)
+
+
+def comparison(calibration: str = "wikitext2", max_windows: int | None = None) -> Protocol:
+    """What every method goes through."""
+    text = CALIBRATIONS[calibration]
+    for file in (text, DATA / "wiki.test.raw"):
+        if not file.exists():
+            sys.exit(f"{file} is missing: set ARBLLM_DATA to the directory that holds {file.parent.name}/{file.name}")
+    return Protocol(
+        str(demonstration_model()),
+        Calibration(str(text), JOINT_WINDOWS, CONTEXT),
+        (str(DATA / "wiki.test.raw"),),
+        CONTEXT,
+        max_windows,
+        TASKS,
+        str(DATA.parent / "qa"),
+        ITEMS,
+    )
+
+
+def folders(calibration: str) -> tuple[Path, Path]:
+    """Where the report and its rows are kept, and where checkpoints are."""
+    name = "comparison" if calibration == "wikitext2" else f"comparison-{calibration}"
+    return ROOT / "docs" / name, ROOT / "out" / name
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from arbllm.baselines import output_error
 from arbllm.errors import ConfigError
 from arbllm.evaluation import compare as module
-from arbllm.evaluation.compare import RESULTS, ROWS, Protocol, collect, compare
+from arbllm.evaluation.compare import RESULTS, ROWS, Protocol, collect, compare, perplexities, text_pieces
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
@@ -61,7 +61,9 @@ def test_a_second_run_does_nothing_but_what_is_missing(protocol, finished, monke
     values = json.loads(row.read_text())
     del values["speed"]
     row.write_text(json.dumps(values))
-    assert [found["method"] for found in collect(out, METHODS)["rows"]] == ["fp16", "hqq-4", "arb-rcx-1.6-untuned"]
+    pieces = text_pieces(protocol)
+    found = collect(protocol, pieces, out, METHODS)["rows"]
+    assert [row["method"] for row in found] == ["fp16", "hqq-4", "arb-rcx-1.6-untuned"]
     again = compare(protocol, METHODS, out, keep_models=True, isolate=False, on_step=lambda *step: steps.append(step))
     assert steps == [("arb-rc", "speed")]
     assert again == json.loads((out / RESULTS).read_text())
@@ -69,7 +71,7 @@ def test_a_second_run_does_nothing_but_what_is_missing(protocol, finished, monke
         assert one["perplexity"] == other["perplexity"]
     compare(protocol, ["fp16"], out, keep_models=True, isolate=False, on_step=lambda *step: steps.append(step))
     assert steps == [("arb-rc", "speed")]
-    assert {found["method"] for found in collect(out, ["fp16"])["rows"]} == set(METHODS)
+    assert {row["method"] for row in collect(protocol, pieces, out, ["fp16"])["rows"]} == set(METHODS)
 
 
 def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypatch):
@@ -80,11 +82,46 @@ def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypat
         patch.setattr(module, "_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compare(protocol, ["rtn-2"], tmp_path, isolate=False)
-    assert set(json.loads((tmp_path / ROWS / "rtn-2.json").read_text())) == {"quantize", "text builtin"}
+    assert set(json.loads((tmp_path / ROWS / "rtn-2.json").read_text())) == {"quantize", "texts"}
     steps: list[tuple[str, str]] = []
     compare(protocol, ["rtn-2"], tmp_path, isolate=False, on_step=lambda *step: steps.append(step))
     assert steps == [("rtn-2", "speed")]
     assert not (tmp_path / "models" / "rtn-2").exists()
+
+
+def test_more_of_a_text_is_added_to_what_is_there(protocol, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 2)
+    steps: list[str] = []
+    first = replace(protocol, max_windows=3)
+    options = {"keep_models": True, "isolate": False, "on_step": lambda _, step: steps.append(step)}
+    compare(first, ["arb-rc"], tmp_path, **options)
+    assert steps == ["quantize", "texts builtin 0-2", "texts builtin 2-3", "speed"]
+    steps.clear()
+    [row] = compare(replace(first, max_windows=4), ["arb-rc"], tmp_path, **options)["rows"]
+    assert steps == ["texts builtin 2-4"]
+    whole = evaluate(str(tmp_path / "models" / "arb-rc"), ["builtin"], context=64, max_windows=4, device="cpu")
+    assert row["perplexity"]["builtin"] == pytest.approx(whole.texts["builtin"].perplexity)
+
+
+def test_a_collapsed_piece_makes_a_collapsed_text(protocol):
+    done = {
+        "texts": {"builtin": {"0-2": {"perplexity": 20.0, "windows": 2}, "2-3": {"perplexity": None, "windows": 1}}}
+    }
+    assert perplexities(protocol, {"builtin": [(0, 2), (2, 3)]}, done) == {"builtin": float("inf")}
+
+
+def test_tasks_are_kept_one_by_one(protocol, tmp_path):
+    task = {"task": "piqa", "items": 4, "acc": 0.5, "acc_stderr": 0.25}
+    asked = replace(protocol, tasks=("piqa",), limit=4)
+    pieces = text_pieces(asked)
+    [row] = compare(protocol, ["fp16"], tmp_path, isolate=False)["rows"]
+    assert row["average_acc"] is None
+    assert collect(asked, pieces, tmp_path, ["fp16"])["rows"] == []
+    file = tmp_path / ROWS / "fp16.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tasks": {"piqa": {"4": task}}}))
+    [row] = collect(asked, pieces, tmp_path, ["fp16"])["rows"]
+    assert (row["tasks"], row["average_acc"], row["average_acc_norm"]) == ([task], 0.5, 0.5)
+    assert collect(replace(asked, limit=5), pieces, tmp_path, ["fp16"])["rows"] == []
 
 
 def test_other_settings_are_refused(protocol, finished):

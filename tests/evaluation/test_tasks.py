@@ -7,7 +7,7 @@ from torch.nn.functional import log_softmax
 
 from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation.tasks import TASKS, TaskScore, averages, definition, evaluate_tasks
-from arbllm.integrations import lm_eval as harness
+from arbllm.model import likelihood
 from tests.data import needs
 from tests.helpers import pack_randomly
 from tests.tiny import byte_tokenizer, tiny_llama
@@ -149,12 +149,16 @@ def test_limit_progress_and_small_batches(sharp, data, monkeypatch):
     )
     assert seen == [(done, 26) for done in range(1, 27)]  # 5 + 4 + 5 + 4 answers, and 4 times two
     assert [score.items for score in whole] == [4, 4]
-    monkeypatch.setattr(harness, "LOGIT_BYTES", 4 * 257 * 100)  # two or three prompts at a time
-    lengths: list[int] = []
-    hook = sharp.register_forward_hook(lambda module, args, output: lengths.append(output.logits.shape[:2].numel()))
+    monkeypatch.setattr(likelihood, "TOKENS", 100)  # a few questions or answers at a time
     assert evaluate_tasks(sharp, byte_tokenizer(), ["arc_easy", "piqa"], **options) == whole
-    hook.remove()
-    assert max(lengths) <= 100
+
+
+def test_the_harness_scores_models_with_a_state(sharp, data, scores, monkeypatch):
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(type(sharp), "_is_stateful", True)
+    [score] = evaluate_tasks(sharp, byte_tokenizer(), ["arc_easy"], data=data, on_request=lambda *n: seen.append(n))
+    assert score == scores["arc_easy"]
+    assert seen[-1] == (45, 45)
 
 
 def test_a_packed_model(data):

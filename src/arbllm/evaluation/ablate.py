@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from arbllm.evaluation.compare import (
     MODELS,
     ROWS,
     SETTINGS,
+    Pieces,
     Protocol,
     check_settings,
+    perplexities,
     run_row,
     shown_settings,
+    text_pieces,
     write_json,
 )
 from arbllm.evaluation.frontier import score, shown
@@ -116,19 +119,20 @@ def ablate(
     """
     chosen = _chosen(studies)
     (out / ROWS).mkdir(parents=True, exist_ok=True)
-    check_settings(out / SETTINGS, json.loads(json.dumps(asdict(protocol))))
+    check_settings(out / SETTINGS, protocol)
+    pieces = text_pieces(protocol)
     options: dict[str, Any] = {"isolate": isolate, "speed": False, "on_step": on_step}
-    full = _figures(run_row(Recipe(FULL), protocol, out, **options))
+    full = _figures(protocol, pieces, run_row(Recipe(FULL), protocol, pieces, out, **options))
     rows = []
     for variant in chosen:
         windows = max(1, round(variant.windows * protocol.calibration.windows))
         own = replace(protocol, calibration=replace(protocol.calibration, windows=windows))
-        steps = run_row(Recipe(variant.name, variant.config), own, out, **options)
+        steps = run_row(Recipe(variant.name, variant.config), own, pieces, out, **options)
         shutil.rmtree(out / MODELS / variant.name, ignore_errors=True)
         facts = {"study": variant.study, "variant": variant.label, "windows": windows}
         facts |= {"config": variant.config.to_dict(), "published": _published(variant)}
-        rows.append(facts | _figures(steps))
-        results = {"settings": shown_settings(out), FULL: full, "rows": rows}
+        rows.append(facts | _figures(protocol, pieces, steps))
+        results = {"settings": shown_settings(protocol), FULL: full, "rows": rows}
         write_json(out / RESULTS, results)
     (out / PAGE).write_text(page(results), encoding="utf-8")
     return results
@@ -170,11 +174,10 @@ def _chosen(studies: Sequence[str]) -> list[Variant]:
     return [row for row in rows if not studies or any(row.study.startswith(study) for study in studies)]
 
 
-def _figures(steps: dict[str, Any]) -> dict[str, Any]:
+def _figures(protocol: Protocol, pieces: Pieces, steps: dict[str, Any]) -> dict[str, Any]:
     names = ("true_bits", "nominal_bits", "output_error", "seconds", "peak_memory_bytes")
-    texts = {Path(step.removeprefix("text ")).name: figures["perplexity"]
-             for step, figures in steps.items() if step.startswith("text ")}  # fmt: skip
-    return {name: steps["quantize"][name] for name in names if name in steps["quantize"]} | {"perplexity": texts}
+    figures = {name: steps["quantize"][name] for name in names if name in steps["quantize"]}
+    return figures | {"perplexity": perplexities(protocol, pieces, steps)}
 
 
 def _published(variant: Variant) -> float | None:

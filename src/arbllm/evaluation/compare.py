@@ -19,12 +19,14 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import FULL, Calibration, Recipe, find_recipe, make
 from arbllm.evaluation.speed import tokens_per_second, write_samples
-from arbllm.evaluation.tasks import check_tasks
-from arbllm.model.source import open_model
+from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
+from arbllm.model.source import open_model, open_tokenizer
 from arbllm.progress import ProgressDisplay, RequestDisplay, WindowDisplay
+from arbllm.text import evaluation_tokens
 
 SETTINGS, RESULTS, ROWS, MODELS = "settings.json", "results.json", "rows", "models"
-Step = Callable[[], dict[str, Any]]
+PIECE = 50  # windows of a text at a time, so that an interruption costs no more
+Pieces = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run what is missing of a comparison.
 
-    `out` receives `rows/METHOD.json` as each step is done, and `results.json` with every row that there is. A second
-    run with the same settings goes on where the first stopped, and may name other methods.
+    `out` receives `rows/METHOD.json` as each step is done, and `results.json` with every row that is whole. A second
+    run goes on where the first stopped, and may name other methods, more windows, texts, tasks or items.
 
     Args:
         protocol: what every method goes through.
@@ -84,28 +86,39 @@ def compare(
     recipes = [find_recipe(name) for name in dict.fromkeys(methods)]
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
     (out / ROWS).mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(asdict(protocol)))
-    check_settings(out / SETTINGS, settings)
+    check_settings(out / SETTINGS, protocol)
+    pieces = text_pieces(protocol)
     for recipe in recipes:
-        run_row(recipe, protocol, out, isolate=isolate, on_step=on_step)
+        run_row(recipe, protocol, pieces, out, isolate=isolate, on_step=on_step)
         if not keep_models:
             shutil.rmtree(out / MODELS / recipe.name, ignore_errors=True)
-        results = collect(out, [recipe.name for recipe in recipes])
+        results = collect(protocol, pieces, out, [recipe.name for recipe in recipes])
         write_json(out / RESULTS, results)
     return results
 
 
-def collect(out: Path, methods: Sequence[str]) -> dict[str, Any]:
+def text_pieces(protocol: Protocol) -> Pieces:
+    """For each text, (first window, window behind the last) of the pieces that it is evaluated in."""
+    tokenizer = open_tokenizer(protocol.model, protocol.calibration.trust_remote_code)
+    pieces = {}
+    for text in protocol.texts:
+        windows = max(1, evaluation_tokens(text, tokenizer).numel() // protocol.context)
+        windows = min(windows, protocol.max_windows or windows)
+        pieces[text] = [(start, min(start + PIECE, windows)) for start in range(0, windows, PIECE)]
+    return pieces
+
+
+def collect(protocol: Protocol, pieces: Pieces, out: Path, methods: Sequence[str]) -> dict[str, Any]:
     """The rows that are whole; of methods not asked for now as well, behind the others."""
     files = {file.stem: file for file in sorted((out / ROWS).glob("*.json"))}
     order = [name for name in methods if name in files] + [name for name in files if name not in methods]
     rows = []
     for name in order:
-        steps = json.loads(files[name].read_text(encoding="utf-8"))
-        if "speed" in steps:
-            rows.append(_row(find_recipe(name), steps))
+        recipe, done = find_recipe(name), read_row(files[name])
+        if all(step.find(done) for step in _steps(recipe, protocol, pieces, out)):
+            rows.append(_row(recipe, protocol, pieces, done))
     return {
-        "settings": shown_settings(out),
+        "settings": shown_settings(protocol),
         "versions": {name: version(name) for name in ("arbllm", "torch", "transformers")},
         "machine": f"{multiprocessing.cpu_count()} cores, {platform.machine()}",
         "rows": rows,
@@ -115,6 +128,7 @@ def collect(out: Path, methods: Sequence[str]) -> dict[str, Any]:
 def run_row(
     recipe: Recipe,
     protocol: Protocol,
+    pieces: Pieces,
     out: Path,
     *,
     isolate: bool = True,
@@ -126,35 +140,73 @@ def run_row(
     Args:
         recipe: the method.
         protocol: what it goes through.
+        pieces: see `text_pieces`.
         out: its steps are kept in `rows` under it, its checkpoint in `models`.
         isolate: see `compare`.
         speed: whether to measure speed and write samples, too.
         on_step: see `compare`.
 
     Returns:
-        What each step gave, by its name.
+        What each step gave: `quantize`, `texts` by text and piece, `tasks` by task and items, `speed`.
     """
     file = out / ROWS / f"{recipe.name}.json"
-    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    checkpoint = out / MODELS / recipe.name
-    model = protocol.model if recipe.name == FULL else str(checkpoint)
-    steps: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
-        "quantize": (_quantize, (recipe, protocol, checkpoint)),
-        **{f"text {text}": (_evaluate, (protocol, model, (text,), ())) for text in protocol.texts},
-        **({"tasks": (_evaluate, (protocol, model, (), protocol.tasks))} if protocol.tasks else {}),
-        **({"speed": (_speed, (protocol, model))} if speed else {}),
-    }
-    if all(step in done for step in steps):
+    done = read_row(file)
+    steps = _steps(recipe, protocol, pieces, out, speed)
+    if all(step.find(done) for step in steps):
         return done
-    if recipe.name != FULL and not (checkpoint / "config.json").exists():
+    if recipe.name != FULL and not (out / MODELS / recipe.name / "config.json").exists():
         done.pop("quantize", None)  # the model itself is needed for what is missing
-    for step, (function, arguments) in steps.items():
-        if step not in done:
+    for step in steps:
+        if not step.find(done):
             if on_step:
-                on_step(recipe.name, step)
-            done[step] = _isolated(function, *arguments) if isolate else function(*arguments)
+                on_step(recipe.name, " ".join(step.path))
+            result = _isolated(step.run, *step.arguments) if isolate else step.run(*step.arguments)
+            step.keep(done, result)
             write_json(file, done)
     return done
+
+
+def read_row(file: Path) -> dict[str, Any]:
+    """What the steps of a method have given so far."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of a row: where its result is kept, and what gives it."""
+
+    path: tuple[str, ...]
+    run: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+
+    def find(self, done: dict[str, Any]) -> dict[str, Any]:
+        """Its result among those of a row; empty if there is none."""
+        for key in self.path:
+            done = done.get(key, {})
+        return done
+
+    def keep(self, done: dict[str, Any], result: dict[str, Any]) -> None:
+        """Put its result among those of a row."""
+        *folders, name = self.path
+        for key in folders:
+            done = done.setdefault(key, {})
+        done[name] = result
+
+
+def _steps(recipe: Recipe, protocol: Protocol, pieces: Pieces, out: Path, speed: bool = True) -> list[_Step]:
+    """The steps of a row in the order in which they run."""
+    checkpoint = out / MODELS / recipe.name
+    model = protocol.model if recipe.name == FULL else str(checkpoint)
+    steps = [_Step(("quantize",), _quantize, (recipe, protocol, checkpoint))]
+    for text in protocol.texts:
+        steps += [_Step(("texts", Path(text).name, f"{start}-{stop}"), _read, (protocol, model, text, start, stop))
+                  for start, stop in pieces[text]]  # fmt: skip
+    steps += [_Step(("tasks", task, _items(protocol)), _ask, (protocol, model, task)) for task in protocol.tasks]
+    return [*steps, _Step(("speed",), _speed, (protocol, model))] if speed else steps
+
+
+def _items(protocol: Protocol) -> str:
+    return "all" if protocol.limit is None else str(protocol.limit)
 
 
 def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -169,23 +221,37 @@ def _quantize(recipe: Recipe, protocol: Protocol, checkpoint: Path) -> dict[str,
         return make(recipe, protocol.model, checkpoint, protocol.calibration, display)
 
 
-def _evaluate(protocol: Protocol, model: str, texts: tuple[str, ...], tasks: tuple[str, ...]) -> dict[str, Any]:
-    with WindowDisplay() as windows, RequestDisplay() as requests:
+def _read(protocol: Protocol, model: str, text: str, start: int, stop: int) -> dict[str, Any]:
+    with WindowDisplay() as display:
         result = evaluate(
             model,
-            texts,
+            (text,),
             context=protocol.context,
-            max_windows=protocol.max_windows,
-            tasks=tasks,
+            skip_windows=start,
+            max_windows=stop - start,
+            on_window=display,
+            **protocol.calibration.place(),
+        )
+    return {
+        "perplexity": result.texts[text].perplexity,
+        "windows": result.texts[text].windows,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+def _ask(protocol: Protocol, model: str, task: str) -> dict[str, Any]:
+    with RequestDisplay() as display:
+        result = evaluate(
+            model,
+            (),
+            tasks=(task,),
             task_data=Path(protocol.task_data) if protocol.task_data else None,
             limit=protocol.limit,
-            device=protocol.calibration.device,
-            dtype=protocol.calibration.dtype,
-            trust_remote_code=protocol.calibration.trust_remote_code,
-            on_window=windows,
-            on_request=requests,
+            on_request=display,
+            **protocol.calibration.place(),
         )
-    return result.to_dict()
+    return result.tasks[0].to_dict()
 
 
 def _speed(protocol: Protocol, model: str) -> dict[str, Any]:
@@ -196,44 +262,59 @@ def _speed(protocol: Protocol, model: str) -> dict[str, Any]:
     return {"tokens_per_second": tokens_per_second(opened, tokenizer), "samples": samples}
 
 
-def _row(recipe: Recipe, steps: dict[str, Any]) -> dict[str, Any]:
+def _row(recipe: Recipe, protocol: Protocol, pieces: Pieces, done: dict[str, Any]) -> dict[str, Any]:
     """One row of `results.json` from the steps of its method."""
-    texts = {
-        step.removeprefix("text "): figures["perplexity"] for step, figures in steps.items() if step[:5] == "text "
-    }
-    tasks = steps.get("tasks", {})
+    scores = [done["tasks"][task][_items(protocol)] for task in protocol.tasks]
+    acc, acc_norm = averages(map(TaskScore.from_dict, scores)) if scores else (None, None)
     return {
         "method": recipe.name,
         "family": recipe.family,
-        **steps["quantize"],
-        "perplexity": {Path(text).name: value for text, value in texts.items()},
-        "tasks": tasks.get("tasks", []),
-        "average_acc": tasks.get("average_acc"),
-        "average_acc_norm": tasks.get("average_acc_norm"),
-        **steps["speed"],
+        **done["quantize"],
+        "perplexity": perplexities(protocol, pieces, done),
+        "tasks": scores,
+        "average_acc": acc,
+        "average_acc_norm": acc_norm,
+        **done["speed"],
     }
 
 
-def shown_settings(out: Path) -> dict[str, Any]:
+def perplexities(protocol: Protocol, pieces: Pieces, done: dict[str, Any]) -> dict[str, float]:
+    """Perplexity over all pieces of each text, by the text's name."""
+    found = {}
+    for text in protocol.texts:
+        parts = [done["texts"][Path(text).name][f"{start}-{stop}"] for start, stop in pieces[text]]
+        windows = sum(part["windows"] for part in parts)
+        loss = sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows
+        found[Path(text).name] = math.exp(loss)
+    return found
+
+
+def shown_settings(protocol: Protocol) -> dict[str, Any]:
     """The settings of a comparison with files by their names alone, to be shown elsewhere."""
-    settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    settings |= {"model": Path(settings["model"]).name, "texts": [Path(text).name for text in settings["texts"]]}
-    settings["calibration"] |= {"text": Path(settings["calibration"]["text"]).name}
+    settings = _plain(protocol)
+    settings |= {"model": Path(protocol.model).name, "texts": [Path(text).name for text in protocol.texts]}
+    settings["calibration"] |= {"text": Path(protocol.calibration.text).name}
     return {key: value for key, value in settings.items() if key != "task_data"}
 
 
-def check_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a comparison, or refuse others than those that it was begun with."""
-    if not file.exists():
-        write_json(file, settings)
-        return
-    begun = json.loads(file.read_text(encoding="utf-8"))
-    for name in settings:
+def check_settings(file: Path, protocol: Protocol) -> None:
+    """Keep the settings of a comparison, or refuse others than those that it was begun with.
+
+    Texts, tasks and how much of each may differ: what is missing of a row is run.
+    """
+    settings = _plain(protocol)
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    for name in ("model", "calibration", "context"):
         if begun.get(name) != settings[name]:
             raise ConfigError(
                 f"{file.parent} holds a comparison with other settings ({name} was {begun.get(name)}, not "
                 f"{settings[name]}); choose another --out, or the same settings"
             )
+    write_json(file, settings)
+
+
+def _plain(protocol: Protocol) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(protocol)))
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

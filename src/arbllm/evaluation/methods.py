@@ -58,11 +58,13 @@ class Calibration:
             "windows": self.windows,
             "window_length": self.window_length,
             "seed": self.seed,
-            "device": self.device,
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
             "overwrite": True,
+            **self.place(),
         }
+
+    def place(self) -> dict[str, Any]:
+        """Those of its options that evaluation has as well."""
+        return {"device": self.device, "dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True)

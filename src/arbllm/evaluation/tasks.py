@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from arbllm.errors import ConfigError, TextError
 from arbllm.hub import hub_is_reachable
 from arbllm.integrations.lm_eval import run_harness
+from arbllm.model.likelihood import log_likelihoods
 
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 
@@ -44,6 +45,11 @@ class TaskScore:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without those that do not apply."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TaskScore:
+        """The score that `to_dict` made these values from."""
+        return cls(**{"acc_norm": None, "acc_norm_stderr": None} | values)
 
 
 def evaluate_tasks(
@@ -76,7 +82,10 @@ def evaluate_tasks(
     wanted: list[str | dict[str, Any]] = [definition(task, data) for task in tasks] if data else list(tasks)
     if not data and not hub_is_reachable():
         raise TextError("the hub cannot be reached, and tasks come from there; give local files with --task-data DIR")
-    results = run_harness(model, tokenizer, wanted, limit=limit, on_request=on_request)
+    # Where a model's state is no cache of keys and values, the harness reads a question again for every answer.
+    stateful = getattr(model, "_is_stateful", False)
+    score = None if stateful else partial(log_likelihoods, model, on_request=on_request)
+    results = run_harness(model, tokenizer, wanted, score=score, limit=limit, on_request=on_request)
     return [_score(task, results) for task in tasks]
 
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arbllm.errors import ConfigError
 
-LOGIT_BYTES = 256 * 2**20
 OnRequest = Callable[[int, int], None]
+# (tokens of a question, tokens of an answer) of every request, tokens that the model takes at once
+# -> log likelihood of every answer, and whether it is what the model would write
+Score = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]], int], list[tuple[float, bool]]]
 
 
 def run_harness(
@@ -22,17 +24,19 @@ def run_harness(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str | dict[str, Any]],
     *,
+    score: Score | None = None,
     limit: int | None = None,
     on_request: OnRequest | None = None,
 ) -> dict[str, Any]:
-    """Run tasks of the harness zero-shot, as many texts at a time as have `LOGIT_BYTES` of logits.
+    """Run tasks of the harness zero-shot.
 
     Args:
         model: a causal LM, in its evaluation dtype and on its device.
         tokenizer: its tokenizer.
         tasks: names of the harness, or task configurations as dicts.
+        score: scores answers, and reports progress itself; None leaves it to the harness, one answer at a time.
         limit: items of each task at most; None for all.
-        on_request: called with (requests done, requests in all); a request is one answer to one item.
+        on_request: without `score`, called with (requests done, requests in all); a request is one answer to one item.
 
     Returns:
         What `lm_eval.simple_evaluate` returns, without samples.
@@ -46,7 +50,7 @@ def run_harness(
     except ImportError as error:
         raise ConfigError("tasks need lm-evaluation-harness: pip install 'arbllm[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that it takes
-    lm = _wrap(model, tokenizer, on_request)
+    lm = _wrap(model, tokenizer, score, on_request)
     # To look through the harness's own thousands of tasks takes it a while.
     manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
     results = lm_eval.simple_evaluate(
@@ -56,29 +60,20 @@ def run_harness(
     return results
 
 
-def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_request: OnRequest | None) -> Any:
-    """The harness's model class around ours, with batches by memory and progress by request."""
+def _wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, score: Score | None, on_request: OnRequest | None
+) -> Any:
+    """The harness's model class around ours."""
     from lm_eval.models.huggingface import HFLM
 
     class OpenModel(HFLM):
-        _batch_end = _batch_length = 0
-
-        def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
-            """Texts of the batch that request `pos` falls into: asked for one after the other, longest first."""
-            if pos >= self._batch_end:
-                _, context, continuation = n_reordered_requests[pos]
-                length = min(len(context) + len(continuation), self.max_length)
-                self._batch_length = max(1, batch_tokens // length)
-                self._batch_end = pos + self._batch_length
-            return self._batch_length
-
         def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> Any:
+            if score:
+                return score([(question, answer) for _, question, answer in requests], self.max_length)
             self.cache_hook = _Progress(len(requests), on_request)
-            self._batch_end = self._batch_length = 0
             return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
-    batch_tokens = LOGIT_BYTES // (4 * model.get_input_embeddings().num_embeddings)
-    return OpenModel(pretrained=model, tokenizer=tokenizer, batch_size="auto")
+    return OpenModel(pretrained=model, tokenizer=tokenizer, batch_size=1)
 
 
 class _Progress:

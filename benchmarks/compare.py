@@ -3,7 +3,7 @@
     python benchmarks/compare.py                         everything that is missing: a day on two cores, resumable
     python benchmarks/compare.py --methods fp16,gptq-3   some methods; others that are there already stay in the report
     python benchmarks/compare.py --max-windows 50        the first 50 windows of the text alone
-    python benchmarks/compare.py --text                  perplexity alone: no tasks, no speed, no report
+    python benchmarks/compare.py --skip tasks speed      perplexity alone; the report waits for the other steps
     python benchmarks/compare.py --report                only the report, from the rows that are whole
 
 Perplexity on the whole of WikiText-2 test, accuracy on 200 items of each of seven tasks, calibrated on 32 windows of
@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from arbllm.errors import ArbllmError
-from arbllm.evaluation.compare import ROWS, Protocol, collect, compare, run_row, text_pieces, write_json
+from arbllm.evaluation.compare import ROWS, Protocol, collect, run_row, text_pieces, write_json
 from arbllm.evaluation.methods import Calibration, find_recipe
 from arbllm.evaluation.tasks import TASKS
 from arbllm.evaluation.write_report import write_report
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS, help="with commas")
     parser.add_argument("--max-windows", type=int, help="only so many windows of the text; the report says so")
     parser.add_argument("--calibration", choices=CALIBRATIONS, default="wikitext2", help="text to calibrate on")
-    parser.add_argument("--text", action="store_true", help="perplexity alone: no tasks, no speed, no report")
+    parser.add_argument("--skip", nargs="*", choices=("tasks", "speed"), default=(), help="steps left for another time")
     parser.add_argument("--report", action="store_true", help="only write the report from the rows that are whole")
     options = parser.parse_args()
     methods = options.methods.split(",")
@@ -53,25 +54,25 @@ def main() -> None:
         if not (out / ROWS / file.name).exists():
             shutil.copy(file, out / ROWS)
     try:
-        run(protocol, methods, out, kept, text_alone=options.text, report_alone=options.report)
+        run(protocol, [] if options.report else methods, out, kept, options.skip)
     except ArbllmError as error:
         sys.exit(str(error))
 
 
-def run(protocol: Protocol, methods: list[str], out: Path, kept: Path, *, text_alone: bool, report_alone: bool) -> None:
-    """Do what the options ask for."""
+def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip: Sequence[str] = ()) -> None:
+    """Run the missing steps of some methods, then write the report from all rows that are whole."""
     pieces = text_pieces(protocol)
-    for method in [] if report_alone else methods:
-        if text_alone:
-            run_row(find_recipe(method), replace(protocol, tasks=()), pieces, out, speed=False, on_step=say)
-        else:
-            compare(protocol, [method], out, keep_models=True, on_step=say)
-        (kept / ROWS).mkdir(parents=True, exist_ok=True)
+    wanted = replace(protocol, tasks=()) if "tasks" in skip else protocol
+    (kept / ROWS).mkdir(parents=True, exist_ok=True)
+    for method in methods:
+        run_row(find_recipe(method), wanted, pieces, out, speed="speed" not in skip, on_step=say)
         shutil.copy(out / ROWS / f"{method}.json", kept / ROWS)
-    if not text_alone:
-        results = collect(protocol, pieces, out, methods)
-        write_json(kept / "results.json", results)
-        print(f"wrote {write_report(results, kept).relative_to(ROOT)}")
+    results = collect(protocol, pieces, out, METHODS.split(","))
+    if not results["rows"]:
+        print("no row is whole yet, so there is no report")
+        return
+    write_json(kept / "results.json", results)
+    print(f"wrote {write_report(results, kept).relative_to(ROOT)}")
 
 
 def say(method: str, step: str) -> None:

@@ -9,7 +9,7 @@ import argparse
 
 import matplotlib as mpl
 
-from results import FULL, ROOT, TEXT_WINDOWS, load_rows
+from results import FULL, ROOT, TEXT_WINDOWS, compared_rows, load_rows
 
 mpl.use("svg")
 from matplotlib import pyplot
@@ -22,7 +22,8 @@ def main() -> None:
     """Read the rows, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-windows", type=int, default=TEXT_WINDOWS, help="rows over so many windows of the text")
-    rows = load_rows(parser.parse_args().max_windows)
+    windows = parser.parse_args().max_windows
+    rows = load_rows(windows) | compared_rows(windows)
     mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for row, figures in rows.items():

@@ -1,22 +1,20 @@
 """Perplexity, size and cost of every method on SmolLM2-135M: writes docs/results.md.
 
     python benchmarks/results.py                         the paper's methods, as far as not there yet, then the page
-    python benchmarks/results.py --all                   arb-rcx at eight budgets and its peers: days on two cores
     python benchmarks/results.py --row arb-rc            one row
     python benchmarks/results.py --max-windows 50        the first 50 windows of the text alone
-    python benchmarks/results.py --table                 only the table, from the rows that are there
+    python benchmarks/results.py --table                 only the page, from the rows that are there
 
 Each row is `arbllm quantize`, then `arbllm eval` for every 50 windows of the text. They leave their JSON in
 docs/results, so that an interrupted run goes on where it stopped; the checkpoints go to out/results. The text is
 WikiText-2 (raw), `wiki.valid.raw` to calibrate on and `wiki.test.raw` to evaluate on, looked for under $ARBLLM_DATA or
-../shared/data.
+../shared/data. The rows of arb-rcx and of its peers are those that benchmarks/compare.py left in docs/comparison.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -26,6 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from arbllm.evaluation.compare import PIECE, ROWS, perplexity_of, read_row
+from arbllm.evaluation.frontier import shown
+from arbllm.evaluation.methods import FULL as FP16
 from commands import arbllm, demonstration_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,27 +36,11 @@ FIGURES = ROOT / "docs" / "results"
 CHECKPOINTS = ROOT / "out" / "results"
 FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
-PEERS = {f"{family} {bits}": f"{family}-{bits}" for family in ("rtn", "gptq") for bits in (2, 3, 4)}
-BITS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.5, 2.85, 3.25)
+PAPER = (FULL, *METHODS)
 WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
-C4 = " on C4"
-TEXT_WINDOWS, PIECE = 148, 50  # windows of the text in all, and of one `arbllm eval`
+COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
+TEXT_WINDOWS = 148
 PATHS = ("model", "path", "text", "texts")
-
-
-def joint_rows() -> dict[str, tuple[str, ...]]:
-    """Rows of arb-rcx by name, with their options of `arbllm quantize`."""
-    rows: dict[str, tuple[str, ...]] = {}
-    for bits in BITS:
-        rows[f"arb-rcx {bits}"] = ("--bits", str(bits), "--tune", "0")
-        rows[f"arb-rcx {bits} tuned"] = ("--bits", str(bits))
-        rows[f"arb-rcx {bits} tuned and distilled"] = ("--bits", str(bits), "--distill", "128")
-    rows["arb-rcx 2.25 uniform"] = ("--bits", "2.25", "--tune", "0", "--allocation", "uniform")
-    return rows | {f"{row}{C4}": options for row, options in rows.items()}
-
-
-JOINT = joint_rows()
-ROWS = (FULL, *METHODS, *JOINT, *PEERS)
 
 _PAGE = """\
 # Results
@@ -80,11 +65,12 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 
 
 _JOINT = """\
-`arb-rcx` with its budget of true bits over the linears, calibrated on {windows} windows: of the validation text of
-WikiText-2, or, where the row says so, of C4. *Tuned* rows had each block's scales and norms tuned after it was solved,
-*distilled* ones 128 steps of distillation in the end; *uniform* gives all linears the same bits. `rtn` and `gptq` round
-to uniform grids, one a row and 128 columns, clipped by search, in the same loop on the same windows; their true bits
-count scales and zeros, and their megabytes are those that packed weights would take.
+`arb-rcx` with its budget of true bits over the linears, and its peers, calibrated on {windows} windows: of the
+validation text of WikiText-2, or, where the row says so, of C4. Rows named by a budget alone had each block's scales
+and norms tuned after it was solved, *distilled* ones 128 steps of distillation as well, *untuned* ones neither. `rtn`
+and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
+groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their megabytes are
+those that packed weights would take. With accuracies and samples of text: [the comparison](comparison/report.html).
 
 {table}
 """
@@ -93,8 +79,7 @@ count scales and zeros, and their megabytes are those that packed weights would 
 def main() -> None:
     """Run the missing rows, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", action="append", choices=ROWS, help="a row to run; by default the paper's methods")
-    parser.add_argument("--all", action="store_true", help="run every row: days on two cores")
+    parser.add_argument("--row", action="append", choices=PAPER, help="a row to run; by default all")
     parser.add_argument("--table", action="store_true", help="only write the page from the rows that are there")
     parser.add_argument(
         "--max-windows", type=int, default=TEXT_WINDOWS, help="only so many windows of the text; the page says so"
@@ -102,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         check_data()
-        for row in options.row or (ROWS if options.all else (FULL, *METHODS)):
+        for row in options.row or PAPER:
             run_row(row, options.max_windows)
     write_page(options.max_windows)
 
@@ -153,19 +138,13 @@ def evaluation(row: str, max_windows: int) -> dict[str, Any]:
     if not all(file.exists() for file in files):
         return {}
     parts = [json.loads(file.read_text()) for file in files]
-    windows = sum(part["windows"] for part in parts)
-    loss = sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows
-    return parts[0] | {"perplexity": math.exp(loss), "windows": windows}
+    return parts[0] | {"perplexity": perplexity_of(parts), "windows": sum(part["windows"] for part in parts)}
 
 
 def quantize(row: str, out: Path) -> dict[str, Any]:
     """Quantize the demonstration model as a row says."""
-    text = DATA.parent / "c4" / "c4_sample.txt" if row.endswith(C4) else DATA / "wiki.valid.raw"
-    windows = WINDOWS if row in METHODS else JOINT_WINDOWS
-    calibration = ("--calibration", text, "--windows", str(windows), "--window-length", str(CONTEXT))
-    if row in PEERS:
-        return arbllm("peer", demonstration_model(), out, "--method", PEERS[row], *calibration, "--overwrite")
-    method = JOINT.get(row, ("--method", row, "--partition", "cgb"))
+    calibration = ("--calibration", DATA / "wiki.valid.raw", "--windows", str(WINDOWS), "--window-length", str(CONTEXT))
+    method = ("--method", row, "--partition", "cgb")
     return arbllm("quantize", demonstration_model(), out, *method, *calibration, "--overwrite")
 
 
@@ -183,7 +162,7 @@ def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def load_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
     """Row name -> its figures: those of `eval`, with those of `quantize` under that key. Missing rows are left out."""
     rows = {}
-    for row in ROWS:
+    for row in PAPER:
         if measured := evaluation(row, max_windows):
             rows[row] = measured
             quantized = quantization_file(row)
@@ -191,57 +170,78 @@ def load_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def compared_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
+    """The same of benchmarks/compare.py, full precision left out, by family and true bits."""
+    rows: dict[str, dict[str, Any]] = {}
+    for folder, suffix in COMPARISONS.items():
+        for file in (ROOT / "docs" / folder / ROWS).glob("*.json"):
+            done = read_row(file)
+            texts = done.get("texts", {}).get("wiki.test.raw", {})
+            parts = [texts.get(f"{start}-{start + count}") for start, count in pieces(max_windows)]
+            if file.stem != FP16 and all(parts):
+                rows[file.stem + suffix] = {"perplexity": perplexity_of(parts), "quantize": as_quantized(done)}
+    return dict(sorted(rows.items(), key=_family_and_bits))
+
+
+def _family_and_bits(item: tuple[str, dict[str, Any]]) -> tuple[str, float, str]:
+    name, figures = item
+    words = [word for word in name.split("-") if word.isalpha()]
+    return "-".join(words[:2]), figures["quantize"]["true_bits_per_weight"], name
+
+
+def as_quantized(done: dict[str, Any]) -> dict[str, Any]:
+    """What a row of a comparison knows of quantization, under the names that `arbllm quantize` has for it."""
+    found = done["quantize"]
+    names = {"nominal_bits": "nominal_bits_per_weight", "true_bits": "true_bits_per_weight", "bytes": "bytes_on_disk"}
+    return found | {name: found[short] for short, name in names.items()}
+
+
 def write_page(max_windows: int = TEXT_WINDOWS) -> None:
     """Write docs/results.md from the rows that are there."""
     rows = load_rows(max_windows)
-    if FULL not in rows or len(rows) < 2:
+    full = rows.pop(FULL, None)
+    if full is None or not rows:
         sys.exit("the page needs the row 'full precision' and one more")
-    one = next(figures for row, figures in rows.items() if row in METHODS)
-    job = one["quantize"]
+    job = next(iter(rows.values()))["quantize"]
     whole = max_windows == TEXT_WINDOWS
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(
         _PAGE.format(
-            windows=f"{'' if whole else 'the first '}{one['windows']} windows",
+            windows=f"{'' if whole else 'the first '}{full['windows']} windows",
             context=CONTEXT,
             calibration=WINDOWS,
-            table=table({row: figures for row, figures in rows.items() if row in (FULL, *METHODS)}),
-            joint=joint_section(rows),
+            table=table(rows, max_windows, job["dense_bytes"]),
+            joint=joint_section(max_windows, job["dense_bytes"]),
             rest=(job["bytes_on_disk"] - job["linear_bytes"]) / 1e6,
             machine=job["machine"],
             option="" if whole else f" --max-windows {max_windows}",
-            **one["versions"],
+            **full["versions"],
         )
     )
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
-def joint_section(rows: dict[str, dict[str, Any]]) -> str:
+def joint_section(max_windows: int, dense: int) -> str:
     """The tables of arb-rcx and its peers, with what they are; empty without a row of them."""
-    parts = load_rows(PIECE)
-    found = {row: figures for row, figures in rows.items() if row in JOINT or row in PEERS}
-    tables = [table({FULL: rows[FULL]} | found)] if found else []
-    fewer = {row: figures for row, figures in parts.items() if (row in JOINT or row in PEERS) and row not in found}
+    found = compared_rows(max_windows)
+    fewer = {row: figures for row, figures in compared_rows(PIECE).items() if row not in found}
+    tables = [table(found, max_windows, dense)] if found else []
     if fewer:
-        tables += [f"On the first {PIECE} windows alone:", table({FULL: parts[FULL]} | fewer)]
+        tables += [f"On the first {PIECE} windows alone:", table(fewer, PIECE, dense)]
     return _JOINT.format(windows=JOINT_WINDOWS, table="\n\n".join(tables)) + "\n" if tables else ""
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as a table in Markdown."""
+def table(rows: dict[str, dict[str, Any]], max_windows: int, dense: int) -> str:
+    """Rows over so many windows as a table in Markdown, below the dense model with its bytes."""
     head = ("", "nominal bits", "true bits", "MB", "perplexity", "ratio", "output error", "peak GB")
+    full = evaluation(FULL, max_windows)["perplexity"]
     lines = [head, ("---", *("---:",) * (len(head) - 1))]
-    full = rows[FULL]["perplexity"]
-    dense = next(figures["quantize"]["dense_bytes"] for row, figures in rows.items() if row != FULL)
+    lines.append((FULL, "16", "16", f"{dense / 1e6:.1f}", f"{full:.2f}", "1.00", "", ""))
     for row, figures in rows.items():
         perplexity, job = figures["perplexity"], figures["quantize"]
-        sizes = ("16", "16", f"{dense / 1e6:.1f}")
-        costs = ("", "")
-        if job:
-            bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
-            sizes = (*bits, f"{job['bytes_on_disk'] / 1e6:.1f}")
-            costs = (f"{job['output_error']:.4f}", f"{job['peak_memory_bytes'] / 1e9:.2f}")
-        lines.append((row, *sizes, f"{perplexity:.2f}", f"{perplexity / full:.2f}", *costs))
+        bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
+        ratio = (f"{job['bytes_on_disk'] / 1e6:.1f}", shown(perplexity), f"{perplexity / full:.2f}")
+        lines.append((row, *bits, *ratio, f"{job['output_error']:.4f}", f"{job['peak_memory_bytes'] / 1e9:.2f}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

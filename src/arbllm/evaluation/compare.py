@@ -282,11 +282,15 @@ def perplexities(protocol: Protocol, pieces: Pieces, done: dict[str, Any]) -> di
     """Perplexity over all pieces of each text, by the text's name."""
     found = {}
     for text in protocol.texts:
-        parts = [done["texts"][Path(text).name][f"{start}-{stop}"] for start, stop in pieces[text]]
-        windows = sum(part["windows"] for part in parts)
-        loss = sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows
-        found[Path(text).name] = math.exp(loss)
+        name = Path(text).name
+        found[name] = perplexity_of([done["texts"][name][f"{start}-{stop}"] for start, stop in pieces[text]])
     return found
+
+
+def perplexity_of(parts: Sequence[dict[str, Any]]) -> float:
+    """Perplexity of a text from those of its parts, with `windows` each; None counts as infinite."""
+    windows = sum(part["windows"] for part in parts)
+    return math.exp(sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows)
 
 
 def shown_settings(protocol: Protocol) -> dict[str, Any]:

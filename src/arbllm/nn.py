@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,8 @@ from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cpu
 from arbllm.kernels.dispatch import matmul, takes_prepared
+
+_version = attrgetter("_version")
 
 
 class PackedModule(nn.Module):
@@ -115,7 +117,8 @@ class BinaryLinear(PackedModule):
             y = cpu.multiply(x, self._prepare(), self.layout.rows, exact=self.exact)
         else:
             y = matmul(x, self.matrix)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._parameters["bias"]  # a microsecond faster than `self.bias`
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _prepare(self) -> Tensor:
         """The weight as the CPU's kernel reads it."""
@@ -123,7 +126,7 @@ class BinaryLinear(PackedModule):
             return self._prepared[-1] if self._prepared else self._prepare_anew()
         if self._prepared:
             known, watched, versions, prepared = self._prepared
-            if all(map(is_, self._buffers.values(), known)) and [tensor._version for tensor in watched] == versions:
+            if all(map(is_, self._buffers.values(), known)) and list(map(_version, watched)) == versions:
                 return prepared
         return self._prepare_anew()
 
@@ -132,7 +135,7 @@ class BinaryLinear(PackedModule):
         prepared = cpu.prepare(self.matrix)
         known = list(self._buffers.values())
         watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
-        self._prepared = known, watched, [tensor._version for tensor in watched], prepared
+        self._prepared = known, watched, list(map(_version, watched)), prepared
         return prepared
 
     def __getstate__(self) -> dict[str, Any]:

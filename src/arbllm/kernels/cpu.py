@@ -101,9 +101,14 @@ def multiply(
         ConfigError: this processor does not have the instruction set.
     """
     chosen = 0 if instruction_set is None else _number(instruction_set)
-    rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes.
     plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    if plain and not exact and x.dtype in _DIRECT and x.is_contiguous():
+        *before, columns = x.shape
+        tokens = x.numel() // columns
+        if 0 < tokens <= MOST_LOOKUP_TOKENS:
+            return _look_up(x, x.new_empty((*before, rows)), prepared, tokens, columns, chosen)
+    rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
@@ -143,17 +148,21 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
-    if tokens:
-        _native().multiply(
-            prepared.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            x.stride(0),
-            x.dtype == torch.bfloat16,
-            instruction_set,
-            torch.get_num_threads(),
-        )
+    return _look_up(x, y, prepared, tokens, x.stride(0), instruction_set) if tokens else y
+
+
+def _look_up(x: Tensor, y: Tensor, prepared: Tensor, tokens: int, stride: int, instruction_set: int) -> Tensor:
+    """Put x W^T into y by tables: x of `tokens` rows that begin `stride` elements apart, y contiguous."""
+    _native().multiply(
+        prepared.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        stride,
+        x.dtype == torch.bfloat16,
+        instruction_set,
+        torch.get_num_threads(),
+    )
     return y
 
 

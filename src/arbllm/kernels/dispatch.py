@@ -47,8 +47,5 @@ def takes_prepared(x: Tensor) -> bool:
     So is every x on the CPU, except one of float64 and one that needs a gradient.
     """
     return (
-        x.device.type == "cpu"
-        and x.dtype != torch.float64
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and cpu.available()
+        x.is_cpu and x.dtype != torch.float64 and not (x.requires_grad and torch.is_grad_enabled()) and cpu.available()
     )

@@ -17,7 +17,7 @@ import arbllm
 from arbllm.binarize.methods import get_method
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError
-from arbllm.format.checkpoint import checksum
+from arbllm.format.checksum import checksum
 from arbllm.model.distill import cut_pieces
 from arbllm.model.embeddings import DENSE_BITS, quantize_embeddings
 from arbllm.model.events import LinearQuantized, OnEvent

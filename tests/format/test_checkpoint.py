@@ -10,11 +10,11 @@ from arbllm.format.checkpoint import (
     CHECKSUMS_KEY,
     FORMAT_VERSION,
     bytes_on_disk,
-    checksum,
     file_metadata,
     open_checkpoint,
     verify,
 )
+from arbllm.format.checksum import checksum
 from tests.helpers import random_matrix
 
 MATRIX = random_matrix(8, 40, salient=5, block_size=16, row_means=True)
@@ -42,7 +42,7 @@ def write(directory, *, matrix=MATRIX, shards=1, change_tensors=None, change_con
     config = {"quant_method": "arbllm", "format_version": FORMAT_VERSION, "linears": linears}
     if change_config:
         change_config(config)
-    (directory / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (directory / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": config}))
     return directory
 
 

@@ -288,6 +288,16 @@ def test_other_numbers_in_config_are_refused(spoiled):
         load(spoiled)
 
 
+def test_a_config_without_a_dtype_is_refused(spoiled):
+    """transformers would take that of any packed tensor for the dense ones."""
+    file = spoiled / "config.json"
+    values = json.loads(file.read_text())
+    del values["dtype"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"config\.json: names no dtype"):
+        load(spoiled)
+
+
 def test_numbers_that_may_be_changed_in_config(spoiled):
     file = spoiled / "config.json"
     values = json.loads(file.read_text())

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arbllm.errors import ConfigError, TextError
 from arbllm.hub import hub_is_reachable
-from arbllm.integrations.lm_eval import run_harness
+from arbllm.integrations.lm_eval import check_harness, run_harness
 from arbllm.model.likelihood import log_likelihoods
 
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
@@ -95,6 +95,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> N
     Raises:
         ConfigError, TextError: see `evaluate_tasks`.
     """
+    if tasks:
+        check_harness()
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 item, not {limit}")
     if data is None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arbllm.errors import CheckpointError, ConfigError
 from arbllm.format.accounting import ModelSize, StorageSize, matrix_size, model_size
+from arbllm.format.checksum import canonical, canonical_checksum, checksum, config_checksum
 from arbllm.format.coding import RAW, check_coding, coded_planes, decode, is_possible_size
 from arbllm.format.header import DAMAGED, StoredTensor, parse_object, read_header
 from arbllm.format.layout import Layout
@@ -35,9 +34,6 @@ EMBEDDINGS_KEY = "arbllm.embeddings"
 CONFIG_KEY = "arbllm.config"
 DENSE_KEY = "arbllm.dense"
 MODULE_OPTIONS = ("bias", "transposed")
-
-_CHANGEABLE = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
-_CHANGEABLE_ENDS = ("token_id", "token_ids")
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -121,12 +117,6 @@ class Checkpoint:
         return checks
 
 
-def checksum(tensor: Tensor) -> str:
-    """XxHash (xxh3, 64 bits) of a tensor's bytes in row-major order, 16 hexadecimal digits."""
-    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_64_hexdigest(octets.numpy().data)
-
-
 def file_metadata(
     tensors: Mapping[str, Tensor],
     linears: Mapping[str, Any],
@@ -148,18 +138,10 @@ def file_metadata(
         for name, tensor in tensors.items()
         if not _is_packed(name, packed) and tensor.dtype in _DTYPES
     }
-    metadata = {CHECKSUMS_KEY: _canonical(checksums), LINEARS_KEY: canonical_checksum(linears)}
-    metadata[DENSE_KEY] = _canonical(dense)
+    metadata = {CHECKSUMS_KEY: canonical(checksums), LINEARS_KEY: canonical_checksum(linears)}
+    metadata[DENSE_KEY] = canonical(dense)
     metadata |= {EMBEDDINGS_KEY: canonical_checksum(embeddings)} if embeddings else {}
     return metadata | ({CONFIG_KEY: config_checksum(config)} if config else {})
-
-
-def config_checksum(config: Mapping[str, Any]) -> str:
-    """Checksum of those values of config.json that say what the model computes.
-
-    Left out, on every level, are the quantization, dtypes, token numbers and what else may be changed without harm.
-    """
-    return canonical_checksum(_essential({**config, "quantization_config": None}))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -173,6 +155,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
+    if not (config.get("dtype") or config.get("torch_dtype")):  # transformers would guess from any packed tensor
+        raise CheckpointError(f"{path / 'config.json'}: names no dtype for what is not packed; {DAMAGED}")
     files, index = _weight_files(path)
     checkpoint = check_structure(files, quantization)
     for file in files:
@@ -391,26 +375,3 @@ def _find(where: Path, name: str, tensors: Mapping[str, StoredTensor]) -> Stored
     if name not in tensors:
         raise CheckpointError(f"{where}: tensor {name} is missing; download or copy the checkpoint again")
     return tensors[name]
-
-
-def _canonical(values: Any) -> str:
-    """JSON without spaces, keys sorted: the same text for the same values."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-
-def canonical_checksum(values: Any) -> str:
-    """XxHash (xxh3, 64 bits) of plain values as JSON without spaces, keys sorted."""
-    return xxhash.xxh3_64_hexdigest(_canonical(values).encode())
-
-
-def _essential(value: Any) -> Any:
-    """A value of config.json without what may be changed."""
-    if isinstance(value, list):
-        return [_essential(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _essential(item)
-        for key, item in value.items()
-        if key not in _CHANGEABLE and not key.startswith("_") and not key.endswith(_CHANGEABLE_ENDS)
-    }

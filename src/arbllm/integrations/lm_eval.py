@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +45,10 @@ def run_harness(
     Raises:
         ConfigError: the harness is not installed.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError("tasks need lm-evaluation-harness: pip install 'arbllm[eval]'") from error
+    check_harness()
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that it takes
     lm = _wrap(model, tokenizer, score, on_request)
     # To look through the harness's own thousands of tasks takes it a while.
@@ -58,6 +58,16 @@ def run_harness(
     )
     assert results, "there is one process alone"
     return results
+
+
+def check_harness() -> None:
+    """Refuse to go on without the harness.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError("tasks need lm-evaluation-harness: pip install 'arbllm[eval]'")
 
 
 def _wrap(

@@ -29,10 +29,10 @@ from arbllm.format.checkpoint import (
     bitmap_coding,
     check_structure,
     check_version,
-    checksum,
     file_metadata,
     open_checkpoint,
 )
+from arbllm.format.checksum import checksum
 from arbllm.format.coding import RAW, coded_planes, decode, encode
 from arbllm.integrations.embeddings import make_room, packed_embeddings
 from arbllm.nn import BinaryLinear

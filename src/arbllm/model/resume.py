@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from arbllm.errors import ArbllmError, CheckpointError
-from arbllm.format.checkpoint import canonical_checksum, checksum
+from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.output import check_replaceable, output_directory

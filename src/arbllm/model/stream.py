@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from arbllm.errors import CheckpointError, ModelError
-from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE, canonical_checksum, checksum
+from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE
+from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.header import StoredTensor, read_header
 from arbllm.model.source import DTYPES
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks

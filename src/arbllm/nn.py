@@ -17,6 +17,12 @@ from arbllm.kernels.dispatch import matmul, takes_prepared
 _version = attrgetter("_version")
 
 
+@torch.compiler.assume_constant_result
+def _prepare_first(layer: BinaryLinear) -> bool:
+    """Prepare a weight as soon as a graph is made of its layer: left to the first run, it would end the graph there."""
+    return layer._prepare() is not None
+
+
 class PackedModule(nn.Module):
     """A module whose own buffers keep their dtypes through `.to(dtype)`, `.half()` and the like."""
 
@@ -111,27 +117,29 @@ class BinaryLinear(PackedModule):
         """Map x (..., m) to y (..., n), in the dtype of x.
 
         On a CPU the first call prepares the weight, which takes as much memory again; so does the first call after a
-        packed tensor was replaced or written to.
+        packed tensor was replaced or written to. In a compiled model the weight stays as it was when it was compiled.
         """
         if takes_prepared(x):
-            y = cpu.multiply(x, self._prepare(), self.layout.rows, exact=self.exact)
+            y = cpu.multiply(x, self._weight(), self.layout.rows, exact=self.exact)
         else:
             y = matmul(x, self.matrix)
         bias = self._parameters["bias"]  # a microsecond faster than `self.bias`
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _prepare(self) -> Tensor:
+    def _weight(self) -> Tensor:
         """The weight as the CPU's kernel reads it."""
-        if torch.compiler.is_compiling():  # a compiled model's weights stay as they are
-            return self._prepared[-1] if self._prepared else self._prepare_anew()
+        if not torch.compiler.is_compiling():
+            return self._prepare()
+        _prepare_first(self)
+        assert self._prepared is not None
+        return self._prepared[-1]
+
+    def _prepare(self) -> Tensor:
+        """Prepare the weight, if that has not been done for the tensors as they are."""
         if self._prepared:
             known, watched, versions, prepared = self._prepared
             if all(map(is_, self._buffers.values(), known)) and list(map(_version, watched)) == versions:
                 return prepared
-        return self._prepare_anew()
-
-    @torch.compiler.disable
-    def _prepare_anew(self) -> Tensor:
         prepared = cpu.prepare(self.matrix)
         known = list(self._buffers.values())
         watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from arbllm.baselines import output_error
-from arbllm.errors import ConfigError
+from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation import compare as module
 from arbllm.evaluation.compare import RESULTS, ROWS, Protocol, collect, compare, perplexities, text_pieces
 from arbllm.evaluation.evaluate import evaluate
@@ -127,6 +127,8 @@ def test_tasks_are_kept_one_by_one(protocol, tmp_path):
 def test_other_settings_are_refused(protocol, finished):
     with pytest.raises(ConfigError, match=r"context was 64, not 32"):
         compare(replace(protocol, context=32), ["fp16"], finished[0], isolate=False)
+    with pytest.raises(TextError, match="max-windows must be at least 1, not 0"):
+        compare(replace(protocol, max_windows=0), ["fp16"], finished[0], isolate=False)
 
 
 def test_a_step_in_a_process_of_its_own():

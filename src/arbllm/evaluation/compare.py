@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arbllm.device import choose_device, evaluation_dtype
-from arbllm.errors import ConfigError
+from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import FULL, Calibration, Recipe, find_recipe, make
 from arbllm.evaluation.speed import tokens_per_second, write_samples
@@ -98,7 +98,13 @@ def compare(
 
 
 def text_pieces(protocol: Protocol) -> Pieces:
-    """For each text, (first window, window behind the last) of the pieces that it is evaluated in."""
+    """For each text, (first window, window behind the last) of the pieces that it is evaluated in.
+
+    Raises:
+        TextError: a text cannot be read, or `max_windows` is out of range.
+    """
+    if protocol.max_windows is not None and protocol.max_windows < 1:
+        raise TextError(f"max-windows must be at least 1, not {protocol.max_windows}")
     tokenizer = open_tokenizer(protocol.model, protocol.calibration.trust_remote_code)
     pieces = {}
     for text in protocol.texts:

@@ -21,6 +21,13 @@ def test_the_frontier_is_what_nothing_smaller_equals():
     assert [found["method"] for found in frontier(ROWS, "wiki", "bytes")] == ["four", "full"]
 
 
+def test_a_thousandth_of_a_bit_less_is_no_excuse():
+    rows = [row("worse", 2.2509, 50, 100), row("better", 2.2511, 40, 100), row("smaller", 2.2, 60, 90)]
+    assert [found["method"] for found in frontier(rows, "wiki")] == ["smaller", "better"]
+    assert [found["method"] for found in frontier(rows, "wiki", "bytes")] == ["smaller", "better"]
+    assert beaten_by(rows[0], rows, "wiki") is rows[1]
+
+
 def test_who_is_beaten_by_whom():
     names = {
         found["method"]: (rival or {"method": None})["method"]

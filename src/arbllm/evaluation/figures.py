@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from arbllm.errors import ConfigError
-from arbllm.evaluation.frontier import Row, frontier, score, shown
+from arbllm.evaluation.frontier import Row, frontier, score
 from arbllm.evaluation.methods import FULL, PARTS
 
 SIZE = (5.0, 4.6)
@@ -81,7 +81,8 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
         axes.scatter(row[size] / unit, score(row, text), color=COLOURS.get(family, OTHER), zorder=3,
                      marker=MARKERS.get(family, "o"), s=70 if row in best else 36,
                      edgecolor="black" if row in best else "none")  # fmt: skip
-    _plain_ticks(axes, [row[size] / unit for row in finite], [score(row, text) for row in finite])
+    _plain_ticks(axes.xaxis, [row[size] / unit for row in finite])
+    _plain_ticks(axes.yaxis, [score(row, text) for row in finite])
     axes.margins(x=0.22, y=0.12)
     _label_points(axes, finite, [(row[size] / unit, score(row, text)) for row in finite])
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
@@ -93,13 +94,17 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
 def error_by_layer(rows: Sequence[Row]) -> Any:
     """Mean output error of each decoder block's linears, a line a method."""
     figure, axes = _axes()
+    drawn: list[float] = []
     for row in rows:
         if errors := row.get("output_errors"):
             blocks = _grouped((_block(name), error) for name, error in errors.items())
-            axes.plot(list(blocks), [mean(values) for values in blocks.values()], label=row["method"], linewidth=1.4,
+            means = [mean(values) for values in blocks.values()]
+            drawn += means
+            axes.plot(list(blocks), means, label=row["method"], linewidth=1.4,
                       color=COLOURS.get(row["family"], OTHER), marker=MARKERS.get(row["family"], "o"), markersize=3,
                       alpha=_shade(row, rows))  # fmt: skip
     axes.set_yscale("log")
+    _plain_ticks(axes.yaxis, drawn)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("decoder block")
     axes.set_ylabel("mean output error")
@@ -110,12 +115,15 @@ def error_by_layer(rows: Sequence[Row]) -> Any:
 def error_by_kind(rows: Sequence[Row]) -> Any:
     """Mean output error by kind of linear, a mark a method."""
     figure, axes = _axes()
+    drawn: list[float] = []
     kinds = list(dict.fromkeys(_kind(name) for row in rows for name in row.get("output_errors", ())))
     for row in rows:
         if errors := row.get("output_errors"):
             groups = _grouped((_kind(name), error) for name, error in errors.items())
             places = [kinds.index(kind) for kind in groups]
-            axes.scatter([mean(values) for values in groups.values()], places, label=row["method"], s=44,
+            means = [mean(values) for values in groups.values()]
+            drawn += means
+            axes.scatter(means, places, label=row["method"], s=44,
                          alpha=_shade(row, rows), color=COLOURS.get(row["family"], OTHER),
                          marker=MARKERS.get(row["family"], "o"))  # fmt: skip
     axes.set_yticks(range(len(kinds)), kinds)
@@ -123,6 +131,7 @@ def error_by_kind(rows: Sequence[Row]) -> Any:
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.set_xscale("log")
+    _plain_ticks(axes.xaxis, drawn)
     axes.set_xlabel("mean output error")
     _legend(figure, axes)
     return figure
@@ -192,15 +201,14 @@ def _legend(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
-def _plain_ticks(axes: Any, xs: Iterable[float], ys: Iterable[float]) -> None:
-    """Ticks at round numbers, written out, on two logarithmic axes."""
-    for axis, values in ((axes.xaxis, list(xs)), (axes.yaxis, list(ys))):
-        low, high = min(values), max(values)
-        steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-        ticks = [step * 10.0**power for power in range(-2, 8) for step in steps]
-        ticks = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
-        axis.set_ticks(ticks, [shown(tick).removesuffix(".00") if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
-        axis.set_ticks([], minor=True)
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at round numbers, written out, on a logarithmic axis."""
+    low, high = min(values), max(values)
+    steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [step * 10.0**power for power in range(-6, 8) for step in steps]
+    ticks = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
+    axis.set_ticks(ticks, [f"{tick:,.0f}" if tick >= 10 else f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def _shade(row: Row, rows: Sequence[Row]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
+SAME = 1.01
 
 
 def score(row: Row, text: str) -> float:
@@ -16,25 +17,22 @@ def score(row: Row, text: str) -> float:
 
 
 def frontier(rows: Sequence[Row], text: str, size: str = "true_bits") -> list[Row]:
-    """The rows that no other equals in perplexity at the same size or less, by size.
+    """The rows that no other beats in perplexity at the same size or less, by size.
+
+    Sizes are the same within `SAME`: budgets are hit no closer.
 
     Args:
         rows: of `results.json`.
         text: the text that perplexity was measured on.
         size: `true_bits` or `bytes`.
     """
-    best = math.inf
-    chosen = []
-    for row in sorted(rows, key=lambda row: (row[size], score(row, text))):
-        if score(row, text) < best:
-            best = score(row, text)
-            chosen.append(row)
-    return chosen
+    winners = [row for row in rows if score(row, text) < math.inf and beaten_by(row, rows, text, size) is None]
+    return sorted(winners, key=lambda row: row[size])
 
 
-def beaten_by(row: Row, rows: Sequence[Row], text: str) -> Row | None:
-    """The best row of no more true bits that has a lower perplexity than `row`; None on the frontier."""
-    rivals = [other for other in rows if other["true_bits"] <= row["true_bits"] and other is not row]
+def beaten_by(row: Row, rows: Sequence[Row], text: str, size: str = "true_bits") -> Row | None:
+    """The best row of no greater size that has a lower perplexity than `row`; None on the frontier."""
+    rivals = [other for other in rows if other[size] <= SAME * row[size] and other is not row]
     best = min(rivals, key=lambda other: score(other, text), default=None)
     return best if best is not None and score(best, text) < score(row, text) else None
 

@@ -49,9 +49,9 @@ format: develop
 	$(BIN)/ruff check --fix
 
 results: develop  ## docs/results.md and docs/comparison: hours on two cores, resumable
+	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/plot_results.py
-	$(BIN)/python benchmarks/compare.py
 
 bench-scale: install  ## memory of a streamed job with a model of LLaMA-7B's shape, which takes 14 GB of disk
 	$(BIN)/python benchmarks/make_random_model.py out/llama-7b --shape llama-7b

@@ -27,6 +27,7 @@ from typing import Any
 from arbllm.evaluation.compare import PIECE, ROWS, perplexity_of, read_row
 from arbllm.evaluation.frontier import shown
 from arbllm.evaluation.methods import FULL as FP16
+from arbllm.evaluation.write_report import markdown
 from commands import arbllm, demonstration_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
 PAPER = (FULL, *METHODS)
 WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
+COMPARED = ROOT / "docs" / "comparison" / "results.json"
 COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
 TEXT_WINDOWS = 148
 PATHS = ("model", "path", "text", "texts")
@@ -70,7 +72,8 @@ validation text of WikiText-2, or, where the row says so, of C4. Rows named by a
 and norms tuned after it was solved, *distilled* ones 128 steps of distillation as well, *untuned* ones neither. `rtn`
 and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
 groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their megabytes are
-those that packed weights would take. With accuracies and samples of text: [the comparison](comparison/report.html).
+those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
+[the comparison](comparison/report.html).
 
 {table}
 """
@@ -223,11 +226,18 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
 
 def joint_section(max_windows: int, dense: int) -> str:
     """The tables of arb-rcx and its peers, with what they are; empty without a row of them."""
-    found = compared_rows(max_windows)
-    fewer = {row: figures for row, figures in compared_rows(PIECE).items() if row not in found}
-    tables = [table(found, max_windows, dense)] if found else []
-    if fewer:
-        tables += [f"On the first {PIECE} windows alone:", table(fewer, PIECE, dense)]
+    tables, shown_already = [], set()
+    if COMPARED.exists():
+        results = json.loads(COMPARED.read_text())
+        windows = results["settings"]["max_windows"]
+        tables = [f"On {f'the first {windows}' if windows else 'all'} windows, and {results['settings']['limit']} "
+                  "questions of each of seven tasks:", markdown(results).rstrip()]  # fmt: skip
+        shown_already = {row["method"] for row in results["rows"]}
+    for windows, found in ((max_windows, compared_rows(max_windows)), (PIECE, compared_rows(PIECE))):
+        rest = {row: figures for row, figures in found.items() if row not in shown_already}
+        if rest:
+            tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]
+            shown_already |= rest.keys()
     return _JOINT.format(windows=JOINT_WINDOWS, table="\n\n".join(tables)) + "\n" if tables else ""
 
 

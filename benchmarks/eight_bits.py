@@ -28,7 +28,7 @@ from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 HEADINGS = ("products", "perplexity", "change")
-COMMAND = "python benchmarks/eight_bits.py out/results/arb-rcx-2.25-tuned-and-distilled --text wiki.test.raw --page"
+COMMAND = "python benchmarks/eight_bits.py out/comparison/models/arb-rcx-2.25-distilled --text wiki.test.raw --page"
 
 _SECTION = """\
 ## What 8-bit tables do to perplexity

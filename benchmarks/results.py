@@ -73,7 +73,7 @@ and norms tuned after it was solved, *distilled* ones 128 steps of distillation 
 and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
 groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their megabytes are
 those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
-[the comparison](comparison/report.html).
+[the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
 
 {table}
 """
@@ -226,10 +226,11 @@ def write_page(max_windows: int = TEXT_WINDOWS) -> None:
 
 def joint_section(max_windows: int, dense: int) -> str:
     """The tables of arb-rcx and its peers, with what they are; empty without a row of them."""
-    tables, shown_already = [], set()
+    tables, shown_already, option = [], set(), ""
     if COMPARED.exists():
         results = json.loads(COMPARED.read_text())
         windows = results["settings"]["max_windows"]
+        option = f" --max-windows {windows}" if windows else ""
         tables = [f"On {f'the first {windows}' if windows else 'all'} windows, and {results['settings']['limit']} "
                   "questions of each of seven tasks:", markdown(results).rstrip()]  # fmt: skip
         shown_already = {row["method"] for row in results["rows"]}
@@ -238,7 +239,7 @@ def joint_section(max_windows: int, dense: int) -> str:
         if rest:
             tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]
             shown_already |= rest.keys()
-    return _JOINT.format(windows=JOINT_WINDOWS, table="\n\n".join(tables)) + "\n" if tables else ""
+    return _JOINT.format(windows=JOINT_WINDOWS, option=option, table="\n\n".join(tables)) + "\n" if tables else ""
 
 
 def table(rows: dict[str, dict[str, Any]], max_windows: int, dense: int) -> str:

@@ -7,7 +7,16 @@ import torch
 from arbllm.baselines import output_error
 from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation import compare as module
-from arbllm.evaluation.compare import RESULTS, ROWS, Protocol, collect, compare, perplexities, text_pieces
+from arbllm.evaluation.compare import (
+    RESULTS,
+    ROWS,
+    Protocol,
+    check_settings,
+    collect,
+    compare,
+    perplexities,
+    text_pieces,
+)
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
@@ -127,8 +136,18 @@ def test_tasks_are_kept_one_by_one(protocol, tmp_path):
 def test_other_settings_are_refused(protocol, finished):
     with pytest.raises(ConfigError, match=r"context was 64, not 32"):
         compare(replace(protocol, context=32), ["fp16"], finished[0], isolate=False)
+    with pytest.raises(ConfigError, match="have one name; rename"):
+        compare(replace(protocol, texts=("elsewhere/builtin",)), ["fp16"], finished[0], isolate=False)
     with pytest.raises(TextError, match="max-windows must be at least 1, not 0"):
         compare(replace(protocol, max_windows=0), ["fp16"], finished[0], isolate=False)
+
+
+def test_tasks_of_other_data_are_refused(protocol, tmp_path):
+    file = tmp_path / "settings.json"
+    check_settings(file, replace(protocol, tasks=("piqa",), task_data="here"))
+    check_settings(file, protocol)
+    with pytest.raises(ConfigError, match=r"answers to tasks of here, not of the hub"):
+        check_settings(file, replace(protocol, tasks=("boolq",)))
 
 
 def test_a_step_in_a_process_of_its_own():

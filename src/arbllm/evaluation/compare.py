@@ -310,7 +310,8 @@ def shown_settings(protocol: Protocol) -> dict[str, Any]:
 def check_settings(file: Path, protocol: Protocol) -> None:
     """Keep the settings of a comparison, or refuse others than those that it was begun with.
 
-    Texts, tasks and how much of each may differ: what is missing of a row is run.
+    Texts, tasks and how much of each may differ: what is missing of a row is run. Rows know texts by the names of their
+    files, and tasks by theirs, so that neither name may come to stand for other data.
     """
     settings = _plain(protocol)
     begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
@@ -320,7 +321,18 @@ def check_settings(file: Path, protocol: Protocol) -> None:
                 f"{file.parent} holds a comparison with other settings ({name} was {begun.get(name)}, not "
                 f"{settings[name]}); choose another --out, or the same settings"
             )
-    write_json(file, settings)
+    texts = list(dict.fromkeys([*begun["texts"], *settings["texts"]]))
+    named = {Path(text).name: text for text in reversed(texts)}
+    if twice := [text for text in texts if named[Path(text).name] != text]:
+        raise ConfigError(f"texts {named[Path(twice[0]).name]} and {twice[0]} have one name; rename a file")
+    asked = begun["tasks"] and settings["tasks"]
+    if asked and begun["task_data"] != settings["task_data"]:
+        raise ConfigError(
+            f"{file.parent} holds answers to tasks of {begun['task_data'] or 'the hub'}, not of "
+            f"{settings['task_data'] or 'the hub'}; choose another --out, or the same --task-data"
+        )
+    tasks = {} if settings["tasks"] else {"tasks": begun["tasks"], "task_data": begun["task_data"]}
+    write_json(file, settings | tasks | {"texts": texts})
 
 
 def _plain(protocol: Protocol) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from arbllm.errors import ConfigError
-from arbllm.evaluation.frontier import Row, frontier, score
+from arbllm.evaluation.frontier import Row, frontier, score, shown
 from arbllm.evaluation.methods import FULL, PARTS
 
 SIZE = (5.0, 4.6)
@@ -20,7 +20,12 @@ COLOURS = {
     "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
 }  # fmt: skip
 OTHER = "#555555"
+COLLAPSED = 20
 MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
+LETTER, LINE = 8.0, 14.0  # a letter's width and a line's height, in pixels
+Box = tuple[float, float, float, float]  # left, low, right, high
+Spot = tuple[int, int]  # of a label: left, centred or right of its point (-1, 0, 1), and below, beside or above it
+SPOTS: tuple[Spot, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 PART_COLOURS = ("#6c757d", "#6a4c93", "#b39cd0", "#e0a458", "#c8553d", "#a8dadc", "#dee2e6")
 
 
@@ -67,24 +72,31 @@ def as_svg(figure: Any) -> str:
 
 
 def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
-    """Perplexity against true bits or megabytes, both logarithmic, the frontier as a line."""
+    """Perplexity against true bits or megabytes, both logarithmic, the frontier as a line.
+
+    Rows of more than `COLLAPSED` times the least perplexity are marked at the upper edge with what they have.
+    """
     figure, axes = _axes()
     unit = 1.0 if size == "true_bits" else 1e6
     finite = [row for row in rows if math.isfinite(score(row, text))]
-    best = frontier(finite, text, size)
+    edge = COLLAPSED * min((score(row, text) for row in finite), default=1.0)
+    points = [(row[size] / unit, min(score(row, text), edge)) for row in finite]
+    best = [row for row in frontier(finite, text, size) if score(row, text) < edge]
     axes.plot([row[size] / unit for row in best], [score(row, text) for row in best], color="#bbbbbb", zorder=1,
               label="frontier", drawstyle="steps-post")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for row in finite:
-        family = row["family"]
-        axes.scatter(row[size] / unit, score(row, text), color=COLOURS.get(family, OTHER), zorder=3,
-                     marker=MARKERS.get(family, "o"), s=70 if row in best else 36,
-                     edgecolor="black" if row in best else "none")  # fmt: skip
-    _plain_ticks(axes.xaxis, [row[size] / unit for row in finite])
-    _plain_ticks(axes.yaxis, [score(row, text) for row in finite])
+    names = []
+    for row, (x, y) in zip(finite, points, strict=True):
+        beyond, winner, family = score(row, text) > edge, row in best, row["family"]
+        names.append(f"{row['method']}: {shown(score(row, text))}" if beyond else row["method"])
+        axes.scatter(x, y, color=COLOURS.get(family, OTHER), zorder=3,
+                     marker="^" if beyond else MARKERS.get(family, "o"), s=70 if winner else 36,
+                     edgecolor="black" if winner else "none")  # fmt: skip
+    _plain_ticks(axes.xaxis, [x for x, _ in points])
+    _plain_ticks(axes.yaxis, [y for _, y in points])
     axes.margins(x=0.22, y=0.12)
-    _label_points(axes, finite, [(row[size] / unit, score(row, text)) for row in finite])
+    _label_points(axes, names, points, [COLOURS.get(row["family"], OTHER) for row in finite])
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
     axes.set_ylabel(f"perplexity, {text}")
     axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -164,33 +176,42 @@ def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _label_points(axes: Any, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> None:
-    """The methods' names beside their points, each at the corner where it covers least of the names before it."""
+def _label_points(
+    axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], colours: Sequence[str]
+) -> None:
+    """Names beside their points, each at the spot where it covers least of the points and of the names before it."""
     axes.autoscale_view()
     frame = axes.get_window_extent()
-    boxes: list[tuple[float, float, float, float]] = [
-        (x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)
-    ]
-    for row, point in zip(rows, points, strict=True):
+    boxes: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)]
+    for name, point, colour in zip(names, points, colours, strict=True):
         x, y = axes.transData.transform(point)
-        width, height = 8.0 * len(row["method"]), 14.0
-        corners = [(right, above) for right in (True, False) for above in (True, False)]
-        spots = [(x + 6 if right else x - 6 - width, y + 3 if above else y - 3 - height) for right, above in corners]
-        areas = [(left, low, left + width, low + height) for left, low in spots]
-        inside = (frame.x0, -math.inf, frame.x1, math.inf)
-        chosen = min(
-            range(4),
-            key=lambda corner: sum(_overlap(areas[corner], box) for box in boxes) - 3 * _overlap(areas[corner], inside),
-        )
-        right, above = corners[chosen]
-        boxes.append(areas[chosen])
-        axes.annotate(row["method"], point, (5 if right else -5, 4 if above else -4), textcoords="offset points",
-                      ha="left" if right else "right", va="bottom" if above else "top", fontsize=9, zorder=4,
-                      color=COLOURS.get(row["family"], OTHER))  # fmt: skip
+        width = LETTER * len(name)
+        spots: list[tuple[Spot, Box]] = []
+        for across, down in SPOTS:
+            left = x + across * (6 + width / 2) - width / 2
+            low = y + down * (3 + LINE / 2) - LINE / 2
+            spots.append(((across, down), (left, low, left + width, low + LINE)))
+        spot, box = min(spots, key=lambda each: _crowding(each[1], boxes, (frame.x0, -math.inf, frame.x1, math.inf)))
+        boxes.append(box)
+        _annotate(axes, name, point, spot, colour)
 
 
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
-    """The area that two boxes (left, low, right, high) share."""
+def _crowding(box: Box, others: Sequence[Box], frame: Box) -> float:
+    """How much of a box lies over others and, which is worse, outside the frame."""
+    return sum(_overlap(box, other) for other in others) - 3 * _overlap(box, frame)
+
+
+def _annotate(axes: Any, name: str, point: tuple[float, float], spot: Spot, colour: str) -> None:
+    """Write a name so many half widths and lines away from its point."""
+    across, down = spot
+    axes.annotate(
+        name, point, (5 * across, 4 * down), textcoords="offset points", fontsize=9, zorder=4, color=colour,
+        ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[down + 1],
+    )  # fmt: skip
+
+
+def _overlap(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0.0) * max(height, 0.0)

@@ -10,13 +10,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from arbllm.evaluation.figures import all_figures, as_svg, save_png
+from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png
 from arbllm.evaluation.frontier import Row, frontier, score, shown, verdict
 from arbllm.evaluation.methods import FULL
 
 REPORT = "report.html"
 CAPTIONS = {
-    "pareto-bits": "True bits a weight of the linears against perplexity on {text}; the line joins the frontier.",
+    "pareto-bits": "True bits a weight of the linears against perplexity on {text}; the line joins the frontier. "
+    f"Rows beyond {COLLAPSED} times the least perplexity are at the upper edge, with what they have.",
     "pareto-bytes": "Size of the whole file against perplexity on {text}.",
     "error-by-layer": "Output error, tr(D H Dᵀ) / tr(W H Wᵀ), of each decoder block's linears.",
     "error-by-kind": "Output error by kind of linear, over all blocks.",
@@ -200,7 +201,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     full = next((row for row in rows if row["method"] == FULL), None)
     for row in rows:
-        ratio = f"{score(row, texts[0]) / score(full, texts[0]):.2f}" if full and texts else ""
+        ratio = shown(score(row, texts[0]) / score(full, texts[0])) if full and texts else ""
         figures = [shown(score(row, text)) for text in texts]
         average = "" if row["average_acc"] is None else f"{row['average_acc']:.3f}"
         error = f"{row['output_error']:.4f}" if "output_error" in row else ""

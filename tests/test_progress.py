@@ -12,6 +12,7 @@ from arbllm.model.events import (
     DistillationStep,
     JobStarted,
     LinearQuantized,
+    TeacherRead,
 )
 from arbllm.progress import JsonLinesLog, ProgressDisplay, WindowDisplay, _clock
 
@@ -73,6 +74,7 @@ def test_tuning_shows_in_the_line_of_its_block_alone():
 def test_distillation_ends_with_a_line(terminal):
     console = Console(file=(file := io.StringIO()), force_terminal=terminal, width=200, color_system=None)
     with ProgressDisplay(console) as display:
+        display(TeacherRead(1, 4))
         display(DistillationStep(3, 8, 0.1234))
         display._progress.refresh()
         display(DistillationFinished(0.2, 0.15, 7, 12.0))

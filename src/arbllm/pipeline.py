@@ -196,9 +196,9 @@ def _distill(
         emit(done)
         return
     events: list[Event] = []
-    teacher = open_model_only(job.model, trust_remote_code=job.trust_remote_code)
+    open_teacher = partial(open_model_only, job.model, trust_remote_code=job.trust_remote_code)
     tuning = Tuning(job.distill, DISTILLATION_RATE)
-    distill_model(model, teacher, tokens, tuning, job.device, _both(events.append, emit))
+    distill_model(model, open_teacher, tokens, tuning, job.device, _both(events.append, emit))
     progress.keep_distilled(model, events[-1])
 
 

@@ -20,7 +20,7 @@ from arbllm.model.distill import LENGTH
 from arbllm.model.resume import unfinished_directory
 from arbllm.model.stream import empty_model
 from arbllm.model.tune import Tuning
-from arbllm.model.walk import DecoderBlock, find_blocks
+from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 from arbllm.model.workers import solver_memory
 from arbllm.sizes import largest_layout
 
@@ -44,7 +44,8 @@ class Plan:
         true_bits_per_weight: of them, at most.
         result_bytes: of the checkpoint's tensors, at most.
         peak_memory_bytes: an estimate, the sum of `memory`.
-        stage: which takes the most: `measuring` how the bits are to be divided, `blocks` or `distilling`.
+        stage: which takes the most: `measuring` how the bits are to be divided, `blocks`, `reading` what is
+            distilled, or `distilling`.
         memory: bytes by part at that stage.
         seconds: for all blocks, if they take as long as those that an unfinished job has measured; None without one.
     """
@@ -109,7 +110,7 @@ def plan(
     if config.bits is not None and config.allocation == "measured" and not stream:
         stages["measuring"] = _measuring(empty, blocks, window_length)
     if distill:
-        stages["distilling"] = _distilling(empty, blocks, min(window_length, LENGTH), rest + packed)
+        stages |= _distilling(empty, blocks, (windows, window_length), rest + packed)
     stage = max(stages, key=lambda name: sum(stages[name].values()))
     memory = {"program": peak_memory_bytes() + PROGRAM_BYTES} | stages[stage]
     return Plan(
@@ -177,16 +178,32 @@ def _measuring(model: PreTrainedModel, blocks: list[DecoderBlock], length: int) 
     }
 
 
-def _distilling(model: PreTrainedModel, blocks: list[DecoderBlock], length: int, packed: int) -> dict[str, int]:
-    """Bytes by part while a packed model of so many bytes is distilled, a piece of so many tokens at a time."""
-    logits = length * model.get_input_embeddings().num_embeddings * FLOAT_BYTES
+def _distilling(
+    model: PreTrainedModel, blocks: list[DecoderBlock], text: tuple[int, int], packed: int
+) -> dict[str, dict[str, int]]:
+    """Bytes by part and stage while a packed model of so many bytes is distilled.
+
+    The dense model first reads all of the text, so many windows of so many tokens.
+    """
+    windows, length = text
+    kept = {"packed": packed, "states": windows * length * _width(model) * FLOAT_BYTES}
+    length = min(length, LENGTH)
+    passing = PASSING * FLOAT_BYTES * length * max(sum(linear.weight.shape) for linear in _linears(blocks))
+    head = model.get_input_embeddings().weight.numel() * FLOAT_BYTES
     return {
-        "teacher": _bytes(model, FLOAT_BYTES),
-        "packed": packed,
-        "trainer": _trainer(blocks),
-        "activations": sum(_kept(block, length) for block in blocks),
-        "logits": LOGITS * logits,
+        "reading": kept | {"teacher": _bytes(model, FLOAT_BYTES), "work": passing},
+        "distilling": kept
+        | {
+            "head": head,
+            "trainer": _trainer(blocks),
+            "activations": sum(_kept(block, length) for block in blocks),
+            "logits": LOGITS * length * model.get_input_embeddings().num_embeddings * FLOAT_BYTES,
+        },
     }
+
+
+def _linears(blocks: list[DecoderBlock]) -> list[Linear]:
+    return [linear for block in blocks for linear in block.linears]
 
 
 def _bytes(model: PreTrainedModel, each: int | None = None) -> int:

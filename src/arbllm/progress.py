@@ -29,6 +29,7 @@ from arbllm.model.events import (
     Event,
     JobStarted,
     LinearQuantized,
+    TeacherRead,
 )
 
 
@@ -161,6 +162,10 @@ class ProgressDisplay:
                 if event.block + 1 == event.blocks:
                     self._progress.stop()
 
+            case TeacherRead():
+                self._progress.start()
+                self._progress.update(self._task, total=event.pieces, completed=event.piece)
+                self._progress.update(self._task, description="reading with the dense model")
             case DistillationStep():
                 self._progress.start()
                 self._progress.update(self._task, total=event.steps, completed=event.step)

@@ -5,8 +5,8 @@ import torch
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
-from arbllm.model.distill import distill, distill_model
-from arbllm.model.events import DistillationFinished, DistillationStep, Event
+from arbllm.model.distill import choose_lessons, distill, distill_model, read_lessons
+from arbllm.model.events import DistillationFinished, DistillationStep, Event, TeacherRead
 from arbllm.model.quantize import quantize_model
 from arbllm.model.tune import Tuning
 from arbllm.nn import BinaryLinear
@@ -26,7 +26,9 @@ def packed(dtype: torch.dtype = torch.float32):
 def test_divergence_on_held_out_text_never_rises_and_only_scales_change():
     model, teacher = packed()
     before = {name: module.matrix for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
-    result = distill(model, teacher, random_windows(), Tuning(8, rate=1e-2))
+    tuning = Tuning(8, rate=1e-2)
+    lessons = choose_lessons(random_windows(), tuning)
+    result = distill(model, read_lessons(teacher, lessons), lessons, tuning)
     assert result.after <= result.before
     after = {name: module.matrix for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
     assert before.keys() == after.keys()
@@ -37,12 +39,32 @@ def test_a_half_precision_model_comes_back_as_it_was():
     model, teacher = packed(torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     events: list[Event] = []
-    distill_model(model, teacher, random_windows(), Tuning(2), CPU, events.append)
+    distill_model(model, lambda: teacher, random_windows(), Tuning(2), CPU, events.append)
     assert dtypes == {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    assert [type(event) for event in events] == [DistillationStep] * 2 + [DistillationFinished]
+    kinds = [TeacherRead] * 3 + [DistillationStep] * 2 + [DistillationFinished]
+    assert [type(event) for event in events] == kinds
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_teacher_says_what_the_dense_model_says(kind):
+    """Gemma 2 caps its logits behind the head, so that they are computed anew."""
+    model = tiny_model(kind).eval()
+    lessons = choose_lessons(random_windows(6), Tuning(3))
+    teacher = read_lessons(model, lessons)
+    for piece in (*lessons.train, *lessons.held_out):
+        expected = model(input_ids=lessons.pieces[piece : piece + 1]).logits[0]
+        assert torch.equal(teacher(piece), expected)
+        assert not teacher(piece).requires_grad
+
+
+def test_lessons_go_through_all_pieces_before_they_repeat():
+    lessons = choose_lessons(random_windows(6), Tuning(100))
+    count = len(lessons.pieces) - len(lessons.held_out)
+    assert sorted(lessons.train[:count]) == list(range(count))
+    assert lessons.train[count : 2 * count] == lessons.train[:count]
+    assert not {*lessons.train} & {*lessons.held_out}
 
 
 def test_too_little_text_is_refused():
-    model, teacher = packed()
     with pytest.raises(ModelError, match="more windows"):
-        distill(model, teacher, random_windows()[:2], Tuning(2))
+        choose_lessons(random_windows()[:2], Tuning(2))

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from arbllm.errors import ModelError
 from arbllm.model.capture import compute_dtype
-from arbllm.model.events import DistillationFinished, DistillationStep, OnEvent
+from arbllm.model.events import DistillationFinished, DistillationStep, OnEvent, TeacherRead
+from arbllm.model.head import split_head
 from arbllm.model.tune import Trainer, Tuning, norm_weights
 from arbllm.model.walk import replace_module
 from arbllm.nn import BinaryLinear, PackedModule
@@ -22,6 +23,9 @@ FEWEST_STEPS = 8  # between two measurements of the held-out loss
 HELD_OUT = 2
 LENGTH = 512
 DISTILLATION_RATE = 4e-3
+
+Teacher = Callable[[int], Tensor]
+OnCount = Callable[[int, int], None]
 
 
 class Distilled(NamedTuple):
@@ -34,7 +38,7 @@ class Distilled(NamedTuple):
 
 def distill_model(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
+    open_teacher: Callable[[], PreTrainedModel],
     windows: Tensor,
     tuning: Tuning,
     device: torch.device,
@@ -44,17 +48,21 @@ def distill_model(
 
     Args:
         model: packed, as `quantize_model` leaves it; changed in place.
-        teacher: the dense model; moved.
+        open_teacher: loads the dense model; all but its head is let go before the packed one moves to the device.
         windows: text, int64 (N, L).
         tuning: steps in all, rate and seed.
         device: where to compute.
-        emit: told of every step and of the end.
+        emit: told of every piece that the dense model reads, of every step and of the end.
     """
     start, home, dtype = time.perf_counter(), model.device, model.dtype
+    lessons = choose_lessons(windows, tuning)
+    dense = open_teacher()
+    dense.to(device, compute_dtype(dense.dtype, device)).eval()
+    teacher = read_lessons(dense, lessons, lambda *count: emit(TeacherRead(*count)))
+    del dense
     kept = _plain_buffers(model)
-    for each in (model, teacher):
-        each.to(device, compute_dtype(each.dtype, device)).eval()
-    result = distill(model, teacher, windows, tuning, lambda *step: emit(DistillationStep(*step)))
+    model.to(device, compute_dtype(dtype, device)).eval()
+    result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)))
     model.to(home, dtype)
     for name, buffer in kept.items():
         owner, _, key = name.rpartition(".")
@@ -62,44 +70,87 @@ def distill_model(
     emit(DistillationFinished(*result, seconds=time.perf_counter() - start))
 
 
-def distill(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    windows: Tensor,
-    tuning: Tuning,
-    on_step: Callable[[int, int, float], None] | None = None,
-) -> Distilled:
-    """Train all scales and norms of a packed model end to end; the best state on held-out text is kept.
+class Lessons(NamedTuple):
+    """What is learnt from: pieces of text, int64 (pieces, L), those of each step in turn, and those held out."""
 
-    The loss is the Kullback-Leibler divergence from the teacher's predictions to the model's. Windows are cut to pieces
-    of at most LENGTH tokens, one a step; the last two pieces are held out, and training stops when the loss there no
-    longer falls.
+    pieces: Tensor
+    train: list[int]
+    held_out: list[int]
 
-    Args:
-        model: packed; changed in place.
-        teacher: the dense model, in evaluation mode.
-        windows: text, int64 (N, L).
-        tuning: `steps` in all, rate and seed.
-        on_step: told of (steps done, steps in all, loss of the last one).
+
+def choose_lessons(windows: Tensor, tuning: Tuning) -> Lessons:
+    """Cut windows (N, L) to pieces of at most LENGTH tokens, one a step; the last two pieces are held out.
 
     Raises:
         ModelError: fewer than three pieces of text.
     """
     pieces = cut_pieces(windows)
-    train, held_out = pieces[:-HELD_OUT], pieces[-HELD_OUT:]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(tuning.seed)).tolist()
+    count = len(pieces) - HELD_OUT
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(tuning.seed)).tolist()
+    train = [order[step % count] for step in range(tuning.steps)]
+    return Lessons(pieces, train, list(range(count, len(pieces))))
+
+
+@torch.no_grad()
+def read_lessons(model: PreTrainedModel, lessons: Lessons, on_piece: OnCount | None = None) -> Teacher:
+    """What a dense model predicts for each piece, as a function of the piece's number: logits (L, vocabulary).
+
+    Its last hidden states are kept and its head, if its logits are no more than that: it reads each piece once, however
+    often that is learnt from, and need not stay in memory. Of other models logits are computed anew each time.
+
+    Args:
+        model: in evaluation mode.
+        lessons: what will be asked for.
+        on_piece: told of (pieces read, pieces in all).
+    """
+    head, device = split_head(model), model.device
+
+    def ids(piece: int) -> Tensor:
+        return lessons.pieces[piece : piece + 1].to(device)
+
+    if head is None:
+        return torch.no_grad()(lambda piece: model(input_ids=ids(piece), use_cache=False).logits[0])
+    states: dict[int, Tensor] = {}
+    wanted = sorted({*lessons.train, *lessons.held_out})
+    for piece in wanted:
+        states[piece] = model.base_model(input_ids=ids(piece), use_cache=False).last_hidden_state[0].cpu()
+        if on_piece:
+            on_piece(len(states), len(wanted))
+    return torch.no_grad()(lambda piece: head(states[piece].to(device)))
+
+
+def distill(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    lessons: Lessons,
+    tuning: Tuning,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> Distilled:
+    """Train all scales and norms of a packed model end to end; the best state on held-out text is kept.
+
+    The loss is the Kullback-Leibler divergence from the teacher's predictions to the model's. Training stops when the
+    loss on the pieces held out no longer falls.
+
+    Args:
+        model: packed; changed in place.
+        teacher: gives the dense model's logits (L, vocabulary) for a piece by its number.
+        lessons: see `choose_lessons`.
+        tuning: `steps` in all, rate and seed.
+        on_step: told of (steps done, steps in all, loss of the last one).
+    """
     model.requires_grad_(False)
     layers = _open_scales(model)
     trainer = Trainer(layers.values(), norm_weights(model), tuning)
 
+    def loss(piece: int) -> Tensor:
+        ids = lessons.pieces[piece : piece + 1].to(model.device)
+        return divergence(teacher(piece).to(model.device), model(input_ids=ids, use_cache=False).logits[0])
+
     def measure() -> float:
         with torch.no_grad():
-            return sum(float(divergence(model, teacher, piece[None])) for piece in held_out) / len(held_out)
+            return sum(float(loss(piece)) for piece in lessons.held_out) / len(lessons.held_out)
 
-    def loss(step: int) -> Tensor:
-        return divergence(model, teacher, train[order[step % len(train)]][None])
-
-    best = trainer.run(loss, measure, FEWEST_STEPS, on_step)
+    best = trainer.run(lambda step: loss(lessons.train[step]), measure, FEWEST_STEPS, on_step)
     _close_scales(model, layers)
     return Distilled(best.before, best.loss, best.step)
 
@@ -119,19 +170,10 @@ def cut_pieces(windows: Tensor) -> Tensor:
     return pieces
 
 
-def divergence(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || model), in nats.
-
-    Args:
-        model: what is trained.
-        teacher: what it shall predict like.
-        ids: tokens, int64 (1, L).
-    """
-    ids = ids.to(model.device)
-    with torch.no_grad():
-        wanted = teacher(input_ids=ids.to(teacher.device), use_cache=False).logits[0].float().log_softmax(-1)
-    found = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    return nn.functional.kl_div(found, wanted.to(found.device), log_target=True, reduction="batchmean")
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean over tokens of KL(wanted || found), in nats; of logits (L, vocabulary) both."""
+    targets, predictions = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
+    return nn.functional.kl_div(predictions, targets, log_target=True, reduction="batchmean")
 
 
 def _plain_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """What happens while a model is quantized, as plain records for a display or a log.
 
 A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear, a
-`BlockTuned` if its scales are tuned, and one `BlockFinished`; last, where asked for, a `DistillationStep` for each step
-and one `DistillationFinished`. Blocks are numbered from 0.
+`BlockTuned` if its scales are tuned, and one `BlockFinished`; last, where asked for, a `TeacherRead` for each piece of
+text, a `DistillationStep` for each step and one `DistillationFinished`. Blocks are numbered from 0.
 """
 
 from __future__ import annotations
@@ -135,6 +135,20 @@ class BlockFinished(_Record):
 
 
 @dataclass(frozen=True)
+class TeacherRead(_Record):
+    """The dense model has read a piece of the text that its scales will be distilled from.
+
+    Attributes:
+        piece: pieces read.
+        pieces: pieces in all.
+    """
+
+    event: ClassVar[str] = "teacher_read"
+    piece: int
+    pieces: int
+
+
+@dataclass(frozen=True)
 class DistillationStep(_Record):
     """A step of the distillation that follows the last block.
 
@@ -169,7 +183,14 @@ class DistillationFinished(_Record):
 
 
 Event = (
-    JobStarted | BlockStarted | LinearQuantized | BlockTuned | BlockFinished | DistillationStep | DistillationFinished
+    JobStarted
+    | BlockStarted
+    | LinearQuantized
+    | BlockTuned
+    | BlockFinished
+    | TeacherRead
+    | DistillationStep
+    | DistillationFinished
 )
 OnEvent = Callable[[Event], None]
 

@@ -94,8 +94,8 @@ def quantize(
         size: bytes that the checkpoint's weight files may take in all; it takes the place of `config.bits`.
         tune: Adam steps on each block's scales and norms after it is solved, 0 for none; None means 40 with arb-rcx,
             else none.
-        distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. It takes the dense and
-            the packed model in memory together.
+        distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. The dense model reads
+            the calibration text first, the packed one in memory beside it.
         calibration: c4, wikitext2, ptb, a text file, or `builtin`, which needs no network.
         windows: calibration windows.
         window_length: tokens of a window.

@@ -82,7 +82,7 @@ def test_a_budget_that_cannot_be_kept_is_refused():
 
 
 def test_without_a_budget_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr("arbllm.model.quantize.measure_demands", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("arbllm.model.sensitivity.measure_demands", lambda *_: pytest.fail("measured"))
     for config in (PAPER, BinarizationConfig(allocation="uniform", iterations=0)):
         quantize_model(tiny_model("llama", num_hidden_layers=1), random_windows(), config)
 

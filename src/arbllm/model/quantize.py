@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arbllm.binarize.methods import get_method
-from arbllm.budget import Demand, allocate
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes, release_memory
 from arbllm.errors import ConfigError, ModelError
@@ -31,18 +30,27 @@ from arbllm.model.capture import (
     propagate,
     resident,
 )
-from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
+from arbllm.model.events import (
+    BlockFinished,
+    BlockStarted,
+    BlockTuned,
+    Event,
+    JobStarted,
+    LinearQuantized,
+    OnEvent,
+    WindowWeighed,
+)
 from arbllm.model.ranks import Ranks, assign_owners
 from arbllm.model.resume import FinishedBlock, Progress
-from arbllm.model.sensitivity import measure_demands
+from arbllm.model.sensitivity import linear_configs
 from arbllm.model.spill import spill
+from arbllm.model.token_weights import TokenWeights, weigh_tokens
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.model.workers import Solvers, solver_memory, solvers
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
-SENSITIVITY_TOKENS, SENSITIVITY_SHARE = 8192, 3  # at most; and of all windows, the third part at most
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
@@ -98,15 +106,21 @@ def quantize_model(
         check_weights(blocks)
     elif config.bits is not None and config.allocation == "measured":
         raise ConfigError("allocation 'measured' needs the whole model in memory; choose uniform for a streamed model")
+    elif config.token_weights == "gradient":
+        raise ConfigError("token_weights 'gradient' needs the whole model in memory; choose equal for a streamed model")
     else:
         load_block(blocks[0])
     check_windows(model, windows)
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
-    configs = ranks.told(partial(_configs, model, blocks, windows, config, device, progress))
+    configs = ranks.told(partial(linear_configs, model, blocks, windows, config, device, progress))
     last = ranks.told(partial(_last_unfinished, blocks, progress))  # activations are needed as far as there
     windows = ranks.share(windows)
+    weights = None
+    if config.token_weights == "gradient" and last >= 0:
+        count = len(windows)
+        weights = weigh_tokens(model, blocks, windows, device, ranks, lambda done: emit(WindowWeighed(done, count)))
     hidden, calls = capture_inputs(model, blocks, windows, device)
     shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1] if tuning else [None] * len(calls)
     dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
@@ -118,7 +132,9 @@ def quantize_model(
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
                 load_block(blocks[0])
-            job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, ranks, progress)
+            job = _BlockJob(
+                model, blocks.pop(0), total, last, device, configs, weights, tuning, emit, pool, ranks, progress
+            )
             results += job.run(call, short, hidden, dense)
     return results
 
@@ -133,6 +149,7 @@ class _BlockJob:
     last: int
     device: torch.device
     configs: Mapping[str, BinarizationConfig]
+    weights: TokenWeights | None
     tuning: Tuning | None
     on_event: OnEvent
     pool: Solvers
@@ -162,7 +179,7 @@ class _BlockJob:
             others = self._other_parameters()
             if dense is not None:
                 propagate(self.block, call, dense)
-            groups = gather_hessians(self.block, call, hidden)
+            groups = gather_hessians(self.block, call, hidden, weights=self.weights)
             for linear, dtype in stored.items():  # the solver takes one after the other to float32
                 linear.set_weight(linear.weight.to(dtype))
             laps.append(self._lap())
@@ -341,33 +358,6 @@ def _last_unfinished(blocks: list[DecoderBlock], progress: Progress | None) -> i
 def _job_started(blocks: list[DecoderBlock]) -> JobStarted:
     linears = [linear for block in blocks for linear in block.linears]
     return JobStarted(len(blocks), len(linears), sum(linear.weight.numel() for linear in linears))
-
-
-def _configs(
-    model: PreTrainedModel,
-    blocks: list[DecoderBlock],
-    windows: Tensor,
-    config: BinarizationConfig,
-    device: torch.device,
-    progress: Progress | None,
-) -> dict[str, BinarizationConfig]:
-    """What each linear is quantized with: the budget, where there is one, is divided among them."""
-    linears = [linear for block in blocks for linear in block.linears]
-    if config.bits is None:
-        return {linear.name: config for linear in linears}
-    shares = progress.shares() if progress else None
-    if shares is not None:
-        return {name: replace(config, bits=share) for name, share in shares.items()}
-    if config.allocation == "measured":
-        few = windows[: max(1, min(-(-SENSITIVITY_TOKENS // windows.shape[1]), len(windows) // SENSITIVITY_SHARE))]
-        demands = measure_demands(model, few, device)
-    else:
-        shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
-        demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
-    shares = allocate(demands, config.bits, config.scale_block)
-    if progress and config.allocation == "measured":
-        progress.keep_shares(shares)
-    return {name: replace(config, bits=share) for name, share in shares.items()}
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How much each linear's bits matter to the model, measured before a budget is divided among them.
+"""How much each linear's bits matter to the model, and how a budget is divided among them by that.
 
 Two figures a linear, from a few windows of text:
 
@@ -11,19 +11,59 @@ Two figures a linear, from a few windows of text:
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from arbllm.budget import Demand
+from arbllm.budget import Demand, allocate
+from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import InputGroup, capture_inputs, gather_hessians, resident
 from arbllm.model.gradients import watch_gradients
+from arbllm.model.resume import Progress
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
+SENSITIVITY_TOKENS, SENSITIVITY_SHARE = 8192, 3  # at most; and of all windows, the third part at most
+
+
+def linear_configs(
+    model: PreTrainedModel,
+    blocks: list[DecoderBlock],
+    windows: Tensor,
+    config: BinarizationConfig,
+    device: torch.device,
+    progress: Progress | None,
+) -> dict[str, BinarizationConfig]:
+    """What each linear is quantized with: the budget, where there is one, is divided among them.
+
+    Args:
+        model: dense; see `measure_demands`.
+        blocks: its decoder blocks.
+        windows: calibration tokens, int64 (N, L); a few of them are used.
+        config: method and options for the model.
+        device: where to compute.
+        progress: has the shares if they were measured before, and keeps them.
+    """
+    linears = [linear for block in blocks for linear in block.linears]
+    if config.bits is None:
+        return {linear.name: config for linear in linears}
+    shares = progress.shares() if progress else None
+    if shares is not None:
+        return {name: replace(config, bits=share) for name, share in shares.items()}
+    if config.allocation == "measured":
+        few = windows[: max(1, min(-(-SENSITIVITY_TOKENS // windows.shape[1]), len(windows) // SENSITIVITY_SHARE))]
+        demands = measure_demands(model, few, device)
+    else:
+        shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
+        demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
+    shares = allocate(demands, config.bits, config.scale_block)
+    if progress and config.allocation == "measured":
+        progress.keep_shares(shares)
+    return {name: replace(config, bits=share) for name, share in shares.items()}
 
 
 def measure_demands(model: PreTrainedModel, windows: Tensor, device: torch.device) -> dict[str, Demand]:

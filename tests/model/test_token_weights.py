@@ -71,7 +71,8 @@ def test_equal_weights_change_nothing():
 
 def test_errors_are_those_of_weighted_tokens():
     """With other weights the same linears are solved otherwise, and every window is told of."""
-    windows, events = random_windows(), []
+    windows = random_windows()
+    events: list = []
     weighted, plain = (
         quantize_model(tiny_model("llama"), windows, config, on_event=events.append)
         for config in (CONFIG, BinarizationConfig(**(CONFIG.to_dict() | {"token_weights": "equal"})))

@@ -167,7 +167,7 @@ def _joint(name: str) -> Recipe:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"method {name!r} is unknown; write {JOINT}-BITS, and behind it, if you like, one of -{', -'.join(VARIANTS)}"
+            f"method {name!r} is unknown; write {JOINT}-BITS, alone or with -{', -'.join(VARIANTS)} behind it"
         ) from None
     return Recipe(name, BinarizationConfig(method=JOINT, bits=bits, token_weights=weights), tune, distill)
 

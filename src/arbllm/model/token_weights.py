@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from arbllm.errors import ModelError
@@ -45,19 +45,26 @@ def weigh_tokens(
         ModelError: a gradient is not finite; names the layer.
     """
     linears = [linear for block in blocks for linear in block.linears]
-    found: dict[Linear, list[Tensor]] = {linear: [] for linear in linears}
+    places = {linear: place for place, linear in enumerate(linears)}
+    # One tensor for all: small ones, made while large ones come and go, would break the memory between them to pieces.
+    norms = torch.zeros(len(linears), *windows.shape)
+    window = 0
 
     def add(linear: Linear, _: Tensor, gradient: Tensor) -> None:
-        found[linear].append(gradient[0].float().norm(dim=-1).cpu())
+        norms[places[linear], window, :-1] = gradient[0].float().norm(dim=-1)
 
-    watch_gradients(model, blocks, windows, device, add, on_window)
-    norms = {linear: nn.functional.pad(torch.stack(each), (0, 1)) for linear, each in found.items()}
-    means = torch.stack([each.mean() for each in norms.values()])
+    def advance(done: int) -> None:
+        nonlocal window
+        window = done
+        if on_window:
+            on_window(done)
+
+    watch_gradients(model, blocks, windows, device, add, advance)
+    means = norms.mean((1, 2))
     ranks.average([means])
     if not torch.isfinite(means).all():
         name = linears[int(torch.isfinite(means).logical_not().nonzero()[0])].name
         raise ModelError(f"{name}: the gradient of the model's loss is not finite there; choose token weights 'equal'")
-    return {
-        linear: each / mean if mean > 0 else torch.ones_like(each)
-        for (linear, each), mean in zip(norms.items(), means, strict=True)
-    }
+    norms[means == 0] = 1.0  # what the loss does not heed at all
+    norms /= torch.where(means == 0, 1.0, means)[:, None, None]
+    return dict(zip(linears, norms, strict=True))

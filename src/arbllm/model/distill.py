@@ -110,13 +110,17 @@ def read_lessons(model: PreTrainedModel, lessons: Lessons, on_piece: OnCount | N
 
     if head is None:
         return torch.no_grad()(lambda piece: model(input_ids=ids(piece), use_cache=False).logits[0])
-    states: dict[int, Tensor] = {}
     wanted = sorted({*lessons.train, *lessons.held_out})
-    for piece in wanted:
-        states[piece] = model.base_model(input_ids=ids(piece), use_cache=False).last_hidden_state[0].cpu()
+    places = {piece: place for place, piece in enumerate(wanted)}
+    states = torch.empty(0)
+    for piece, place in places.items():
+        hidden = model.base_model(input_ids=ids(piece), use_cache=False).last_hidden_state[0]
+        if place == 0:  # one tensor for all, so that memory between activations is not broken to pieces
+            states = hidden.new_empty(len(wanted), *hidden.shape, device="cpu")
+        states[place] = hidden
         if on_piece:
-            on_piece(len(states), len(wanted))
-    return torch.no_grad()(lambda piece: head(states[piece].to(device)))
+            on_piece(place + 1, len(wanted))
+    return torch.no_grad()(lambda piece: head(states[places[piece]].to(device)))
 
 
 def distill(

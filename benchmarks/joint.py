@@ -46,14 +46,12 @@ leaves open. Five things make the difference:
 - **Refinement under H itself.** Once all segments are solved, each is refined in turn with the others fixed, so that
   earlier columns learn of what later ones could not do.
 
-In a whole model three things are added. H is measured on so many tokens only, and what it shows of correlations is
-partly chance: all H_jj are raised by sqrt(inputs / tokens) of themselves before H is used, which costs error on the
-text of the calibration and saves it on other text. With `--token-weights gradient`, a token counts in the H of each
-linear by the norm of the loss's gradient at its output, so that errors are made where the model heeds them least; that
-takes a backward pass over the calibration text. And after a block is solved, its scales and norms are tuned until it
-puts out what the dense model has there, so that it also makes up for blocks before it. With `--distill`, scales and
-norms of all blocks are trained together in the end, toward the predictions of the dense model, which reads the text
-first: where both fit in memory, that does more than any other step after the solver.
+In a whole model two things are added. H is measured on so many tokens only, and what it shows of correlations is partly
+chance: all H_jj are raised by sqrt(inputs / tokens) of themselves before H is used, which costs error on the text of
+the calibration and saves it on other text. And after a block is solved, its scales and norms are tuned until it puts
+out what the dense model has there, so that it also makes up for blocks before it. With `--distill`, scales and norms of
+all blocks are trained together in the end, toward the predictions of the dense model, which reads the text first: where
+both fit in memory, that does more than any other step after the solver.
 
 Errors are output errors, tr(D H Dᵀ) / tr(W H Wᵀ), on three linear layers of SmolLM2-135M; bits count everything
 stored; times are processor seconds of one thread, medians of {repeats}. The reference is the implementation of the

@@ -69,9 +69,8 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, and its peers, calibrated on {windows} windows: of the
 validation text of WikiText-2, or, where the row says so, of C4. Rows named by a budget alone had each block's scales
-and norms tuned after it was solved, *distilled* ones 128 steps of distillation as well, *untuned* ones neither;
-*weighted* ones are untuned, tokens weighted by gradients; *best* ones had all three, distilled by 256 steps. `rtn` and
-`gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
+and norms tuned after it was solved, *distilled* ones 128 steps of distillation as well, *untuned* ones neither. `rtn`
+and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
 groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their megabytes are
 those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
 [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.

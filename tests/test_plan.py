@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -46,8 +45,6 @@ def test_memory_by_part(dense, tmp_path):
     assert whole.memory["activations"] == 2 * 3 * 32 * 32 * 4
     assert streamed.memory["outside_blocks"] + streamed.memory["packed"] < whole.memory["model"]
     assert plan(dense, tmp_path / "out", tune=0, **config, **TEXT).memory["activations"] == 3 * 32 * 32 * 4
-    weighted = plan(dense, tmp_path / "out", config=replace(CONFIG, token_weights="gradient"), **TEXT)
-    assert weighted.memory["token_weights"] == 14 * 3 * 32 * 4
 
 
 def test_the_stage_that_takes_the_most(dense, tmp_path):

@@ -114,9 +114,7 @@ def described(options: Mapping[str, Any]) -> str:
         options: as `BinarizationConfig.to_dict` gives them.
     """
     if options.get("bits") is not None:
-        weighed = ", tokens weighted by gradients" if options.get("token_weights") == "gradient" else ""
-        bits = f"{options['bits']:.4g} bits a weight, {options.get('allocation')} allocation"
-        return f"{options['method']}, {bits}{weighed}"
+        return f"{options['method']}, {options['bits']:.4g} bits a weight, {options.get('allocation')} allocation"
     return (
         f"{options.get('method')}, partition {options.get('partition')}, {options.get('groups')} groups, blocks of "
         f"{options.get('block_size')} columns, {options.get('iterations')} iterations, thresholds by the "

@@ -9,7 +9,6 @@ from arbllm.binarize.methods import Method, get_method
 from arbllm.errors import ConfigError
 
 ALLOCATIONS = ("measured", "uniform")
-TOKEN_WEIGHTS = ("equal", "gradient")
 PARTITIONS = ("none", "column", "group", "column+group", "cgb")
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
@@ -42,8 +41,6 @@ class BinarizationConfig:
         allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
             what the model's loss gains from them.
         scale_block: with arb-rcx, how many columns share row scales, about.
-        token_weights: how much each calibration token of a model counts for a linear: `equal`, all the same, or
-            `gradient`, by the loss's gradient at the linear's output, for a backward pass over the calibration text.
 
     Raises:
         ConfigError: an option is out of range; the message lists what is allowed.
@@ -60,13 +57,11 @@ class BinarizationConfig:
     bits: float | None = None
     allocation: str = "measured"
     scale_block: int = 512
-    token_weights: str = "equal"
 
     def __post_init__(self) -> None:
         self._check_bits(get_method(self.method))
         for name, allowed in (
             ("allocation", ALLOCATIONS),
-            ("token_weights", TOKEN_WEIGHTS),
             ("partition", PARTITIONS),
             ("groups", GROUPS),
             ("split_on", SPLITS),

@@ -163,8 +163,6 @@ def streamable(model: str, config: BinarizationConfig, distill: int) -> Binariza
         raise ConfigError(f"stream is for a local directory with safetensors files, which {model} is not")
     if distill:
         raise ConfigError("distill needs the dense model in memory; leave out stream, or distill")
-    if config.token_weights != "equal":
-        raise ConfigError("token_weights 'gradient' needs the dense model in memory; leave out stream, or choose equal")
     if config.bits is None or config.allocation == "uniform":
         return config
     message = "bits are divided uniformly, since what linears gain from them is measured on the whole model in memory"

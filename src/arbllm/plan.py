@@ -44,8 +44,8 @@ class Plan:
         true_bits_per_weight: of them, at most.
         result_bytes: of the checkpoint's tensors, at most.
         peak_memory_bytes: an estimate, the sum of `memory`.
-        stage: which takes the most: `measuring` how the bits are to be divided and what tokens count, `blocks`,
-            `reading` what is distilled, or `distilling`.
+        stage: which takes the most: `measuring` how the bits are to be divided, `blocks`, `reading` what is
+            distilled, or `distilling`.
         memory: bytes by part at that stage.
         seconds: for all blocks, if they take as long as those that an unfinished job has measured; None without one.
     """
@@ -107,12 +107,8 @@ def plan(
     rest = _rest_bytes(empty, blocks, embedding_bits)
     text = windows, window_length
     stages = {"blocks": _at_blocks(empty, blocks, text, tuned) | _model(empty, rest, packed, stream)}
-    weighed = config.token_weights == "gradient"
-    if weighed or (config.bits is not None and config.allocation == "measured" and not stream):
+    if config.bits is not None and config.allocation == "measured" and not stream:
         stages["measuring"] = _measuring(empty, blocks, window_length)
-    if weighed:
-        for name in ("measuring", "blocks"):
-            stages[name]["token_weights"] = windows * window_length * FLOAT_BYTES * len(_linears(blocks))
     if distill:
         stages |= _distilling(empty, blocks, (windows, window_length), rest + packed)
     stage = max(stages, key=lambda name: sum(stages[name].values()))

@@ -30,7 +30,6 @@ from arbllm.model.events import (
     JobStarted,
     LinearQuantized,
     TeacherRead,
-    WindowWeighed,
 )
 
 
@@ -146,8 +145,6 @@ class ProgressDisplay:
                 self._progress.update(self._task, total=event.blocks)
                 self._progress.start()
                 self._say(f"{event.linears} linears in {event.blocks} blocks, {event.weights:,} weights")
-            case WindowWeighed():
-                self._describe(f"weighing tokens, window {event.window} of {event.windows}")
             case BlockStarted():
                 self._block, self._tuned = Tally(), None
                 self._describe("calibrating")

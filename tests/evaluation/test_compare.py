@@ -161,16 +161,12 @@ def test_a_step_in_a_process_of_its_own():
         ("arb-rcx-1.6", "arb-rcx", 1.6, None, 0),
         ("arb-rcx-2.85-untuned", "arb-rcx", 2.85, 0, 0),
         ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, 128),
-        ("arb-rcx-1.1-weighted", "arb-rcx", 1.1, 0, 0),
-        ("arb-rcx-2.25-best", "arb-rcx", 2.25, None, 256),
         ("arb-x", "arb-x", None, None, 0),
     ],
 )
 def test_names_of_binarizations(name, family, bits, tune, distill):
     recipe = find_recipe(name)
     assert (recipe.family, recipe.config.bits, recipe.tune, recipe.distill) == (family, bits, tune, distill)
-    weighted = name.endswith(("weighted", "best"))
-    assert recipe.config.token_weights == ("gradient" if weighted else "equal")
 
 
 def test_names_of_others():

@@ -42,10 +42,6 @@ def quantize(
     allocation: Annotated[
         str, typer.Option(help="How linears share the bits: measured (by what the model gains) or uniform.")
     ] = "measured",
-    token_weights: Annotated[
-        str,
-        typer.Option(help="How much calibration tokens count: equal, or gradient (as the loss heeds them; slower)."),
-    ] = "equal",
     tune: Annotated[
         int | None,
         typer.Option(help="Steps of tuning each block's scales, 0 for none.", show_default="40 with arb-rcx, else 0"),
@@ -132,7 +128,6 @@ def quantize(
             method=method,
             bits=bits,
             allocation=allocation,
-            token_weights=token_weights,
             partition=partition,
             groups=groups,
             block_size=block_size,

@@ -5,7 +5,7 @@
 | `fp16` | the model as it is |
 | `billm` | BiLLM, with its three zones |
 | `arb`, `arb-x`, `arb-rc` | the paper's, with its column-group bitmap |
-| `arb-rcx`, `arb-rcx-2.25` | with a budget of true bits, tuned by block; a word of `VARIANTS` may follow |
+| `arb-rcx`, `arb-rcx-2.25` | with a budget of true bits, tuned by block; `-untuned` or `-distilled` may follow |
 | `rtn-4`, `gptq-3`, `hqq-2` | peers, see `arbllm.evaluation.peers` |
 """
 
@@ -26,13 +26,7 @@ from arbllm.pipeline import quantize
 
 FULL = "fp16"
 JOINT = "arb-rcx"
-# What may follow arb-rcx and its bits: token weights, steps of tuning (None for the default) and of distillation.
-VARIANTS: dict[str, tuple[str, int | None, int]] = {
-    "untuned": ("equal", 0, 0),
-    "weighted": ("gradient", 0, 0),
-    "distilled": ("equal", None, 128),
-    "best": ("gradient", None, 256),
-}
+DISTILLATION_STEPS = 128
 # Parts of a file that pictures and tables tell apart, and the tensors of packed linears that fall under them.
 PARTS = {
     "codes": (),
@@ -160,16 +154,17 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
 
 def _joint(name: str) -> Recipe:
     words = name.removeprefix(JOINT).strip("-").split("-")
-    weights, tune, distill = VARIANTS[words.pop()] if words[-1] in VARIANTS else ("equal", None, 0)
+    tuning = {"untuned": (0, 0), "distilled": (None, DISTILLATION_STEPS)}
+    tune, distill = tuning[words.pop()] if words[-1] in tuning else (None, 0)
     try:
         bits = float(words[0]) if words and words[0] else DEFAULT_BITS
         if len(words) > 1:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"method {name!r} is unknown; write {JOINT}-BITS, alone or with -{', -'.join(VARIANTS)} behind it"
+            f"method {name!r} is unknown; write {JOINT}-BITS, {JOINT}-BITS-untuned or -distilled"
         ) from None
-    return Recipe(name, BinarizationConfig(method=JOINT, bits=bits, token_weights=weights), tune, distill)
+    return Recipe(name, BinarizationConfig(method=JOINT, bits=bits), tune, distill)
 
 
 def _as_it_is(model: str, calibration: Calibration) -> dict[str, Any]:

@@ -26,8 +26,7 @@ CAPTIONS = {
 NOTES = (
     "Nominal bits count signs or codes alone, true bits everything stored for the linears. Bytes of peers are those "
     "that packed weights would take: they are evaluated as dense models, so their tokens per second are those of dense "
-    "weights. Peak memory is that of quantization in a process of its own. Where tokens are weighted by gradients "
-    "(weighted, best), they are so in the output error, too."
+    "weights. Peak memory is that of quantization in a process of its own."
 )
 
 

@@ -77,8 +77,7 @@ class InputGroup:
 
     Attributes:
         linears: one or more.
-        hessian: H = (2 / N) sum x x^T over the N tokens of all windows, float32 (m, m); or each x x^T weighted, where
-            the weights are 1 in the mean.
+        hessian: H = (2 / N) sum x x^T over the N tokens of all windows, float32 (m, m).
         tokens: N.
     """
 
@@ -139,11 +138,7 @@ def capture_inputs(
 
 @torch.no_grad()
 def gather_hessians(
-    block: DecoderBlock,
-    call: BlockCall,
-    hidden: Tensor,
-    outputs: Tensor | None = None,
-    weights: Mapping[Linear, Tensor] | None = None,
+    block: DecoderBlock, call: BlockCall, hidden: Tensor, outputs: Tensor | None = None
 ) -> list[InputGroup]:
     """Run the block over all windows and accumulate H of its linears as a stream.
 
@@ -152,13 +147,11 @@ def gather_hessians(
         call: its arguments, moved likewise.
         hidden: its inputs (N, L, d); they are not changed.
         outputs: where to put its outputs, (N, L, d); None drops them.
-        weights: how much each token counts for each linear, (N, L), 1 in the mean; None where all count the same.
-            Linears that read the same input then have Hessians of their own.
 
     Raises:
         ModelError: a linear never ran; names it.
     """
-    recorder = _InputRecorder(block.linears, weights)
+    recorder = _InputRecorder(block.linears)
     with recorder.attached():
         for index, window in enumerate(hidden.split(1)):
             output = call(block.module, window.clone())  # a block may write to its input
@@ -204,14 +197,11 @@ def intercepted(blocks: Sequence[DecoderBlock], instead: Callable[..., Any]) -> 
 class _InputRecorder:
     """Accumulates sum x x^T for every distinct input of a set of linears.
 
-    Linears that are given the very same tensor the first time that they run share one accumulator, unless tokens have
-    other weights for each.
+    Linears that are given the very same tensor the first time that they run share one accumulator.
     """
 
-    def __init__(self, linears: Sequence[Linear], weights: Mapping[Linear, Tensor] | None) -> None:
+    def __init__(self, linears: Sequence[Linear]) -> None:
         self._linears = linears
-        self._weights = weights
-        self._window = 0
         self._leaders: dict[Linear, Linear] = {}
         self._sums: dict[Linear, Tensor] = {}
         self._tokens: dict[Linear, int] = {}
@@ -227,7 +217,6 @@ class _InputRecorder:
 
     def end_window(self) -> None:
         self._seen.clear()
-        self._window += 1
 
     def groups(self) -> list[InputGroup]:
         for linear in self._linears:
@@ -244,7 +233,7 @@ class _InputRecorder:
     def _observe(self, linear: Linear, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
         if linear not in self._leaders:
-            self._leaders[linear] = (None if self._weights else self._leader_of(tensor)) or linear
+            self._leaders[linear] = self._leader_of(tensor) or linear
             self._seen.append((tensor, tensor._version, linear))
         if self._leaders[linear] is linear:
             self._add(linear, tensor)
@@ -258,8 +247,6 @@ class _InputRecorder:
 
     def _add(self, linear: Linear, tensor: Tensor) -> None:
         rows = tensor.reshape(-1, tensor.shape[-1]).float()
-        if self._weights:
-            rows = rows * self._weights[linear][self._window, :, None].to(rows.device).sqrt()
         if linear not in self._sums:
             self._sums[linear] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self._tokens[linear] = 0

@@ -1,9 +1,8 @@
 """What happens while a model is quantized, as plain records for a display or a log.
 
-A job emits one `JobStarted`; a `WindowWeighed` for each window, if tokens are weighed; then, for each decoder block,
-one `BlockStarted`, a `LinearQuantized` for each linear, a `BlockTuned` if its scales are tuned, and one
-`BlockFinished`; last, where asked for, a `TeacherRead` for each piece of text, a `DistillationStep` for each step and
-one `DistillationFinished`. Blocks are numbered from 0.
+A job emits one `JobStarted`; then, for each decoder block, one `BlockStarted`, a `LinearQuantized` for each linear, a
+`BlockTuned` if its scales are tuned, and one `BlockFinished`; last, where asked for, a `TeacherRead` for each piece of
+text, a `DistillationStep` for each step and one `DistillationFinished`. Blocks are numbered from 0.
 """
 
 from __future__ import annotations
@@ -42,20 +41,6 @@ class JobStarted(_Record):
     blocks: int
     linears: int
     weights: int
-
-
-@dataclass(frozen=True)
-class WindowWeighed(_Record):
-    """It is known how much each token of a calibration window counts.
-
-    Attributes:
-        window: windows weighed.
-        windows: windows in all.
-    """
-
-    event: ClassVar[str] = "window_weighed"
-    window: int
-    windows: int
 
 
 @dataclass(frozen=True)
@@ -199,7 +184,6 @@ class DistillationFinished(_Record):
 
 Event = (
     JobStarted
-    | WindowWeighed
     | BlockStarted
     | LinearQuantized
     | BlockTuned

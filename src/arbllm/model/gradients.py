@@ -20,12 +20,7 @@ Watch = Callable[[Linear, Tensor, Tensor], None]
 
 
 def watch_gradients(
-    model: PreTrainedModel,
-    blocks: Sequence[DecoderBlock],
-    windows: Tensor,
-    device: torch.device,
-    watch: Watch,
-    on_window: Callable[[int], None] | None = None,
+    model: PreTrainedModel, blocks: Sequence[DecoderBlock], windows: Tensor, device: torch.device, watch: Watch
 ) -> None:
     """Run text forward and its loss, the summed cross entropy of the next token, backward through a dense model.
 
@@ -39,7 +34,6 @@ def watch_gradients(
         device: where to compute.
         watch: is called as watch(linear, value, gradient) for every linear and window with the linear's output and the
             loss's gradient there, both (1, L - 1, n): the last token predicts nothing.
-        on_window: told of each window that is done, how many are.
     """
     model.eval()
     with resident(model, device), _frozen(model), ExitStack() as stack:
@@ -51,10 +45,8 @@ def watch_gradients(
         for block in blocks:
             for linear in block.linears:
                 stack.callback(linear.module.register_forward_hook(partial(_attach, watch, linear)).remove)
-        for number, window in enumerate(windows.to(device), 1):
+        for window in windows.to(device):
             _backward(model, head, window)
-            if on_window:
-                on_window(number)
 
 
 def _attach(watch: Watch, linear: Linear, _: nn.Module, __: Any, output: Tensor) -> None:

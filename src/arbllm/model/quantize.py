@@ -30,21 +30,11 @@ from arbllm.model.capture import (
     propagate,
     resident,
 )
-from arbllm.model.events import (
-    BlockFinished,
-    BlockStarted,
-    BlockTuned,
-    Event,
-    JobStarted,
-    LinearQuantized,
-    OnEvent,
-    WindowWeighed,
-)
+from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, Event, JobStarted, LinearQuantized, OnEvent
 from arbllm.model.ranks import Ranks, assign_owners
 from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import linear_configs
 from arbllm.model.spill import spill
-from arbllm.model.token_weights import TokenWeights, weigh_tokens
 from arbllm.model.tune import Tuning, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.model.workers import Solvers, solver_memory, solvers
@@ -106,8 +96,6 @@ def quantize_model(
         check_weights(blocks)
     elif config.bits is not None and config.allocation == "measured":
         raise ConfigError("allocation 'measured' needs the whole model in memory; choose uniform for a streamed model")
-    elif config.token_weights == "gradient":
-        raise ConfigError("token_weights 'gradient' needs the whole model in memory; choose equal for a streamed model")
     else:
         load_block(blocks[0])
     check_windows(model, windows)
@@ -117,10 +105,6 @@ def quantize_model(
     configs = ranks.told(partial(linear_configs, model, blocks, windows, config, device, progress))
     last = ranks.told(partial(_last_unfinished, blocks, progress))  # activations are needed as far as there
     windows = ranks.share(windows)
-    weights = None
-    if config.token_weights == "gradient" and last >= 0:
-        count = len(windows)
-        weights = weigh_tokens(model, blocks, windows, device, ranks, lambda done: emit(WindowWeighed(done, count)))
     hidden, calls = capture_inputs(model, blocks, windows, device)
     shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1] if tuning else [None] * len(calls)
     dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
@@ -132,9 +116,7 @@ def quantize_model(
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
                 load_block(blocks[0])
-            job = _BlockJob(
-                model, blocks.pop(0), total, last, device, configs, weights, tuning, emit, pool, ranks, progress
-            )
+            job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, ranks, progress)
             results += job.run(call, short, hidden, dense)
     return results
 
@@ -149,7 +131,6 @@ class _BlockJob:
     last: int
     device: torch.device
     configs: Mapping[str, BinarizationConfig]
-    weights: TokenWeights | None
     tuning: Tuning | None
     on_event: OnEvent
     pool: Solvers
@@ -179,7 +160,7 @@ class _BlockJob:
             others = self._other_parameters()
             if dense is not None:
                 propagate(self.block, call, dense)
-            groups = gather_hessians(self.block, call, hidden, weights=self.weights)
+            groups = gather_hessians(self.block, call, hidden)
             for linear, dtype in stored.items():  # the solver takes one after the other to float32
                 linear.set_weight(linear.weight.to(dtype))
             laps.append(self._lap())

@@ -22,7 +22,7 @@ COLOURS = {
 OTHER = "#555555"
 COLLAPSED = 20
 MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
-LETTER, LINE = 8.0, 14.0  # a letter's width and a line's height, in pixels
+LETTER, LINE, MARKER = 6.2, 14.0, 7.0  # a letter's width, a line's height, half a marker's width, in pixels
 Box = tuple[float, float, float, float]  # left, low, right, high
 Spot = tuple[int, int]  # of a label: left, centred or right of its point (-1, 0, 1), and below, beside or above it
 SPOTS: tuple[Spot, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
@@ -182,14 +182,16 @@ def _label_points(
     """Names beside their points, each at the spot where it covers least of the points and of the names before it."""
     axes.autoscale_view()
     frame = axes.get_window_extent()
-    boxes: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)]
+    boxes: list[Box] = [
+        (x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in map(axes.transData.transform, points)
+    ]
     for name, point, colour in zip(names, points, colours, strict=True):
         x, y = axes.transData.transform(point)
         width = LETTER * len(name)
         spots: list[tuple[Spot, Box]] = []
         for across, down in SPOTS:
-            left = x + across * (6 + width / 2) - width / 2
-            low = y + down * (3 + LINE / 2) - LINE / 2
+            left = x + across * (MARKER + width / 2) - width / 2
+            low = y + down * (LINE / 2 + (2 if across else MARKER)) - LINE / 2
             spots.append(((across, down), (left, low, left + width, low + LINE)))
         spot, box = min(spots, key=lambda each: _crowding(each[1], boxes, (frame.x0, -math.inf, frame.x1, math.inf)))
         boxes.append(box)
@@ -203,9 +205,12 @@ def _crowding(box: Box, others: Sequence[Box], frame: Box) -> float:
 
 def _annotate(axes: Any, name: str, point: tuple[float, float], spot: Spot, colour: str) -> None:
     """Write a name so many half widths and lines away from its point."""
+    from matplotlib.patheffects import withStroke
+
     across, down = spot
     axes.annotate(
-        name, point, (5 * across, 4 * down), textcoords="offset points", fontsize=9, zorder=4, color=colour,
+        name, point, (5 * across, (3 if across else 6) * down), textcoords="offset points", fontsize=9, zorder=2,
+        color=colour, path_effects=[withStroke(linewidth=3, foreground="white")],
         ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[down + 1],
     )  # fmt: skip
 

@@ -189,10 +189,10 @@ def _label_points(
         x, y = axes.transData.transform(point)
         width = LETTER * len(name)
         spots: list[tuple[Spot, Box]] = []
-        for across, down in SPOTS:
+        for across, up in SPOTS:
             left = x + across * (MARKER + width / 2) - width / 2
-            low = y + down * (LINE / 2 + (2 if across else MARKER)) - LINE / 2
-            spots.append(((across, down), (left, low, left + width, low + LINE)))
+            low = y + up * (LINE / 2 + (2 if across else MARKER)) - LINE / 2
+            spots.append(((across, up), (left, low, left + width, low + LINE)))
         spot, box = min(spots, key=lambda each: _crowding(each[1], boxes, (frame.x0, -math.inf, frame.x1, math.inf)))
         boxes.append(box)
         _annotate(axes, name, point, spot, colour)
@@ -207,11 +207,11 @@ def _annotate(axes: Any, name: str, point: tuple[float, float], spot: Spot, colo
     """Write a name so many half widths and lines away from its point."""
     from matplotlib.patheffects import withStroke
 
-    across, down = spot
+    across, up = spot
     axes.annotate(
-        name, point, (5 * across, (3 if across else 6) * down), textcoords="offset points", fontsize=9, zorder=2,
+        name, point, (5 * across, (3 if across else 6) * up), textcoords="offset points", fontsize=9, zorder=2,
         color=colour, path_effects=[withStroke(linewidth=3, foreground="white")],
-        ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[down + 1],
+        ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[up + 1],
     )  # fmt: skip
 
 

@@ -185,7 +185,8 @@ def _label_points(
     boxes: list[Box] = [
         (x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in map(axes.transData.transform, points)
     ]
-    for name, point, colour in zip(names, points, colours, strict=True):
+    longest_first = sorted(zip(names, points, colours, strict=True), key=lambda label: -len(label[0]))
+    for name, point, colour in longest_first:
         x, y = axes.transData.transform(point)
         width = LETTER * len(name)
         spots: list[tuple[Spot, Box]] = []

@@ -183,7 +183,8 @@ def _distilling(
 ) -> dict[str, dict[str, int]]:
     """Bytes by part and stage while a packed model of so many bytes is distilled.
 
-    The dense model first reads all of the text, so many windows of so many tokens.
+    The dense model first reads all of the text, so many windows of so many tokens. Not counted: where its logits are
+    more than its head's (see `model.head.split_head`), it stays in memory.
     """
     windows, length = text
     kept = {"packed": packed, "states": windows * length * _width(model) * FLOAT_BYTES}

@@ -51,7 +51,8 @@ chance: all H_jj are raised by sqrt(inputs / tokens) of themselves before H is u
 the calibration and saves it on other text. And after a block is solved, its scales and norms are tuned until it puts
 out what the dense model has there, so that it also makes up for blocks before it. With `--distill`, scales and norms of
 all blocks are trained together in the end, toward the predictions of the dense model, which reads the text first: where
-both fit in memory, that does more than any other step after the solver.
+both fit in memory, that does more than any other step after the solver; `arbllm distill` does it for a checkpoint that
+is there already.
 
 Errors are output errors, tr(D H Dᵀ) / tr(W H Wᵀ), on three linear layers of SmolLM2-135M; bits count everything
 stored; times are processor seconds of one thread, medians of {repeats}. The reference is the implementation of the

@@ -26,6 +26,7 @@ from typing import Any
 
 from arbllm.evaluation.compare import PIECE, ROWS, perplexity_of, read_row
 from arbllm.evaluation.frontier import shown
+from arbllm.evaluation.methods import DISTILLATION_STEPS
 from arbllm.evaluation.methods import FULL as FP16
 from arbllm.evaluation.write_report import markdown
 from commands import arbllm, demonstration_model
@@ -69,11 +70,11 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, and its peers, calibrated on {windows} windows: of the
 validation text of WikiText-2, or, where the row says so, of C4. Rows named by a budget alone had each block's scales
-and norms tuned after it was solved, *distilled* ones 128 steps of distillation as well, *untuned* ones neither. `rtn`
-and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that name, with
-groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their megabytes are
-those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
-[the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
+and norms tuned after it was solved, *distilled* ones {steps} steps of distillation as well, *untuned* ones neither.
+`rtn` and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that
+name, with groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their
+megabytes are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples
+of text: [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
 
 {table}
 """
@@ -239,7 +240,11 @@ def joint_section(max_windows: int, dense: int) -> str:
         if rest:
             tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]
             shown_already |= rest.keys()
-    return _JOINT.format(windows=JOINT_WINDOWS, option=option, table="\n\n".join(tables)) + "\n" if tables else ""
+    return (
+        _JOINT.format(windows=JOINT_WINDOWS, steps=DISTILLATION_STEPS, option=option, table="\n\n".join(tables)) + "\n"
+        if tables
+        else ""
+    )
 
 
 def table(rows: dict[str, dict[str, Any]], max_windows: int, dense: int) -> str:

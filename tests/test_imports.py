@@ -14,7 +14,7 @@ SOURCE = Path(arbllm.__file__).parent
 # Each layer may import from its own row and from the rows below it.
 LAYERS = (
     ("cli", "__main__"),
-    ("pipeline", "job", "plan", "sizes", "export", "card", "progress", "evaluation"),
+    ("pipeline", "distillation", "job", "plan", "sizes", "export", "card", "progress", "evaluation"),
     ("model", "text", "hub", "device"),
     ("integrations",),
     ("nn", "tunable", "embedding"),

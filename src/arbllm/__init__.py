@@ -17,6 +17,7 @@ from arbllm.integrations import register_with_transformers
 
 if TYPE_CHECKING:
     from arbllm.config import BinarizationConfig
+    from arbllm.distillation import distill
     from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError, TextError
     from arbllm.format.matrix import BinaryMatrix
     from arbllm.integrations.transformers import load
@@ -33,6 +34,7 @@ _HOMES = {
     "ConfigError": "arbllm.errors",
     "ModelError": "arbllm.errors",
     "TextError": "arbllm.errors",
+    "distill": "arbllm.distillation",
     "load": "arbllm.integrations.transformers",
     "quantize": "arbllm.pipeline",
     "quantize_matrix": "arbllm.solver",
@@ -46,6 +48,7 @@ __all__ = [
     "ConfigError",
     "ModelError",
     "TextError",
+    "distill",
     "load",
     "quantize",
     "quantize_matrix",

@@ -57,7 +57,8 @@ class CardFacts:
         source: the model that was quantized, as the user named it.
         version: the version of arbllm.
         config: method and options.
-        calibration: `text`, `windows`, `window_length`, `seed`, and the steps `tune` and `distill`.
+        calibration: `text`, `windows`, `window_length`, `seed`, and the steps `tune` and `distill`; `distillation` has
+            the first four of a distillation on another text.
         true_bits: stored bits a weight of the linears.
         nominal_bits: signs a weight of the linears.
         bytes_on_disk: bytes of the tensors' files.
@@ -70,7 +71,7 @@ class CardFacts:
     source: str
     version: str
     config: BinarizationConfig
-    calibration: Mapping[str, str | int]
+    calibration: Mapping[str, Any]
     true_bits: float
     nominal_bits: float
     bytes_on_disk: int
@@ -84,13 +85,13 @@ def model_card(facts: CardFacts) -> str:
     config, calibration = facts.config, facts.calibration
     rows = {
         "method": described(config.to_dict()),
-        "tuning": f"{calibration.get('tune', 0)} steps a block, {calibration.get('distill', 0)} of distillation",
+        "tuning": f"{calibration.get('tune', 0)} steps a block, {calibration.get('distill', 0)} of distillation"
+        + _on_another_text(calibration),
         "true bits a weight (linears)": f"{facts.true_bits:.3f}",
         "nominal bits a weight (linears)": f"{facts.nominal_bits:.3f}",
         "bytes on disk": f"{facts.bytes_on_disk:,}",
         "mean relative output error of a linear": f"{facts.output_error:.4f}",
-        "calibration": f"{calibration['windows']} windows of {calibration['window_length']} tokens of "
-        f"{_named(str(calibration['text']))}, seed {calibration['seed']}",
+        "calibration": _windows(calibration),
     }
     for text, (perplexity, context) in facts.perplexity.items():
         rows[f"perplexity, {_named(text)}"] = f"{perplexity:.2f} at a context of {context}"
@@ -120,6 +121,16 @@ def described(options: Mapping[str, Any]) -> str:
         f"{options.get('block_size')} columns, {options.get('iterations')} iterations, thresholds by the "
         f"{options.get('split_on')}, {options.get('compensation')} compensation"
     )
+
+
+def _windows(text: Mapping[str, Any]) -> str:
+    """A calibration text in a few words."""
+    length, name = text["window_length"], _named(str(text["text"]))
+    return f"{text['windows']} windows of {length} tokens of {name}, seed {text['seed']}"
+
+
+def _on_another_text(calibration: Mapping[str, Any]) -> str:
+    return f" on {_windows(calibration['distillation'])}" if "distillation" in calibration else ""
 
 
 def _named(path: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,11 +161,11 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
             check_disk_space(largest_size(model, config, job.bitmap), work)
             progress = Progress(kept, job.manifest(opened))
             with JsonLinesLog(work / LOG_FILE) as log:
-                emit = _both(log, on_event)
+                emit = both(log, on_event)
                 results = job.binarize(opened, emit, progress)
                 if job.distill:
                     _distill(model, job, opened.tokens, emit, progress)
-            _save(model, opened.tokenizer, work, config, job.bitmap, results, job.facts)
+            save_packed(model, opened.tokenizer, work, _facts(job, config, results))
         dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
         del opened, model
         packed = open_checkpoint(work).size.linears
@@ -198,29 +199,39 @@ def _distill(
     events: list[Event] = []
     open_teacher = partial(open_model_only, job.model, trust_remote_code=job.trust_remote_code)
     tuning = Tuning(job.distill, DISTILLATION_RATE)
-    distill_model(model, open_teacher, tokens, tuning, job.device, _both(events.append, emit))
+    distill_model(model, open_teacher, tokens, tuning, job.device, both(events.append, emit))
     progress.keep_distilled(model, events[-1])
 
 
-def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    config: BinarizationConfig,
-    bitmap: str,
-    results: list[LinearQuantized],
-    calibration: Mapping[str, str | int],
+def save_packed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, facts: Mapping[str, Any]
 ) -> None:
-    """Write weights, config.json and tokenizer."""
-    statistics = {
-        result.name: {"output_error": result.output_error, "weight_error": result.weight_error} for result in results
-    }
-    facts = {"binarization": config.to_dict(), "statistics": statistics, "calibration": dict(calibration)}
-    mark_packed(model, facts | {"bitmap": bitmap})
+    """Write weights, config.json, with facts as `mark_packed` takes them, and tokenizer."""
+    mark_packed(model, facts)
     model.save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
         order_metadata(file)
     tokenizer.save_pretrained(directory)
+
+
+def both(first: Callable[[Event], None], second: OnEvent | None) -> OnEvent:
+    """Tell two of every event, or only the first where there is no second."""
+
+    def emit(event: Event) -> None:
+        first(event)
+        if second:
+            second(event)
+
+    return emit
+
+
+def _facts(job: Job, config: BinarizationConfig, results: list[LinearQuantized]) -> dict[str, Any]:
+    """What config.json tells of the quantization."""
+    statistics = {
+        result.name: {"output_error": result.output_error, "weight_error": result.weight_error} for result in results
+    }
+    facts = {"binarization": config.to_dict(), "statistics": statistics, "calibration": job.facts}
+    return facts | {"bitmap": job.bitmap}
 
 
 def _held_out(model: PreTrainedModel, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -255,12 +266,3 @@ def _card(
         perplexity={shown(text): (score.perplexity, score.context)} if text and score else {},
     )
     return model_card(facts)
-
-
-def _both(first: Callable[[Event], None], second: OnEvent | None) -> OnEvent:
-    def emit(event: Event) -> None:
-        first(event)
-        if second:
-            second(event)
-
-    return emit

@@ -20,7 +20,7 @@ from arbllm.config import PARTITIONS
 from tests.tiny import pack_tiny, save_tiny
 
 TEXT = ["--calibration", "builtin", "--windows", "4", "--window-length", "64", "--device", "cpu"]
-COMMANDS = ("quantize", "eval", "generate", "inspect", "verify", "export")
+COMMANDS = ("quantize", "distill", "eval", "generate", "inspect", "verify", "export")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,20 @@ def test_quantize_json_is_one_object_and_progress_goes_to_stderr(dense, tmp_path
     wanted = ("perplexity", "true_bits_per_weight", "nominal_bits_per_weight", "bytes_on_disk", "seconds")
     assert all(values[key] > 0 for key in (*wanted, "peak_memory_bytes"))
     assert values["bytes_on_disk"] == (tmp_path / "packed" / "model.safetensors").stat().st_size
+
+
+def test_distill(dense, packed, tmp_path):
+    options = ("--model", dense, "--steps", 1, "--device", "cpu")
+    shown = succeed("distill", packed, tmp_path / "distilled", *options)
+    assert re.search(r"divergence before +\d\.\d{4} nats a token on held-out text", shown.stdout)
+    assert "distilled from" in shown.stderr
+    other = ("--calibration", "builtin", "--windows", 5, "--window-length", 32, "--seed", 3, "--overwrite", "--json")
+    values = json.loads(succeed("distill", packed, tmp_path / "distilled", *options, *other).stdout)
+    assert values["divergence_after"] <= values["divergence_before"]
+    config = json.loads((tmp_path / "distilled" / "config.json").read_text())["quantization_config"]
+    text = {"text": "builtin", "windows": 5, "window_length": 32, "seed": 3}
+    assert config["calibration"]["distillation"] == text
+    assert "choose another output directory" in fail("distill", packed, packed, *options)
 
 
 def test_every_option_of_the_method_reaches_the_checkpoint(dense, tmp_path):

@@ -18,7 +18,7 @@ from arbllm.evaluation.compare import (
     text_pieces,
 )
 from arbllm.evaluation.evaluate import evaluate
-from arbllm.evaluation.methods import PARTS, Calibration, find_recipe
+from arbllm.evaluation.methods import DISTILLATION_STEPS, PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
 from arbllm.factor import factorize
 from arbllm.format.checkpoint import bytes_on_disk
@@ -81,6 +81,23 @@ def test_a_second_run_does_nothing_but_what_is_missing(protocol, finished, monke
     compare(protocol, ["fp16"], out, keep_models=True, isolate=False, on_step=lambda *step: steps.append(step))
     assert steps == [("arb-rc", "speed")]
     assert {row["method"] for row in collect(protocol, pieces, out, ["fp16"])["rows"]} == set(METHODS)
+
+
+def test_a_distillation_goes_on_from_the_tuned_model(protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr("arbllm.evaluation.methods.DISTILLATION_STEPS", 2)
+    steps: list[tuple[str, str]] = []
+    options = {"isolate": False, "on_step": lambda *step: steps.append(step)}
+    tuned, distilled = "arb-rcx-3", "arb-rcx-3-distilled"
+    [row] = compare(protocol, [distilled], tmp_path, **options)["rows"]
+    assert steps == [(tuned, "quantize"), *((distilled, step) for step in ("quantize", "texts builtin 0-2", "speed"))]
+    assert not any((tmp_path / "models").iterdir())
+    before = json.loads((tmp_path / ROWS / f"{tuned}.json").read_text())["quantize"]
+    assert row["seconds"] > before["seconds"]
+    steps.clear()
+    one, other = compare(protocol, [tuned, distilled], tmp_path, **options)["rows"]
+    assert [step for step in steps if step[1] == "quantize"] == [(tuned, "quantize")]
+    assert (one["method"], other) == (tuned, row)
+    assert not any((tmp_path / "models").iterdir())
 
 
 def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypatch):
@@ -160,7 +177,7 @@ def test_a_step_in_a_process_of_its_own():
         ("arb-rcx", "arb-rcx", 2.25, None, 0),
         ("arb-rcx-1.6", "arb-rcx", 1.6, None, 0),
         ("arb-rcx-2.85-untuned", "arb-rcx", 2.85, 0, 0),
-        ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, 128),
+        ("arb-rcx-2-distilled", "arb-rcx", 2.0, None, DISTILLATION_STEPS),
         ("arb-x", "arb-x", None, None, 0),
     ],
 )

@@ -10,6 +10,7 @@ import arbllm
 from arbllm.cli.ablate import ablate
 from arbllm.cli.analyze import analyze
 from arbllm.cli.compare import compare
+from arbllm.cli.distill import distill
 from arbllm.cli.evaluate import evaluate
 from arbllm.cli.export import export
 from arbllm.cli.generate import generate
@@ -45,6 +46,7 @@ def options(
 
 
 app.command("quantize")(quantize)
+app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)

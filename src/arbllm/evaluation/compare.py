@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,11 @@ def compare(
     (out / ROWS).mkdir(parents=True, exist_ok=True)
     check_settings(out / SETTINGS, protocol)
     pieces = text_pieces(protocol)
-    for recipe in recipes:
+    for place, recipe in enumerate(recipes):
         run_row(recipe, protocol, pieces, out, isolate=isolate, on_step=on_step)
         if not keep_models:
-            shutil.rmtree(out / MODELS / recipe.name, ignore_errors=True)
+            for name in _needed([recipe]) - _needed(recipes[place + 1 :]):
+                shutil.rmtree(out / MODELS / name, ignore_errors=True)
         results = collect(protocol, pieces, out, [recipe.name for recipe in recipes])
         write_json(out / RESULTS, results)
     return results
@@ -160,8 +161,10 @@ def run_row(
     steps = _steps(recipe, protocol, pieces, out, speed)
     if all(step.find(done) for step in steps):
         return done
-    if recipe.name != FULL and not (out / MODELS / recipe.name / "config.json").exists():
+    if recipe.name != FULL and not _is_made(recipe, out):
         done.pop("quantize", None)  # the model itself is needed for what is missing
+    if recipe.base and "quantize" not in done:
+        _make_base(recipe.base, protocol, out, isolate, on_step)
     for step in steps:
         if not step.find(done):
             if on_step:
@@ -170,6 +173,26 @@ def run_row(
             step.keep(done, result)
             write_json(file, done)
     return done
+
+
+def _make_base(
+    base: Recipe, protocol: Protocol, out: Path, isolate: bool, on_step: Callable[[str, str], None] | None
+) -> None:
+    """Quantize what a distillation begins with, unless that is there; kept as the first step of its own row."""
+    if not _is_made(base, out):
+        file = out / ROWS / f"{base.name}.json"
+        write_json(file, {key: value for key, value in read_row(file).items() if key != "quantize"})
+    first = replace(protocol, texts=(), tasks=())
+    run_row(base, first, {}, out, isolate=isolate, speed=False, on_step=on_step)
+
+
+def _is_made(recipe: Recipe, out: Path) -> bool:
+    return (out / MODELS / recipe.name / "config.json").exists()
+
+
+def _needed(recipes: Sequence[Recipe]) -> set[str]:
+    """The checkpoints that rows need."""
+    return {each.name for recipe in recipes for each in (recipe, recipe.base) if each}
 
 
 def read_row(file: Path) -> dict[str, Any]:
@@ -203,7 +226,7 @@ def _steps(recipe: Recipe, protocol: Protocol, pieces: Pieces, out: Path, speed:
     """The steps of a row in the order in which they run."""
     checkpoint = out / MODELS / recipe.name
     model = protocol.model if recipe.name == FULL else str(checkpoint)
-    steps = [_Step(("quantize",), _quantize, (recipe, protocol, checkpoint))]
+    steps = [_Step(("quantize",), _quantize, (recipe, protocol, out))]
     for text in protocol.texts:
         steps += [_Step(("texts", Path(text).name, f"{start}-{stop}"), _read, (protocol, model, text, start, stop))
                   for start, stop in pieces[text]]  # fmt: skip
@@ -221,10 +244,16 @@ def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[
         return pool.submit(function, *arguments).result()
 
 
-def _quantize(recipe: Recipe, protocol: Protocol, checkpoint: Path) -> dict[str, Any]:
+def _quantize(recipe: Recipe, protocol: Protocol, out: Path) -> dict[str, Any]:
+    checkpoint = out / MODELS / recipe.name
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with ProgressDisplay() as display:
-        return make(recipe, protocol.model, checkpoint, protocol.calibration, display)
+        made = make(recipe, protocol.model, checkpoint, protocol.calibration, display)
+    if recipe.base:  # what it took from the beginning
+        before = read_row(out / ROWS / f"{recipe.base.name}.json")["quantize"]
+        made["seconds"] += before["seconds"]
+        made["peak_memory_bytes"] = max(made["peak_memory_bytes"], before["peak_memory_bytes"])
+    return made
 
 
 def _read(protocol: Protocol, model: str, text: str, start: int, stop: int) -> dict[str, Any]:

@@ -11,22 +11,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from arbllm.binarize.methods import METHODS
 from arbllm.config import DEFAULT_BITS, BinarizationConfig
+from arbllm.distillation import distill
 from arbllm.errors import ConfigError
 from arbllm.evaluation.peers import dense_sizes, find_peer, peer_names, quantize_peer
 from arbllm.evaluation.report import report
 from arbllm.model.events import OnEvent
 from arbllm.model.source import open_model_only
 from arbllm.pipeline import quantize
+from arbllm.summary import JobSummary
 
 FULL = "fp16"
 JOINT = "arb-rcx"
-DISTILLATION_STEPS = 128
+DISTILLED = "-distilled"
+DISTILLATION_STEPS = 384
 # Parts of a file that pictures and tables tell apart, and the tensors of packed linears that fall under them.
 PARTS = {
     "codes": (),
@@ -84,6 +87,11 @@ class Recipe:
     distill: int = 0
 
     @property
+    def base(self) -> Recipe | None:
+        """What a distillation begins with: the recipe without it. None where there is none."""
+        return replace(self, name=self.name.removesuffix(DISTILLED), distill=0) if self.distill else None
+
+    @property
     def family(self) -> str:
         """The method without its bits."""
         if self.config:
@@ -114,10 +122,17 @@ def find_recipe(name: str) -> Recipe:
 def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_event: OnEvent | None) -> dict[str, Any]:
     """Quantize `model` into the directory `out`, and what that gave, as plain values.
 
+    Args:
+        recipe: how; a distillation goes on from its base's checkpoint, which lies beside `out` under its name.
+        model: a hub id, a local directory or a `.gguf` file.
+        out: the directory to write.
+        calibration: on what text.
+        on_event: told of every step as it happens.
+
     Returns:
         `nominal_bits`, `true_bits`, `bytes` (the whole file), `parts` (bytes by the names of `PARTS`), `seconds`,
         `peak_memory_bytes`, `output_error` (mean) and `output_errors` (by linear); of `fp16` the sizes alone, and
-        nothing is written.
+        nothing is written. Seconds and memory of a distillation are its own.
 
     Raises:
         ArbllmError: see `arbllm.quantize`.
@@ -126,15 +141,16 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
         return _as_it_is(model, calibration)
     if recipe.config is None:
         return _peer(recipe.name, model, out, calibration, on_event)
-    summary = quantize(
-        model,
-        out,
-        config=recipe.config,
-        tune=recipe.tune,
-        distill=recipe.distill,
-        on_event=on_event,
-        **calibration.options(),
-    )
+    summary: JobSummary
+    if recipe.base:
+        options = calibration.options()
+        del options["dtype"]
+        summary = distill(
+            out.with_name(recipe.base.name), out, model=model, steps=recipe.distill, on_event=on_event, **options
+        )
+    else:
+        options = calibration.options()
+        summary = quantize(model, out, config=recipe.config, tune=recipe.tune, on_event=on_event, **options)
     found = report(out, contents=False)
     stored = found.size.linears.parts
     parts = {part: sum(stored[tensor] for tensor in tensors) for part, tensors in PARTS.items()}
@@ -154,7 +170,7 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
 
 def _joint(name: str) -> Recipe:
     words = name.removeprefix(JOINT).strip("-").split("-")
-    tuning = {"untuned": (0, 0), "distilled": (None, DISTILLATION_STEPS)}
+    tuning = {"untuned": (0, 0), DISTILLED[1:]: (None, DISTILLATION_STEPS)}
     tune, distill = tuning[words.pop()] if words[-1] in tuning else (None, 0)
     try:
         bits = float(words[0]) if words and words[0] else DEFAULT_BITS

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import arbllm
+from arbllm.errors import ConfigError, ModelError
+from arbllm.format.checkpoint import open_checkpoint, verify
+from arbllm.model.events import DistillationFinished, Event
+from arbllm.nn import BinaryLinear
+from tests.tiny import save_tiny
+
+OPTIONS = {"calibration": "builtin", "windows": 8, "window_length": 64, "device": "cpu"}
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    # Weights larger than at the start of training: otherwise the model says next to nothing, whatever its scales are.
+    return save_tiny(tmp_path_factory.mktemp("dense"), initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "packed"
+    arbllm.quantize(dense, out, **OPTIONS, tune=2, bitmap="entropy", embedding_bits=8)
+    return out
+
+
+@pytest.fixture(scope="module")
+def distilled(dense, packed):
+    """(summary, events) of a distillation that took its text from the checkpoint."""
+    events: list[Event] = []
+    out = packed.parent / "distilled"
+    return arbllm.distill(packed, out, model=dense, steps=STEPS, device="cpu", on_event=events.append), events
+
+
+def matrices(path):
+    modules = arbllm.load(path).named_modules()
+    return {name: module.matrix for name, module in modules if isinstance(module, BinaryLinear)}
+
+
+def test_scales_alone_change_and_the_rest_is_as_it_was(packed, distilled):
+    summary, _ = distilled
+    verify(summary.path)
+    before, after = open_checkpoint(packed), open_checkpoint(summary.path)
+    assert (before.layouts, before.bitmap, before.embeddings) == (after.layouts, after.bitmap, after.embeddings)
+    old, new = matrices(packed), matrices(summary.path)
+    assert all(torch.equal(new[name].signs, matrix.signs) for name, matrix in old.items())
+    assert any(not torch.equal(new[name].scales()[0], matrix.scales()[0]) for name, matrix in old.items())
+    assert AutoTokenizer.from_pretrained(summary.path)("a")["input_ids"]
+
+
+def test_it_tells_what_distillation_did(packed, distilled):
+    summary, events = distilled
+    finished = events[-1]
+    assert isinstance(finished, DistillationFinished)
+    told = (summary.divergence_before, summary.divergence_after, summary.steps)
+    assert told == (finished.before, finished.after, finished.steps)
+    assert summary.divergence_after < summary.divergence_before
+    names = ("quantization_log.jsonl", "distillation_log.jsonl")
+    before, now = (len((summary.path / name).read_text().splitlines()) for name in names)
+    assert (before, now) == (len((packed / names[0]).read_text().splitlines()), len(events))
+
+
+def test_the_checkpoint_and_its_card_tell_of_all_steps(dense, distilled, tmp_path):
+    calibration = {"text": "builtin", "windows": 8, "window_length": 64, "seed": 0, "tune": 2}
+    first = distilled[0].path
+    assert open_checkpoint(first).quantization["calibration"] == calibration | {"distill": STEPS}
+    assert f"| tuning | 2 steps a block, {STEPS} of distillation |" in (first / "README.md").read_text()
+    text = tmp_path / "text.txt"
+    text.write_text("other words " * 100)
+    arbllm.distill(first, tmp_path / "more", model=dense, steps=1, calibration=str(text), device="cpu")
+    other = {"text": "text.txt", "windows": 8, "window_length": 64, "seed": 0}
+    wanted = calibration | {"distill": STEPS + 1, "distillation": other}
+    assert open_checkpoint(tmp_path / "more").quantization["calibration"] == wanted
+    card = (tmp_path / "more" / "README.md").read_text()
+    assert f"{STEPS + 1} of distillation on 8 windows of 64 tokens of text.txt, seed 0 |" in card
+
+
+def test_it_is_what_quantize_does_in_the_end(dense, packed, distilled, tmp_path):
+    options = OPTIONS | {"tune": 2, "bitmap": "entropy", "embedding_bits": 8}
+    arbllm.quantize(dense, tmp_path / "at once", **options, distill=STEPS)
+    for name, matrix in matrices(tmp_path / "at once").items():
+        other = matrices(distilled[0].path)[name]
+        assert all(torch.equal(one, two) for one, two in zip(matrix.scales(), other.scales(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
+        ({"model": "narrow"}, ModelError, r"no linear model.layers.0.* as .*packed has; give the model that"),
+        ({"model": "packed"}, ModelError, "no linear model.layers.0.* dense weights"),
+        ({"model": "verbose"}, ModelError, "has 300 tokens"),
+        ({"windows": 10**6}, arbllm.TextError, "windows"),
+    ],
+)
+def test_what_cannot_be_done_leaves_nothing_behind(dense, packed, tmp_path, changes, error, message):
+    save_tiny(tmp_path / "narrow", intermediate_size=32)
+    save_tiny(tmp_path / "verbose", vocab_size=300)
+    models = {"narrow": tmp_path / "narrow", "verbose": tmp_path / "verbose", "packed": packed}
+    options = {"steps": 1, "device": "cpu"} | changes
+    options["model"] = models.get(str(changes.get("model")), dense)
+    with pytest.raises(error, match=message):
+        arbllm.distill(packed, tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow", "verbose"]
+
+
+def test_a_checkpoint_that_cannot_be_distilled(dense, packed, tmp_path):
+    with pytest.raises(ConfigError, match="is the packed checkpoint itself"):
+        arbllm.distill(packed, packed, model=dense, overwrite=True)
+    arbllm.quantize(dense, tmp_path / "arb", **OPTIONS, config=arbllm.BinarizationConfig(method="arb", iterations=1))
+    with pytest.raises(ConfigError, match="distill is for arb-rc and arb-rcx"):
+        arbllm.distill(tmp_path / "arb", tmp_path / "out", model=dense)
+
+
+def test_a_file_must_be_named_again(dense, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 200)
+    options = OPTIONS | {"calibration": str(text), "tune": 0}
+    arbllm.quantize(dense, tmp_path / "packed", **options, config=arbllm.BinarizationConfig(iterations=0))
+    with pytest.raises(ConfigError, match=r"a file, text\.txt; give its path as calibration"):
+        arbllm.distill(tmp_path / "packed", tmp_path / "out", model=dense)
+    arbllm.distill(tmp_path / "packed", tmp_path / "out", model=dense, steps=1, calibration=str(text), device="cpu")
+    calibration = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["calibration"]
+    assert calibration["distill"] == 1
+    assert "distillation" not in calibration

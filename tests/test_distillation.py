@@ -6,10 +6,10 @@ from transformers import AutoTokenizer
 
 import arbllm
 from arbllm.errors import ConfigError, ModelError
-from arbllm.format.checkpoint import open_checkpoint, verify
+from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint, verify
 from arbllm.model.events import DistillationFinished, Event
 from arbllm.nn import BinaryLinear
-from tests.tiny import save_tiny
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
 OPTIONS = {"calibration": "builtin", "windows": 8, "window_length": 64, "device": "cpu"}
 STEPS = 8
@@ -85,6 +85,19 @@ def test_it_is_what_quantize_does_in_the_end(dense, packed, distilled, tmp_path)
     for name, matrix in matrices(tmp_path / "at once").items():
         other = matrices(distilled[0].path)[name]
         assert all(torch.equal(one, two) for one, two in zip(matrix.scales(), other.scales(), strict=True))
+
+
+def test_a_half_precision_model_stays_one(tmp_path):
+    model = tiny_llama(initializer_range=0.3).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    arbllm.quantize(tmp_path / "dense", tmp_path / "packed", **OPTIONS, tune=0)
+    summary = arbllm.distill(tmp_path / "packed", tmp_path / "out", model=tmp_path / "dense", steps=2, device="cpu")
+    old, new = arbllm.load(tmp_path / "packed"), arbllm.load(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in old.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in new.state_dict().items()
+    }
+    assert summary.bytes_on_disk == pytest.approx(bytes_on_disk(tmp_path / "packed"), abs=1000)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 import arbllm
 from arbllm.cli.app import app
-from arbllm.errors import ModelError
+from arbllm.errors import ConfigError, ModelError
 from arbllm.model.events import BlockFinished
 from arbllm.model.resume import FinishedBlock, Progress, unfinished_directory
 from arbllm.plan import plan
@@ -69,6 +69,20 @@ def test_the_time_comes_from_finished_blocks(dense, tmp_path):
 def test_no_model(tmp_path):
     with pytest.raises(ModelError, match="cannot be built"):
         plan(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stream": True, "distill": 1}, "leave out stream, or distill"),
+        ({"distill": -1}, "distill must be a number of steps"),
+        ({"config": arbllm.BinarizationConfig(method="arb"), "tune": 1}, "arb has no column scales"),
+        ({"embedding_bits": 4}, "choose 8, or 16"),
+    ],
+)
+def test_what_the_job_would_refuse_is_refused(dense, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(dense, tmp_path / "out", **options)
 
 
 def test_the_command_writes_nothing(dense, tmp_path):

@@ -161,6 +161,15 @@ def streamable(model: str, config: BinarizationConfig, distill: int) -> Binariza
     """
     if not can_stream(model):
         raise ConfigError(f"stream is for a local directory with safetensors files, which {model} is not")
+    return streamed_config(config, distill)
+
+
+def streamed_config(config: BinarizationConfig, distill: int) -> BinarizationConfig:
+    """The options without what needs the whole model in memory.
+
+    Raises:
+        ConfigError: a distillation is asked for, which does.
+    """
     if distill:
         raise ConfigError("distill needs the dense model in memory; leave out stream, or distill")
     if config.bits is None or config.allocation == "uniform":

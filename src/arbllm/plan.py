@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from arbllm.binarize.methods import get_method
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
 from arbllm.format.accounting import matrix_size
 from arbllm.format.rows import ROW_BITS, RowLayout
+from arbllm.job import choose_tuning, streamed_config
 from arbllm.model.distill import LENGTH
+from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.resume import unfinished_directory
 from arbllm.model.stream import empty_model
 from arbllm.model.tune import Tuning
@@ -96,18 +97,22 @@ def plan(
 
     Raises:
         ModelError: config.json cannot be read, or describes no model that can be binarized.
+        ConfigError: options that the job would refuse, too.
     """
     config = config or BinarizationConfig()
+    tuning = choose_tuning(config, tune, distill)
+    check_embedding_bits(embedding_bits)
+    if stream:
+        config = streamed_config(config, distill)
     empty = empty_model(model, dtype, trust_remote_code)
     empty.tie_weights()
     blocks = find_blocks(empty)
     weights = sum(linear.weight.numel() for block in blocks for linear in block.linears)
     packed = _packed_bytes(blocks, config)
-    tuned = bool(tune if tune is not None else get_method(config.method).joint and Tuning().steps)
     rest = _rest_bytes(empty, blocks, embedding_bits)
     text = windows, window_length
-    stages = {"blocks": _at_blocks(empty, blocks, text, tuned) | _model(empty, rest, packed, stream)}
-    if config.bits is not None and config.allocation == "measured" and not stream:
+    stages = {"blocks": _at_blocks(empty, blocks, text, tuning is not None) | _model(empty, rest, packed, stream)}
+    if config.bits is not None and config.allocation == "measured":
         stages["measuring"] = _measuring(empty, blocks, window_length)
     if distill:
         stages |= _distilling(empty, blocks, (windows, window_length), rest + packed)

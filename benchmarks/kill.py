@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import arbllm
 from arbllm.format import output
-from arbllm.model import resume
+from arbllm.model import resume, training
 from arbllm.pipeline import quantize
 
 MOMENTS = (0.1, 0.5)
@@ -65,7 +65,8 @@ def make_model(directory: Path, layers: int = 4) -> Path:
 
 
 def job(model: Path, out: Path) -> None:
-    """All that a job can do: bits measured, blocks tuned, scales distilled."""
+    """All that a job can do: bits measured, blocks tuned, scales distilled, and kept after every step of that."""
+    training.KEEP_SECONDS = 0
     quantize(
         model,
         out,

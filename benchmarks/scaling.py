@@ -30,7 +30,8 @@ from arbllm.model.capture import STRIPS, InputGroup, capture_inputs, gather_hess
 from arbllm.model.events import BlockFinished, Event
 from arbllm.model.quantize import quantize_model
 from arbllm.model.ranks import ManyRanks, assign_owners, solve_cost
-from arbllm.model.tune import CHECKS, HELD_OUT_SHARE, Tuning, tune_block
+from arbllm.model.training import CHECKS, Tuning
+from arbllm.model.tune import HELD_OUT_SHARE, tune_block
 from arbllm.model.walk import Linear, find_blocks
 from arbllm.solver import quantize_matrix
 from make_random_model import SHAPES

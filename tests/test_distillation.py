@@ -8,6 +8,7 @@ import arbllm
 from arbllm.errors import ConfigError, ModelError
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint, verify
 from arbllm.model.events import DistillationFinished, Event
+from arbllm.model.training import Trainer
 from arbllm.nn import BinaryLinear
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
@@ -98,6 +99,37 @@ def test_a_half_precision_model_stays_one(tmp_path):
         name: tensor.dtype for name, tensor in new.state_dict().items()
     }
     assert summary.bytes_on_disk == pytest.approx(bytes_on_disk(tmp_path / "packed"), abs=1000)
+
+
+@pytest.mark.filterwarnings("ignore:what is finished is kept")
+@pytest.mark.parametrize("stopped", [1, 5, 7])
+def test_a_stopped_distillation_goes_on(dense, packed, distilled, tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr("arbllm.model.training.KEEP_SECONDS", 0)
+    taken: list[int] = []
+    step = Trainer.step
+
+    def step_or_stop(trainer: Trainer, number: int, loss: torch.Tensor) -> None:
+        if len(taken) == stopped:
+            raise KeyboardInterrupt
+        taken.append(number)
+        step(trainer, number, loss)
+
+    options = {"model": dense, "steps": STEPS, "device": "cpu"}
+    monkeypatch.setattr(Trainer, "step", step_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        arbllm.distill(packed, tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+    with pytest.raises(arbllm.ArbllmError, match="steps 8 then, 9 now"):
+        arbllm.distill(packed, tmp_path / "out", **options | {"steps": 9})
+    stopped = 99
+    events: list[Event] = []
+    arbllm.distill(packed, tmp_path / "out", **options, on_event=events.append)
+    assert taken == list(range(STEPS))
+    whole, wanted = distilled
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole.path / name).read_bytes()
+    assert events[:-1] == wanted[:-1]  # the last one tells the time, too
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
 from arbllm.evaluation.report import report
 from arbllm.format.checkpoint import bytes_on_disk, verify
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear
 from tests.tiny import save_tiny
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import arbllm
@@ -17,12 +19,13 @@ from arbllm.errors import ConfigError, ModelError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.report import CheckpointReport, report
 from arbllm.format.checkpoint import open_checkpoint
-from arbllm.format.output import output_directory
-from arbllm.job import choose_tuning, shown
+from arbllm.format.checksum import canonical_checksum, checksum
+from arbllm.job import choose_tuning, shown, versions
 from arbllm.model.distill import DISTILLATION_RATE, distill_model
 from arbllm.model.events import DistillationFinished, Event, OnEvent
+from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_model, open_model_only
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear
 from arbllm.pipeline import CARD_FILE, LOG_FILE, both, save_packed
 from arbllm.progress import JsonLinesLog
@@ -72,7 +75,8 @@ def distill(
 
     Args:
         checkpoint: directory of a packed checkpoint by arb-rc or arb-rcx.
-        out: the directory to write; it appears whole or not at all.
+        out: the directory to write; it appears whole or not at all. A job that was stopped goes on where it was a
+            minute before when it is called again with the same arguments.
         model: what it was quantized from: a hub id, a local directory or a `.gguf` file.
         steps: of Adam, one piece of 512 tokens each.
         calibration: the text, as in `quantize`; None, as for the rest, for what the checkpoint was calibrated on.
@@ -96,22 +100,12 @@ def distill(
     place, before = choose_device(device), report(checkpoint)
     choose_tuning(BinarizationConfig.from_dict(before.binarization), 0, steps)
     text = _text(before, {"text": calibration, "windows": windows, "window_length": window_length, "seed": seed})
-    with naming_lack_of_memory(), output_directory(out, overwrite) as work:
+    job = _Job(checkpoint, before, model, steps, text, place, trust_remote_code)
+    with naming_lack_of_memory(), resumable_output(out, overwrite) as (kept, work):
+        check_disk_space(before.bytes_on_disk, work)
         with measure() as measured:
-            packed, tokenizer = open_model(str(checkpoint), trust_remote_code=trust_remote_code)
-            tokens = calibration_windows(text["text"], tokenizer, text["windows"], text["window_length"], text["seed"])
-            check_disk_space(before.bytes_on_disk, work)
-            teacher = [_open_dense(model, checkpoint, packed, trust_remote_code)]
-            dense_bytes, dense_linear_bytes = dense_sizes(teacher[0])
-            events: list[Event] = []
-            with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
-                emit = both(log, both(events.append, on_event))
-                distill_model(packed, teacher.pop, tokens, Tuning(steps, DISTILLATION_RATE), place, emit)
-            save_packed(packed, tokenizer, work, _facts(checkpoint, text, steps))
-            if (checkpoint / LOG_FILE).exists():
-                shutil.copy(checkpoint / LOG_FILE, work)
-        after, finished = report(work, contents=False), events[-1]
-        assert isinstance(finished, DistillationFinished), "the last event of a distillation is its end"
+            finished, dense_bytes, dense_linear_bytes = job.run(kept, work, on_event)
+        after = report(work, contents=False)
         linears = after.size.linears
         summary = DistillationSummary(
             path=out,
@@ -131,6 +125,47 @@ def distill(
         )
         (work / CARD_FILE).write_text(_card(model, summary, after), encoding="utf-8")
     return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The options of `distill`, resolved."""
+
+    checkpoint: Path
+    before: CheckpointReport
+    model: str
+    steps: int
+    text: dict[str, Any]
+    device: torch.device
+    trust_remote_code: bool
+
+    def run(self, kept: Path, work: Path, on_event: OnEvent | None) -> tuple[DistillationFinished, int, int]:
+        """Distil, and write all but the card; how that ended, and the sizes of the dense model as `dense_sizes`."""
+        packed, tokenizer = open_model(str(self.checkpoint), trust_remote_code=self.trust_remote_code)
+        windows, length, seed = (self.text[name] for name in ("windows", "window_length", "seed"))
+        tokens = calibration_windows(self.text["text"], tokenizer, windows, length, seed)
+        teacher = [_open_dense(self.model, self.checkpoint, packed, self.trust_remote_code)]
+        sizes = dense_sizes(teacher[0])
+        progress = Progress(kept, self._manifest(teacher[0], tokens))
+        events: list[Event] = []
+        with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
+            emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, DISTILLATION_RATE)
+            distill_model(packed, teacher.pop, tokens, tuning, self.device, emit, progress)  # popped: to be let go
+        save_packed(packed, tokenizer, work, _facts(self.checkpoint, self.text, self.steps))
+        if (self.checkpoint / LOG_FILE).exists():
+            shutil.copy(self.checkpoint / LOG_FILE, work)
+        assert isinstance(events[-1], DistillationFinished), "the last event of a distillation is its end"
+        return events[-1], *sizes
+
+    def _manifest(self, dense: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
+        """What the job is: with any of it changed, what was learnt would be something else."""
+        return {
+            "versions": versions(),
+            "checkpoint": canonical_checksum(open_checkpoint(self.checkpoint).checksums),
+            "model": fingerprint(dense.state_dict().items()),
+            "calibration_tokens": checksum(tokens),
+            "options": {"steps": self.steps, "device": self.device.type},
+        }
 
 
 def _text(before: CheckpointReport, asked: dict[str, Any]) -> dict[str, Any]:

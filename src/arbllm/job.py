@@ -26,7 +26,7 @@ from arbllm.model.ranks import Ranks
 from arbllm.model.resume import Progress, fingerprint
 from arbllm.model.source import open_model_only, open_tokenizer
 from arbllm.model.stream import StreamedModel, can_stream
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.sizes import bits_for_size, dense_sizes
 from arbllm.text import calibration_windows
 
@@ -101,7 +101,7 @@ class Job:
         streamed = StreamedModel(self.model, self.dtype, self.trust_remote_code) if self.stream else None
         model = streamed.model if streamed else open_model_only(self.model, self.dtype, "cpu", self.trust_remote_code)
         source = streamed.fingerprint() if streamed else fingerprint(model.state_dict().items())
-        self.ranks.check_same([source, _versions()], "model or versions of libraries")
+        self.ranks.check_same([source, versions()], "model or versions of libraries")
         dense_bytes, dense_linear_bytes = dense_sizes(model)
         if streamed and self.embedding_bits != DENSE_BITS:
             streamed.load_head()
@@ -126,7 +126,7 @@ class Job:
         options = opened.config.to_dict() | {"embedding_bits": self.embedding_bits, "bitmap": self.bitmap} | self.facts
         options |= {"dtype": self.dtype, "device": self.device.type, "stream": self.stream}
         return {
-            "versions": _versions(),
+            "versions": versions(),
             "model": opened.source,
             "calibration_tokens": checksum(opened.tokens),
             "options": options,
@@ -201,6 +201,6 @@ def shown(text: str) -> str:
     return Path(text).name if Path(text).is_file() else text
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What computes; with other versions the numbers may be others."""
     return {"arbllm": arbllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

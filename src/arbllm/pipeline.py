@@ -31,7 +31,7 @@ from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.ranks import joined, own_device
 from arbllm.model.resume import Progress, resumable_output
 from arbllm.model.source import open_model, open_model_only
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.progress import JsonLinesLog
 from arbllm.sizes import largest_size
 from arbllm.summary import JobSummary
@@ -199,7 +199,7 @@ def _distill(
     events: list[Event] = []
     open_teacher = partial(open_model_only, job.model, trust_remote_code=job.trust_remote_code)
     tuning = Tuning(job.distill, DISTILLATION_RATE)
-    distill_model(model, open_teacher, tokens, tuning, job.device, both(events.append, emit))
+    distill_model(model, open_teacher, tokens, tuning, job.device, both(events.append, emit), progress)
     progress.keep_distilled(model, events[-1])
 
 

@@ -20,7 +20,7 @@ from arbllm.model.distill import LENGTH
 from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.resume import unfinished_directory
 from arbllm.model.stream import empty_model
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 from arbllm.model.workers import solver_memory
 from arbllm.sizes import largest_layout

@@ -8,7 +8,7 @@ from arbllm.errors import ModelError
 from arbllm.model.distill import choose_lessons, distill, distill_model, read_lessons
 from arbllm.model.events import DistillationFinished, DistillationStep, Event, TeacherRead
 from arbllm.model.quantize import quantize_model
-from arbllm.model.tune import Tuning
+from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear
 from tests.model.tiny_models import random_windows, tiny_model
 

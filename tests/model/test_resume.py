@@ -117,9 +117,10 @@ def test_two_jobs_do_not_write_to_one_directory(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:what is finished is kept")
-@pytest.mark.parametrize("name", ["block-00000", "block-00001", "distilled"])
+@pytest.mark.parametrize("name", ["block-00000", "block-00001", "training", "distilled"])
 def test_a_stopped_job_goes_on(dense, tmp_path, stop, monkeypatch, name):
     arbllm.quantize(dense, tmp_path / "whole", **JOB)
+    monkeypatch.setattr("arbllm.model.training.KEEP_SECONDS", 0)
     stop(name)
     with pytest.raises(StoppedError):
         arbllm.quantize(dense, tmp_path / "out", **JOB)

@@ -11,7 +11,8 @@ from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import capture_inputs, gather_hessians
 from arbllm.model.events import BlockFinished, BlockStarted, BlockTuned, LinearQuantized
 from arbllm.model.quantize import quantize_model
-from arbllm.model.tune import Best, Trainer, Tuned, Tuning, norm_weights, relative_error, tune_block
+from arbllm.model.training import Best, Trainer, Tuning
+from arbllm.model.tune import Tuned, norm_weights, relative_error, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
@@ -89,7 +90,7 @@ def test_the_loss_never_rises_whatever_the_rate(rate):
 def test_where_nothing_is_gained_everything_stays(monkeypatch):
     job = Job("llama")
     norms, packed = norms_of(job.block.module), job.matrices
-    monkeypatch.setattr("arbllm.model.tune.Trainer.step", spoil)
+    monkeypatch.setattr("arbllm.model.training.Trainer.step", spoil)
     tuned = job.tune(Tuning(steps=8))
     assert (tuned.steps, tuned.after) == (0, tuned.before)
     assert all(torch.equal(norms[name], value) for name, value in norms_of(job.block.module).items())

@@ -14,7 +14,8 @@ from arbllm.errors import ModelError
 from arbllm.model.capture import compute_dtype
 from arbllm.model.events import DistillationFinished, DistillationStep, OnEvent, TeacherRead
 from arbllm.model.head import split_head
-from arbllm.model.tune import Trainer, Tuning, norm_weights
+from arbllm.model.training import Keeper, Trainer, Tuning
+from arbllm.model.tune import norm_weights
 from arbllm.model.walk import replace_module
 from arbllm.nn import BinaryLinear, PackedModule
 from arbllm.tunable import TunableLinear
@@ -43,6 +44,7 @@ def distill_model(
     tuning: Tuning,
     device: torch.device,
     emit: OnEvent,
+    keeper: Keeper | None = None,
 ) -> None:
     """Distil on a device, in the dtype that it computes in, and put the model back as it was.
 
@@ -53,6 +55,7 @@ def distill_model(
         tuning: steps in all, rate and seed.
         device: where to compute.
         emit: told of every piece that the dense model reads, of every step and of the end.
+        keeper: where the training is kept from time to time, and gone on with.
     """
     start, home, dtype = time.perf_counter(), model.device, model.dtype
     lessons = choose_lessons(windows, tuning)
@@ -62,7 +65,7 @@ def distill_model(
     del dense
     kept = _plain_buffers(model)
     model.to(device, compute_dtype(dtype, device)).eval()
-    result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)))
+    result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)), keeper)
     model.to(home, dtype)
     for name, buffer in kept.items():
         owner, _, key = name.rpartition(".")
@@ -129,6 +132,7 @@ def distill(
     lessons: Lessons,
     tuning: Tuning,
     on_step: Callable[[int, int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> Distilled:
     """Train all scales and norms of a packed model end to end; the best state on held-out text is kept.
 
@@ -141,6 +145,7 @@ def distill(
         lessons: see `choose_lessons`.
         tuning: `steps` in all, rate and seed.
         on_step: told of (steps done, steps in all, loss of the last one).
+        keeper: see `distill_model`.
     """
     model.requires_grad_(False)
     layers = _open_scales(model)
@@ -154,7 +159,7 @@ def distill(
         with torch.no_grad():
             return sum(float(loss(piece)) for piece in lessons.held_out) / len(lessons.held_out)
 
-    best = trainer.run(lambda step: loss(lessons.train[step]), measure, FEWEST_STEPS, on_step)
+    best = trainer.run(lambda step: loss(lessons.train[step]), measure, FEWEST_STEPS, on_step, keeper)
     _close_scales(model, layers)
     return Distilled(best.before, best.loss, best.step)
 

@@ -35,7 +35,8 @@ from arbllm.model.ranks import Ranks, assign_owners
 from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import linear_configs
 from arbllm.model.spill import spill
-from arbllm.model.tune import Tuning, tune_block
+from arbllm.model.training import Tuning
+from arbllm.model.tune import tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.model.workers import Solvers, solver_memory, solvers
 from arbllm.nn import BinaryLinear

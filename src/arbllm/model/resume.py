@@ -5,6 +5,7 @@ Beside the output directory OUT lies `.OUT.unfinished` while a job runs:
     manifest.json              what the job is: model, options, calibration tokens, versions
     shares.safetensors         how the bits are divided among the linears, where that was measured
     block-00000.safetensors    a finished block: packed linears, its other parameters, events
+    training.safetensors       the distillation as it was a while ago: scales, norms, Adam's moments, losses
     distilled.safetensors      the whole model's packed linears and norms after distillation
     checkpoint/                the output directory to be
     lock                       held by the job that is running
@@ -35,10 +36,12 @@ from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.output import check_replaceable, output_directory
 from arbllm.model.events import Event, read_event
+from arbllm.model.training import Training
 from arbllm.nn import BinaryLinear
 
 MANIFEST_FILE, LOCK_FILE, CHECKPOINT_DIRECTORY = "manifest.json", "lock", "checkpoint"
-SHARES, DISTILLED = "shares", "distilled"
+SHARES, TRAINING, DISTILLED = "shares", "training", "distilled"
+WORTH_KEEPING = ("block-*", TRAINING, DISTILLED)  # where a job was stopped before its end
 _SHOWN_DIFFERENCES = 5
 
 
@@ -138,8 +141,18 @@ class Progress:
         return read_event(values["event"])
 
     def keep_distilled(self, model: nn.Module, event: Event) -> None:
-        """Keep what distillation made of a packed model."""
+        """Keep what distillation made of a packed model, in the place of what it was on the way."""
         self._write(DISTILLED, distilled_tensors(model), {"event": event.to_dict()})
+        (self.directory / f"{TRAINING}.safetensors").unlink(missing_ok=True)
+
+    def training(self) -> Training | None:
+        """The distillation as it was kept last, on the CPU; None where it was not."""
+        found = self._read(TRAINING)
+        return Training(*found) if found else None
+
+    def keep_training(self, training: Training) -> None:
+        """Keep a distillation in its middle."""
+        self._write(TRAINING, training.tensors, training.values)
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
@@ -203,7 +216,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
             with output_directory(out, overwrite, directory / CHECKPOINT_DIRECTORY) as work:
                 yield directory, work
         except BaseException:
-            if any(directory.glob("block-*.safetensors")):
+            if any(file for name in WORTH_KEEPING for file in directory.glob(f"{name}.safetensors")):
                 warnings.warn(f"what is finished is kept: the same command goes on with {out}", stacklevel=1)
             else:
                 shutil.rmtree(directory, ignore_errors=True)

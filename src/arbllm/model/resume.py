@@ -41,7 +41,7 @@ from arbllm.nn import BinaryLinear
 
 MANIFEST_FILE, LOCK_FILE, CHECKPOINT_DIRECTORY = "manifest.json", "lock", "checkpoint"
 SHARES, TRAINING, DISTILLED = "shares", "training", "distilled"
-WORTH_KEEPING = ("block-*", TRAINING, DISTILLED)  # where a job was stopped before its end
+WORTH_KEEPING = ("block-*", TRAINING)  # where a job was stopped before its end
 _SHOWN_DIFFERENCES = 5
 
 

@@ -23,6 +23,7 @@ OTHER = "#555555"
 COLLAPSED = 20
 MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
 LETTER, LINE, MARKER = 6.2, 14.0, 7.0  # a letter's width, a line's height, half a marker's width, in pixels
+CLEARER = 5.0  # pixels by which a name should be nearer to its own point than to any other
 Box = tuple[float, float, float, float]  # left, low, right, high
 Spot = tuple[int, int]  # of a label: left, centred or right of its point (-1, 0, 1), and below, beside or above it
 SPOTS: tuple[Spot, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
@@ -95,7 +96,7 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
                      edgecolor="black" if winner else "none")  # fmt: skip
     _plain_ticks(axes.xaxis, [x for x, _ in points])
     _plain_ticks(axes.yaxis, [y for _, y in points])
-    axes.margins(x=0.22, y=0.12)
+    axes.margins(x=0.32, y=0.12)
     _label_points(axes, names, points, [COLOURS.get(row["family"], OTHER) for row in finite])
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
     axes.set_ylabel(f"perplexity, {text}")
@@ -179,12 +180,14 @@ def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
 def _label_points(
     axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], colours: Sequence[str]
 ) -> None:
-    """Names beside their points, each at the spot where it covers least of the points and of the names before it."""
+    """Names beside their points, each at the spot where it covers least of the points and of the names before it.
+
+    A name that could be taken for another point's counts as covering one letter for each pixel that it is too near.
+    """
     axes.autoscale_view()
     frame = axes.get_window_extent()
-    boxes: list[Box] = [
-        (x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in map(axes.transData.transform, points)
-    ]
+    places = [tuple(axes.transData.transform(point)) for point in points]
+    boxes: list[Box] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in places]
     longest_first = sorted(zip(names, points, colours, strict=True), key=lambda label: -len(label[0]))
     for name, point, colour in longest_first:
         x, y = axes.transData.transform(point)
@@ -194,7 +197,9 @@ def _label_points(
             left = x + across * (MARKER + width / 2) - width / 2
             low = y + up * (LINE / 2 + (2 if across else MARKER)) - LINE / 2
             spots.append(((across, up), (left, low, left + width, low + LINE)))
-        spot, box = min(spots, key=lambda each: _crowding(each[1], boxes, (frame.x0, -math.inf, frame.x1, math.inf)))
+        whole = (frame.x0, -math.inf, frame.x1, math.inf)
+        costs = [_crowding(box, boxes, whole) + LETTER * LINE * _doubt(box, (x, y), places) for _, box in spots]
+        spot, box = spots[costs.index(min(costs))]
         boxes.append(box)
         _annotate(axes, name, point, spot, colour)
 
@@ -202,6 +207,19 @@ def _label_points(
 def _crowding(box: Box, others: Sequence[Box], frame: Box) -> float:
     """How much of a box lies over others and, which is worse, outside the frame."""
     return sum(_overlap(box, other) for other in others) - 3 * _overlap(box, frame)
+
+
+def _doubt(box: Box, own: tuple[float, float], points: Sequence[tuple[float, ...]]) -> float:
+    """By how many pixels a box is too near to points that are not its own."""
+    near = _gap(box, own)
+    return sum(max(CLEARER - (_gap(box, point) - near), 0.0) for point in points if tuple(point) != tuple(own))
+
+
+def _gap(box: Box, point: Sequence[float]) -> float:
+    """How far a point is from a box."""
+    left, low, right, high = box
+    x, y = point
+    return math.hypot(max(left - x, x - right, 0.0), max(low - y, y - high, 0.0))
 
 
 def _annotate(axes: Any, name: str, point: tuple[float, float], spot: Spot, colour: str) -> None:

@@ -14,13 +14,13 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.frontier import Row, frontier, score, shown
 from arbllm.evaluation.methods import FULL, PARTS
 
-SIZE = (5.0, 4.6)
+SIZE = (5.6, 5.6)
 COLOURS = {
     FULL: "#22223b", "rtn": "#9c6644", "gptq": "#2a9134", "hqq": "#0077b6", "billm": "#8d99ae", "arb": "#e0a458",
     "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
 }  # fmt: skip
 OTHER = "#555555"
-COLLAPSED = 20
+COLLAPSED = 10
 MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
 LETTER, LINE, MARKER = 6.2, 14.0, 7.0  # a letter's width, a line's height, half a marker's width, in pixels
 CLEARER = 5.0  # pixels by which a name should be nearer to its own point than to any other

@@ -141,16 +141,13 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
         return _as_it_is(model, calibration)
     if recipe.config is None:
         return _peer(recipe.name, model, out, calibration, on_event)
+    options = calibration.options() | {"on_event": on_event}
     summary: JobSummary
     if recipe.base:
-        options = calibration.options()
-        del options["dtype"]
-        summary = distill(
-            out.with_name(recipe.base.name), out, model=model, steps=recipe.distill, on_event=on_event, **options
-        )
+        del options["dtype"]  # it goes on in that of the checkpoint
+        summary = distill(out.with_name(recipe.base.name), out, model=model, steps=recipe.distill, **options)
     else:
-        options = calibration.options()
-        summary = quantize(model, out, config=recipe.config, tune=recipe.tune, on_event=on_event, **options)
+        summary = quantize(model, out, config=recipe.config, tune=recipe.tune, **options)
     found = report(out, contents=False)
     stored = found.size.linears.parts
     parts = {part: sum(stored[tensor] for tensor in tensors) for part, tensors in PARTS.items()}

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arbllm.budget import allocate
 from arbllm.config import ALLOCATIONS, BinarizationConfig
 from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized
 from arbllm.model.quantize import quantize_model
-from arbllm.model.sensitivity import measure_demands
+from arbllm.model.sensitivity import measured_shares
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
@@ -33,7 +32,7 @@ def test_every_linear_is_calibrated_on_what_the_quantized_prefix_produces(config
     blocks = find_blocks(dense)
     configs = {linear.name: config for block in blocks for linear in block.linears}
     if config.bits is not None:
-        shares = allocate(measure_demands(dense, windows[:1], CPU), config.bits, config.scale_block)
+        shares = measured_shares(dense, windows, config, CPU)
         configs = {name: replace(config, bits=share) for name, share in shares.items()}
     hidden, calls = capture_inputs(dense, blocks, windows, CPU)
     for block, call in zip(blocks, calls, strict=True):
@@ -82,7 +81,7 @@ def test_a_budget_that_cannot_be_kept_is_refused():
 
 
 def test_without_a_budget_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr("arbllm.model.sensitivity.measure_demands", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("arbllm.model.sensitivity.measured_shares", lambda *_: pytest.fail("measured"))
     for config in (PAPER, BinarizationConfig(allocation="uniform", iterations=0)):
         quantize_model(tiny_model("llama", num_hidden_layers=1), random_windows(), config)
 

@@ -7,9 +7,9 @@
     python benchmarks/compare.py --report                only the report, from the rows that are whole
 
 Perplexity on the whole of WikiText-2 test, accuracy on 200 items of each of seven tasks, calibrated on 32 windows of
-2048 tokens of `wiki.valid.raw`, or, with `--calibration c4`, of C4. Data are looked for under $ARBLLM_DATA or
-../shared/data. What each step gave is kept in docs/comparison/rows and not run again; checkpoints, in out/comparison,
-are deleted by hand.
+2048 tokens of `wiki.valid.raw`, or, with `--calibration c4`, of C4; distilled rows read 128 in the end. Data are looked
+for under $ARBLLM_DATA or ../shared/data. What each step gave is kept in docs/comparison/rows and not run again;
+checkpoints, in out/comparison, are deleted by hand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from arbllm.evaluation.methods import Calibration, find_recipe
 from arbllm.evaluation.tasks import TASKS
 from arbllm.evaluation.write_report import write_report
 from commands import demonstration_model
-from results import CONTEXT, DATA, JOINT_WINDOWS, ROOT
+from results import CONTEXT, DATA, DISTILL_WINDOWS, JOINT_WINDOWS, ROOT
 
 CALIBRATIONS = {"wikitext2": DATA / "wiki.valid.raw", "c4": DATA.parent / "c4" / "c4_sample.txt"}
 ITEMS = 200
@@ -88,7 +88,7 @@ def comparison(calibration: str = "wikitext2", max_windows: int | None = None) -
             sys.exit(f"{file} is missing: set ARBLLM_DATA to the directory that holds {file.parent.name}/{file.name}")
     return Protocol(
         str(demonstration_model()),
-        Calibration(str(text), JOINT_WINDOWS, CONTEXT),
+        Calibration(str(text), JOINT_WINDOWS, CONTEXT, distill_windows=DISTILL_WINDOWS),
         (str(DATA / "wiki.test.raw"),),
         CONTEXT,
         max_windows,

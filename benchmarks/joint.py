@@ -46,13 +46,16 @@ leaves open. Five things make the difference:
 - **Refinement under H itself.** Once all segments are solved, each is refined in turn with the others fixed, so that
   earlier columns learn of what later ones could not do.
 
-In a whole model two things are added. H is measured on so many tokens only, and what it shows of correlations is partly
-chance: all H_jj are raised by sqrt(inputs / tokens) of themselves before H is used, which costs error on the text of
-the calibration and saves it on other text. And after a block is solved, its scales and norms are tuned until it puts
-out what the dense model has there, so that it also makes up for blocks before it. With `--distill`, scales and norms of
-all blocks are trained together in the end, toward the predictions of the dense model, which reads the text first: where
-both fit in memory, that does more than any other step after the solver; `arbllm distill` does it for a checkpoint that
-is there already.
+In a whole model three things are added. Bits go where they do most: gradients tell how much each linear's error raises
+the loss, and since an error that stays the same on all tokens does other harm than they foretell, all linears of one
+kind in a third of the depth are put in error together, as quantization will, and the divergence of the predictions is
+measured. Values, outputs of attention and the last blocks get more bits by that, queries and keys fewer. H is measured
+on so many tokens only, and what it shows of correlations is partly chance: all H_jj are raised by sqrt(inputs / tokens)
+of themselves before H is used, which costs error on the text of the calibration and saves it on other text. And after a
+block is solved, its scales and norms are tuned until it puts out what the dense model has there, so that it also makes
+up for blocks before it. With `--distill`, scales and norms of all blocks are trained together in the end, toward the
+predictions of the dense model, which reads the text first: where both fit in memory, that does more than any other step
+after the solver; `arbllm distill` does it for a checkpoint that is there already.
 
 Errors are output errors, tr(D H Dᵀ) / tr(W H Wᵀ), on three linear layers of SmolLM2-135M; bits count everything
 stored; times are processor seconds of one thread, medians of {repeats}. The reference is the implementation of the

@@ -39,7 +39,7 @@ CHECKPOINTS = ROOT / "out" / "results"
 FULL = "full precision"
 METHODS = ("billm", "arb", "arb-x", "arb-rc")
 PAPER = (FULL, *METHODS)
-WINDOWS, JOINT_WINDOWS, CONTEXT = 16, 32, 2048
+WINDOWS, JOINT_WINDOWS, DISTILL_WINDOWS, CONTEXT = 16, 32, 128, 2048
 COMPARED = ROOT / "docs" / "comparison" / "results.json"
 COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
 TEXT_WINDOWS = 148
@@ -70,7 +70,8 @@ Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, and its peers, calibrated on {windows} windows: of the
 validation text of WikiText-2, or, where the row says so, of C4. Rows named by a budget alone had each block's scales
-and norms tuned after it was solved, *distilled* ones {steps} steps of distillation as well, *untuned* ones neither.
+and norms tuned after it was solved, *distilled* ones {steps} steps of distillation on {lessons} windows of the same
+text as well, *untuned* ones neither.
 `rtn` and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that
 name, with groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their
 megabytes are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples
@@ -241,7 +242,14 @@ def joint_section(max_windows: int, dense: int) -> str:
             tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]
             shown_already |= rest.keys()
     return (
-        _JOINT.format(windows=JOINT_WINDOWS, steps=DISTILLATION_STEPS, option=option, table="\n\n".join(tables)) + "\n"
+        _JOINT.format(
+            windows=JOINT_WINDOWS,
+            steps=DISTILLATION_STEPS,
+            lessons=DISTILL_WINDOWS,
+            option=option,
+            table="\n\n".join(tables),
+        )
+        + "\n"
         if tables
         else ""
     )

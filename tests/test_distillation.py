@@ -88,6 +88,22 @@ def test_it_is_what_quantize_does_in_the_end(dense, packed, distilled, tmp_path)
         assert all(torch.equal(one, two) for one, two in zip(matrix.scales(), other.scales(), strict=True))
 
 
+def test_quantize_distils_on_more_text_than_it_calibrates_on(dense, packed, tmp_path):
+    options = OPTIONS | {"tune": 2, "bitmap": "entropy", "embedding_bits": 8}
+    more = 11
+    arbllm.quantize(dense, tmp_path / "at once", **options, distill=1, distill_windows=more)
+    arbllm.distill(packed, tmp_path / "later", model=dense, steps=1, windows=more, device="cpu")
+    found, wanted = (open_checkpoint(tmp_path / name) for name in ("at once", "later"))
+    assert found.quantization["calibration"] == wanted.quantization["calibration"]
+    assert found.quantization["calibration"]["distillation"]["windows"] == more
+    for name, matrix in matrices(tmp_path / "at once").items():
+        other = matrices(tmp_path / "later")[name]
+        assert all(torch.equal(one, two) for one, two in zip(matrix.scales(), other.scales(), strict=True))
+    with pytest.raises(arbllm.ArbllmError, match="at least one window"):
+        arbllm.quantize(dense, tmp_path / "none", **options, distill=1, distill_windows=0)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_half_precision_model_stays_one(tmp_path):
     model = tiny_llama(initializer_range=0.3).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")

@@ -40,6 +40,7 @@ class Opened:
         streamed: what reads its blocks and head, where they are streamed.
         tokenizer: its tokenizer.
         tokens: calibration windows, int64 (N, L).
+        lessons: windows to distil on, int64 (M, L); those of the calibration, if no other number is asked for.
         config: method and options, the bits that lead to the size asked for among them.
         source: fingerprint of the model as it was stored.
         dense_bytes: bytes of its tensors then.
@@ -50,6 +51,7 @@ class Opened:
     streamed: StreamedModel | None
     tokenizer: PreTrainedTokenizerBase
     tokens: Tensor
+    lessons: Tensor
     config: BinarizationConfig
     source: str
     dense_bytes: int
@@ -67,6 +69,7 @@ class Job:
     size: int | None
     tuning: Tuning | None
     distill: int
+    distill_windows: int | None
     calibration: str
     windows: int
     window_length: int
@@ -79,25 +82,31 @@ class Job:
     ranks: Ranks
 
     @property
-    def facts(self) -> dict[str, str | int]:
+    def facts(self) -> dict[str, Any]:
         """How it is calibrated, for config.json and the model card."""
-        return {
-            "tune": self.tuning.steps if self.tuning else 0,
-            "distill": self.distill,
+        text = {
             "text": shown(self.calibration),
             "windows": self.windows,
             "window_length": self.window_length,
             "seed": self.seed,
         }
+        other = self.distill and self.distill_windows not in (None, self.windows)
+        return {
+            "tune": self.tuning.steps if self.tuning else 0,
+            "distill": self.distill,
+            **text,
+            **({"distillation": text | {"windows": self.distill_windows}} if other else {}),
+        }
 
     def open(self) -> Opened:
         """Read the text and the model."""
         tokenizer = open_tokenizer(self.model, self.trust_remote_code)
-        text = self.calibration, tokenizer, self.windows, self.window_length, self.seed
-        tokens = self.ranks.told(partial(calibration_windows, *text))
+        tokens = lessons = self._read(tokenizer, self.windows)
         self.ranks.share(tokens)  # what would fail later is better refused in the beginning
         if self.distill:
-            cut_pieces(tokens)
+            if self.distill_windows is not None:
+                lessons = self._read(tokenizer, self.distill_windows)
+            cut_pieces(lessons)
         streamed = StreamedModel(self.model, self.dtype, self.trust_remote_code) if self.stream else None
         model = streamed.model if streamed else open_model_only(self.model, self.dtype, "cpu", self.trust_remote_code)
         source = streamed.fingerprint() if streamed else fingerprint(model.state_dict().items())
@@ -114,11 +123,17 @@ class Job:
             streamed=streamed,
             tokenizer=tokenizer,
             tokens=tokens,
+            lessons=lessons,
             config=config,
             source=source,
             dense_bytes=dense_bytes,
             dense_linear_bytes=dense_linear_bytes,
         )
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase, windows: int) -> Tensor:
+        """So many windows of the calibration text, the same on all ranks."""
+        text = self.calibration, tokenizer, windows, self.window_length, self.seed
+        return self.ranks.told(partial(calibration_windows, *text))
 
     def manifest(self, opened: Opened) -> dict[str, Any]:
         """What the job is: with any of it changed, its finished blocks would be others."""

@@ -62,6 +62,7 @@ def quantize(
     size: int | None = None,
     tune: int | None = None,
     distill: int = 0,
+    distill_windows: int | None = None,
     calibration: str = "c4",
     windows: int = 128,
     window_length: int = 2048,
@@ -97,6 +98,8 @@ def quantize(
             else none.
         distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. The dense model reads
             the calibration text first, the packed one in memory beside it.
+        distill_windows: windows of the calibration text to distil on; None for as many as for calibration. Scales of a
+            whole model can learn from more text than Hessians need.
         calibration: c4, wikitext2, ptb, a text file, or `builtin`, which needs no network.
         windows: calibration windows.
         window_length: tokens of a window.
@@ -135,6 +138,7 @@ def quantize(
             size=size,
             tuning=tuning,
             distill=distill,
+            distill_windows=distill_windows,
             calibration=calibration,
             windows=windows,
             window_length=window_length,
@@ -164,7 +168,7 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
                 emit = both(log, on_event)
                 results = job.binarize(opened, emit, progress)
                 if job.distill:
-                    _distill(model, job, opened.tokens, emit, progress)
+                    _distill(model, job, opened.lessons, emit, progress)
             save_packed(model, opened.tokenizer, work, _facts(job, config, results))
         dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
         del opened, model

@@ -16,6 +16,7 @@ from arbllm.device import peak_memory_bytes
 from arbllm.format.accounting import matrix_size
 from arbllm.format.rows import ROW_BITS, RowLayout
 from arbllm.job import choose_tuning, streamed_config
+from arbllm.model import disturbance
 from arbllm.model.distill import LENGTH
 from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.resume import unfinished_directory
@@ -32,6 +33,7 @@ REBUILT = 3  # float32 copies of the largest of such weights, gradients included
 KEPT = 1.3  # float32 numbers that a pass forward keeps for the way back, for each that a linear reads or writes
 PASSING = 3  # likewise without a way back, but of the largest linear
 LOGITS = 8  # float32 copies
+DISTURBED_LOGITS = 3  # likewise, beside what the model as it is predicts
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Plan:
         true_bits_per_weight: of them, at most.
         result_bytes: of the checkpoint's tensors, at most.
         peak_memory_bytes: an estimate, the sum of `memory`.
-        stage: which takes the most: `measuring` how the bits are to be divided, `blocks`, `reading` what is
-            distilled, or `distilling`.
+        stage: which takes the most: `measuring` how the bits are to be divided, or `disturbing` linears for that,
+            `blocks`, `reading` what is distilled, or `distilling`.
         memory: bytes by part at that stage.
         seconds: for all blocks, if they take as long as those that an unfinished job has measured; None without one.
     """
@@ -74,6 +76,7 @@ def plan(
     embedding_bits: int = 16,
     tune: int | None = None,
     distill: int = 0,
+    distill_windows: int | None = None,
     windows: int = 128,
     window_length: int = 2048,
     dtype: str = "auto",
@@ -89,6 +92,7 @@ def plan(
         embedding_bits: as in `arbllm.quantize`, like all that follows.
         tune: steps of tuning; None for the method's own.
         distill: steps of distillation.
+        distill_windows: windows to distil on; None for as many as for calibration.
         windows: calibration windows.
         window_length: tokens of a window.
         dtype: to open the model in.
@@ -114,8 +118,9 @@ def plan(
     stages = {"blocks": _at_blocks(empty, blocks, text, tuning is not None) | _model(empty, rest, packed, stream)}
     if config.bits is not None and config.allocation == "measured":
         stages["measuring"] = _measuring(empty, blocks, window_length)
+        stages["disturbing"] = _disturbing(empty, blocks, window_length)
     if distill:
-        stages |= _distilling(empty, blocks, (windows, window_length), rest + packed)
+        stages |= _distilling(empty, blocks, (distill_windows or windows, window_length), rest + packed)
     stage = max(stages, key=lambda name: sum(stages[name].values()))
     memory = {"program": peak_memory_bytes() + PROGRAM_BYTES} | stages[stage]
     return Plan(
@@ -180,6 +185,17 @@ def _measuring(model: PreTrainedModel, blocks: list[DecoderBlock], length: int) 
         "model": _bytes(model, FLOAT_BYTES),
         "activations": len(blocks) * length * _width(model) * FLOAT_BYTES,
         "work": max(_kept(block, length) for block in blocks),
+    }
+
+
+def _disturbing(model: PreTrainedModel, blocks: list[DecoderBlock], length: int) -> dict[str, int]:
+    """Bytes by part while linears are disturbed, an error kept for each."""
+    tokens = min(length, disturbance.LENGTH) * model.get_input_embeddings().num_embeddings * FLOAT_BYTES
+    errors = sum(linear.weight.nbytes for linear in _linears(blocks))
+    return {
+        "model": _bytes(model, FLOAT_BYTES),
+        "errors": errors,
+        "logits": (disturbance.PIECES + DISTURBED_LOGITS) * tokens,
     }
 
 

@@ -100,6 +100,15 @@ def test_a_distillation_goes_on_from_the_tuned_model(protocol, tmp_path, monkeyp
     assert not any((tmp_path / "models").iterdir())
 
 
+def test_a_distillation_reads_as_many_windows_as_asked_for(protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr("arbllm.evaluation.methods.DISTILLATION_STEPS", 1)
+    more = replace(protocol, calibration=replace(protocol.calibration, distill_windows=6))
+    compare(more, ["arb-rcx-3-distilled"], tmp_path, isolate=False, keep_models=True)
+    config = json.loads((tmp_path / "models" / "arb-rcx-3-distilled" / "config.json").read_text())
+    calibration = config["quantization_config"]["calibration"]
+    assert (calibration["windows"], calibration["distillation"]["windows"]) == (4, 6)
+
+
 def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypatch):
     def stop(*_: object) -> dict:
         raise KeyboardInterrupt

@@ -49,6 +49,10 @@ def compare(
     windows: Windows = 128,
     window_length: WindowLength = 2048,
     seed: Seed = 0,
+    distill_windows: Annotated[
+        int | None,
+        typer.Option(help="Windows that distilled methods read in the end.", show_default="as many as --windows"),
+    ] = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the checkpoints.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -74,7 +78,7 @@ def compare(
 
         protocol = Protocol(
             model,
-            Calibration(calibration, windows, window_length, seed, device, dtype, trust_remote_code),
+            Calibration(calibration, windows, window_length, seed, device, dtype, trust_remote_code, distill_windows),
             tuple(names(text)),
             context,
             max_windows,

@@ -44,7 +44,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """How every method of a comparison is calibrated; see `arbllm.quantize`."""
+    """How every method of a comparison is calibrated; see `arbllm.quantize`.
+
+    Attributes:
+        distill_windows: windows of the text that distillations read; None for as many as calibrate.
+    """
 
     text: str = "c4"
     windows: int = 128
@@ -53,6 +57,7 @@ class Calibration:
     device: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
+    distill_windows: int | None = None
 
     def options(self) -> dict[str, Any]:
         """As `arbllm.quantize` names them."""
@@ -145,6 +150,7 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
     summary: JobSummary
     if recipe.base:
         del options["dtype"]  # it goes on in that of the checkpoint
+        options["windows"] = calibration.distill_windows or calibration.windows
         summary = distill(out.with_name(recipe.base.name), out, model=model, steps=recipe.distill, **options)
     else:
         summary = quantize(model, out, config=recipe.config, tune=recipe.tune, **options)

@@ -87,6 +87,8 @@ def _protocol(settings: dict[str, Any], texts: Sequence[str]) -> str:
         f"{Path(calibration['text']).name}, seed {calibration['seed']}. Perplexity over {windows} of "
         f"{settings['context']} tokens of {', '.join(texts) or 'no text'}."
     )
+    if calibration.get("distill_windows"):
+        line += f" Distilled on {calibration['distill_windows']} windows of the calibration text."
     if settings["tasks"]:
         items = "all items" if settings["limit"] is None else f"{settings['limit']} items of each"
         line += f" Zero-shot tasks on {items}: {', '.join(settings['tasks'])}."

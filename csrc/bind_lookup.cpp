@@ -1,11 +1,13 @@
 // Bindings of the look-up kernels: arbllm/kernels/cpu.py calls them with the addresses of tensors that it has checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
 #include <stdexcept>
+#include <utility>
 
 #include "bindings.h"
 #include "prepare.h"
@@ -44,20 +46,32 @@ Prepared opened(uintptr_t address) {
     return Prepared(start);
 }
 
-Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<int64_t, 10>>& places,
-                   const std::array<uintptr_t, 4>& planes, const std::array<int64_t, 4>& plane_bytes,
-                   uintptr_t row_scales, uintptr_t row_means, uintptr_t column_scales, uintptr_t order) {
+Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<int64_t, 13>>& places,
+                   const std::array<uintptr_t, 6>& planes, const std::array<int64_t, 6>& plane_bytes,
+                   const std::vector<std::vector<std::pair<int, float>>>& levels, uintptr_t row_scales,
+                   uintptr_t row_means, uintptr_t column_scales, uintptr_t order) {
     Packed packed{};
     packed.rows = rows;
     packed.columns = columns;
     for (const auto& p : places) {
-        packed.places.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]});
-        packed.row_scale_slots += p[1] * p[2];
+        packed.places.push_back(
+            {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12]});
+        packed.row_scale_slots += packed.places.back().slots();
         packed.row_mean_slots += p[1];
     }
-    Plane* const into[] = {&packed.signs, &packed.low, &packed.high, &packed.second};
-    for (int i = 0; i < 4; ++i) {
+    Plane* const into[] = {&packed.signs,  &packed.low,   &packed.high,
+                           &packed.second, &packed.third, &packed.fourth};
+    for (int i = 0; i < 6; ++i) {
         *into[i] = {at<const uint8_t>(planes[i]), plane_bytes[i]};
+    }
+    for (const auto& summands : levels) {
+        if (summands.size() > MOST_SUMMANDS) {
+            throw std::invalid_argument("levels of so many summands are not foreseen");
+        }
+        packed.levels.emplace_back();
+        for (const auto& [mask, coefficient] : summands) {
+            packed.levels.back().push_back({mask, coefficient});
+        }
     }
     packed.row_scales = at<const float>(row_scales);
     packed.row_means = at<const float>(row_means);
@@ -74,7 +88,7 @@ void bind_lookup(nb::module_& module) {
 
     nb::class_<Packed>(module, "Packed", "A packed matrix in memory that its owner keeps.")
         .def_static("at", &packed_from, nb::arg("rows"), nb::arg("columns"), nb::arg("places"), nb::arg("planes"),
-                    nb::arg("plane_bytes"), nb::arg("row_scales"), nb::arg("row_means"), nb::arg("column_scales"),
+                    nb::arg("plane_bytes"), nb::arg("levels"), nb::arg("row_scales"), nb::arg("row_means"), nb::arg("column_scales"),
                     nb::arg("order"), "From addresses, 0 for what is absent.")
         .def("prepared_bytes", &prepared_bytes, "Bytes that `prepare` writes.")
         .def(

@@ -11,7 +11,10 @@
 //   2         2: their signs, then their groups                      2
 //   4         1: its sign, its group (2 bits)                        4
 //
-// A second sign makes a second pass, with tables and codes of its own. Row means double the accumulators: the sums of x
+// A second sign makes a second pass, with tables and codes of its own. A segment with a trellis code
+// (arbllm/binarize/code.py) is one pass: each weight's level is a sum of signs and products of signs, the planes of bits
+// of which look up in the same tables, and only stored signs are kept: what follows from the rows above is put together
+// for a stretch of columns at a time, in the cache. Row means double the accumulators: the sums of x
 // over the columns of each group. The bytes of the tables are rounded to 1/127 of the largest entry of BLOCK_BYTES
 // bytes of codes; this is the only error, as sums are exact.
 //
@@ -23,7 +26,8 @@
 // Rows go in blocks of 64 lanes, and blocks in tiles of four. Codes are [tile][pass][block of the tile][byte][lane],
 // row factors [tile][pass][block][accumulator][row] and dense columns [tile][block][column][row], so that a thread
 // which computes a tile reads each of them from front to back. Lane 2 i of a block is its row i, lane 2 i + 1 its row
-// 32 + i: sums of even and odd lanes come apart, and each half is in order.
+// 32 + i: sums of even and odd lanes come apart, and each half is in order. In a pass with a trellis, lanes are rows, so
+// that what lies 8 rows above is a word of 64 bits away, and row factors are those of the even rows, then of the odd.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +41,7 @@ constexpr int TILE_ROWS = LANES * TILE_BLOCKS;
 constexpr int BLOCK_BYTES = 8;  // bytes of codes, so 16 look-ups, that share one scale; sums stay far under 2^16
 constexpr int MOST_ACCUMULATORS = 8;
 constexpr int MOST_TOKENS = 16;
+constexpr int MOST_SUMMANDS = 10;
 constexpr int64_t MAGIC = 0x3150554b4f4f4c41;
 
 struct Header {
@@ -55,12 +60,18 @@ struct Pass {
     int32_t column;  // first column, in the prepared order
     int32_t width;
     int32_t per_nibble;  // columns of four bits: 4, 2 or 1
-    int32_t bytes;  // of codes, one row
+    int32_t bytes;  // of codes, one row and one plane
+    int32_t planes;  // of codes: with a trellis, stored signs of a weight; else 1
+    int32_t summands;  // with a trellis, of a weight's level; else 0
     int32_t signed_sums;  // accumulators of signs: 1, 2 or 4
     int32_t accumulators;  // with those of means
     int32_t codes_before;  // bytes of a row's codes in earlier passes
     int32_t factors_before;  // row factors in earlier passes
     int64_t column_factors;  // index of the first of signed_sums * width
+    // A summand is a coefficient times a product of signs; bit t of its mask stands for plane t: the stored signs but
+    // the first, then z1 and z0.
+    float coefficients[MOST_SUMMANDS];
+    int32_t masks[MOST_SUMMANDS];
 };
 
 static_assert(sizeof(Header) % 8 == 0 && sizeof(Pass) % 8 == 0);
@@ -96,7 +107,7 @@ struct Prepared {
         return LANES * (tile * TILE_BLOCKS * items + tile_blocks(tile) * before + block * own);
     }
     const uint8_t* codes_of(int64_t tile, int64_t block, const Pass& pass) const {
-        return codes + at(tile, block, header->lane_bytes, pass.codes_before, pass.bytes);
+        return codes + at(tile, block, header->lane_bytes, pass.codes_before, pass.planes * pass.bytes);
     }
     const float* factors_of(int64_t tile, int64_t block, const Pass& pass) const {
         return row_factors + at(tile, block, header->row_factors, pass.factors_before, pass.accumulators);

@@ -305,6 +305,108 @@ void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, 
     chosen(prepared, pass, tables, tile, block, y);
 }
 
+// Planes of bits of a stretch of a pass with a trellis: [byte][row].
+class Planes {
+  public:
+    static constexpr int BYTES = STRETCH * BLOCK_BYTES;
+
+    // Bytes [first, first + bytes) of each plane.
+    Planes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int first, int bytes)
+        : bytes_(bytes) {
+        const uint8_t* codes = prepared.codes_of(tile, block, pass) + LANES * first;
+        const bool top = tile == 0 && block == 0;
+        const int64_t before = tile * TILE_BLOCKS + block - 1;
+        const uint8_t* above =
+            top ? nullptr : prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first;
+        for (int plane = 1; plane < pass.planes; ++plane) {
+            planes_[plane - 1] = codes + int64_t{LANES} * plane * pass.bytes;
+        }
+        planes_[pass.planes - 1] = reinterpret_cast<const uint8_t*>(z1_);
+        planes_[pass.planes] = reinterpret_cast<const uint8_t*>(z0_);
+        for (int b = 0; b < bytes; ++b) {
+            if (top) {
+                std::memset(rows_ + 2 * WORDS * b, 0, LANES);
+            } else {
+                std::memcpy(rows_ + 2 * WORDS * b, above + LANES * b, LANES);
+            }
+            std::memcpy(rows_ + 2 * WORDS * b + WORDS, codes + LANES * b, LANES);
+        }
+        // A word holds 8 rows: what is 16, 24 and 40 rows above is 2, 3 and 5 words away.
+        for (int b = 0; b < bytes; ++b) {
+            const uint64_t* now = rows_ + 2 * WORDS * b + WORDS;
+            for (int w = 0; w < WORDS; ++w) {
+                z1_[WORDS * b + w] = now[w] ^ now[w - 2] ^ now[w - 5];
+            }
+            for (int w = 0; w < WORDS; ++w) {
+                z0_[WORDS * b + w] = now[w - 3];
+            }
+        }
+    }
+
+    Planes(const Planes&) = delete;
+
+    const uint8_t* plane(int number) const { return planes_[number]; }
+
+    // The bits of a product of signs, which must be of an odd number of planes.
+    const uint8_t* product(int mask) {
+        if ((mask & (mask - 1)) == 0) {
+            return planes_[__builtin_ctz(mask)];
+        }
+        std::memset(product_, 0, sizeof(uint64_t) * WORDS * bytes_);
+        for (int plane = 0; mask >> plane; ++plane) {
+            if (mask >> plane & 1) {
+                for (int i = 0; i < WORDS * bytes_; ++i) {
+                    uint64_t word;
+                    std::memcpy(&word, planes_[plane] + 8 * i, 8);
+                    product_[i] ^= word;
+                }
+            }
+        }
+        return reinterpret_cast<const uint8_t*>(product_);
+    }
+
+  private:
+    static constexpr int WORDS = LANES / 8;
+
+    const int bytes_;
+    const uint8_t* planes_[5];
+    alignas(64) uint64_t rows_[BYTES * 2 * WORDS];
+    alignas(64) uint64_t z1_[BYTES * WORDS];
+    alignas(64) uint64_t z0_[BYTES * WORDS];
+    alignas(64) uint64_t product_[BYTES * WORDS];
+};
+
+// y (64) of each token += what a pass with a trellis adds to the rows of one block.
+template <class V>
+void add_trellis(const Prepared& prepared, const Pass& pass, const Tables* tables, int64_t tokens, int64_t tile,
+                 int64_t block, float* const* y) {
+    alignas(64) float sums[MOST_TOKENS][LANES] = {};
+    for (int stretch = 0; stretch < stretches_of(pass); ++stretch) {
+        const int first = Planes::BYTES * stretch, bytes = std::min(Planes::BYTES, pass.bytes - first);
+        Planes planes(prepared, pass, tile, block, first, bytes);
+        for (int s = 0; s < pass.summands; ++s) {
+            const uint8_t* codes = planes.product(pass.masks[s]);
+            for (int64_t token = 0; token < tokens; ++token) {
+                const Tables& own = tables[token];
+                const float scale = pass.coefficients[s] * own.scales[stretch];
+                const float zero = pass.coefficients[s] * own.zeros[stretch];
+                for (int r = 0; r < LANES; ++r) {
+                    sums[token][r] -= zero;
+                }
+                add_stretch<V, 1>(codes, own.entries + 32 * int64_t{first}, bytes, own.shares + STRETCH * stretch,
+                                  &scale, sums[token]);
+            }
+        }
+    }
+    const float* factors = prepared.factors_of(tile, block, pass);
+    for (int64_t token = 0; token < tokens; ++token) {
+        for (int r = 0; r < LANES; ++r) {
+            const int lane = LANES / 2 * (r % 2) + r / 2;
+            y[token][r] += factors[lane] * sums[token][lane];
+        }
+    }
+}
+
 float widened(uint16_t bits) {
     const uint32_t word = static_cast<uint32_t>(bits) << 16;
     float value;
@@ -401,10 +503,24 @@ class Product {
         const int64_t blocks = std::min(piece_, prepared_.tile_blocks(tile) - skipped);
         alignas(64) float y[MOST_TOKENS][TILE_ROWS] = {};
         for (int64_t p = 0; p < header.passes; ++p) {
+            Tables found[MOST_TOKENS];
             for (int64_t token = 0; token < tokens; ++token) {
-                const Tables found = tables(token, p);
+                found[token] = tables(token, p);
+            }
+            if (prepared_.passes[p].summands) {
                 for (int64_t block = 0; block < blocks; ++block) {
-                    add_pass<V>(prepared_, prepared_.passes[p], found, tile, skipped + block, y[token] + LANES * block);
+                    float* rows[MOST_TOKENS];
+                    for (int64_t token = 0; token < tokens; ++token) {
+                        rows[token] = y[token] + LANES * block;
+                    }
+                    add_trellis<V>(prepared_, prepared_.passes[p], found, tokens, tile, skipped + block, rows);
+                }
+                continue;
+            }
+            for (int64_t token = 0; token < tokens; ++token) {
+                for (int64_t block = 0; block < blocks; ++block) {
+                    add_pass<V>(prepared_, prepared_.passes[p], found[token], tile, skipped + block,
+                                y[token] + LANES * block);
                 }
             }
         }
@@ -471,7 +587,46 @@ void unpack_groups(const Prepared& prepared, const Pass& pass, int64_t tile, int
     }
 }
 
+// Adds one pass with a trellis.
+void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
+                    int64_t stride) {
+    float levels[32];
+    for (int number = 0; number < 2 << pass.planes; ++number) {  // bit t of a number: plane t
+        levels[number] = 0.0f;
+        for (int s = 0; s < pass.summands; ++s) {
+            const bool positive = __builtin_parity(number & pass.masks[s]);
+            levels[number] += positive ? pass.coefficients[s] : -pass.coefficients[s];
+        }
+    }
+    const float* column_factors = prepared.column_factors + pass.column_factors;
+    float scales[LANES];
+    for (int r = 0; r < LANES; ++r) {
+        scales[r] = prepared.factors_of(tile, block, pass)[LANES / 2 * (r % 2) + r / 2];
+    }
+    for (int first = 0; first < pass.bytes; first += Planes::BYTES) {
+        const int bytes = std::min(Planes::BYTES, pass.bytes - first);
+        const Planes planes(prepared, pass, tile, block, first, bytes);
+        for (int j = 8 * first; j < std::min(8 * (first + bytes), pass.width); ++j) {
+            const int64_t at = LANES * (j / 8 - first);
+            int32_t numbers[LANES] = {};
+            for (int plane = 0; plane <= pass.planes; ++plane) {
+                const uint8_t* bits = planes.plane(plane) + at;
+                for (int r = 0; r < LANES; ++r) {
+                    numbers[r] |= (bits[r] >> (j % 8) & 1) << plane;
+                }
+            }
+            float* row = to + j * stride;
+            for (int r = 0; r < LANES; ++r) {
+                row[r] = scales[r] * column_factors[j] * levels[numbers[r]];
+            }
+        }
+    }
+}
+
 void unpack_pass(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to, int64_t stride) {
+    if (pass.summands) {
+        return unpack_trellis(prepared, pass, tile, block, to, stride);
+    }
     const bool means = pass.accumulators > pass.signed_sums;
     auto* const chosen = pass.signed_sums == 1   ? (means ? unpack_groups<1, true> : unpack_groups<1, false>)
                          : pass.signed_sums == 2 ? (means ? unpack_groups<2, true> : unpack_groups<2, false>)

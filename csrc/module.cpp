@@ -12,4 +12,5 @@ NB_MODULE(_native, module) {
     module.def("instruction_sets", &arbllm::instruction_sets, "Instruction sets that can be chosen, the best first.");
     bind_rebuild(module);
     bind_sweep(module);
+    bind_viterbi(module);
 }

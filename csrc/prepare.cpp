@@ -25,6 +25,9 @@ struct Plan {
     std::vector<const Place*> dense;
 };
 
+constexpr int64_t LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
+constexpr int64_t LAG = 24;  // the row above whose first sign z0 is
+
 int per_nibble(const Place& place) { return place.groups == 1 ? 4 : place.groups == 2 ? 2 : 1; }
 
 int64_t pass_bytes(const Place& place) {
@@ -34,7 +37,7 @@ int64_t pass_bytes(const Place& place) {
 
 // Whether a row's scales and codes take no less memory than its weights as floats.
 bool is_narrow(const Place& place, bool means) {
-    const int64_t factors = place.groups * (place.terms + (means ? 1 : 0));
+    const int64_t factors = place.slots() + (means ? place.groups : 0);
     return place.terms * pass_bytes(place) + 4 * factors >= 4 * place.width;
 }
 
@@ -48,18 +51,28 @@ Plan planned(const Packed& packed) {
             header.dense += place.width;
             continue;
         }
-        for (int term = 0; term < place.terms; ++term) {
+        for (int term = 0; term < (place.trellis ? 1 : place.terms); ++term) {
             Pass pass{};
             pass.column = static_cast<int32_t>(column);
             pass.width = static_cast<int32_t>(place.width);
             pass.per_nibble = per_nibble(place);
             pass.bytes = static_cast<int32_t>(pass_bytes(place));
+            pass.planes = 1;
+            if (place.trellis) {
+                const auto& level = packed.levels.at(place.terms - 1);
+                pass.planes = static_cast<int32_t>(place.terms);
+                pass.summands = static_cast<int32_t>(level.size());
+                for (size_t i = 0; i < level.size(); ++i) {
+                    pass.coefficients[i] = level[i].coefficient;
+                    pass.masks[i] = level[i].mask;
+                }
+            }
             pass.signed_sums = static_cast<int32_t>(place.groups);
             pass.accumulators = static_cast<int32_t>(place.groups * (packed.row_means && term == 0 ? 2 : 1));
             pass.codes_before = static_cast<int32_t>(header.lane_bytes);
             pass.factors_before = static_cast<int32_t>(header.row_factors);
             pass.column_factors = column_factors;
-            header.lane_bytes += pass.bytes;
+            header.lane_bytes += pass.planes * pass.bytes;
             header.row_factors += pass.accumulators;
             column_factors += place.groups * place.width;
             plan.passes.push_back(pass);
@@ -84,7 +97,7 @@ Plan planned(const Packed& packed) {
 }
 
 float column_scale(const Packed& packed, const Place& place, int64_t group, int term, int64_t j) {
-    const int64_t slot = group * place.terms + term;
+    const int64_t slot = place.trellis ? 0 : group * place.terms + term;
     return packed.column_scales ? packed.column_scales[place.column_scale + slot * place.width + j] : 1.0f;
 }
 
@@ -94,12 +107,35 @@ int group_of(const Packed& packed, const Place& place, int64_t row, int64_t j) {
 }
 
 int sign_of(const Packed& packed, const Place& place, int term, int64_t row, int64_t j) {
-    return term ? packed.second.bit(row, place.second + j) : packed.signs.bit(row, place.column + j);
+    switch (term) {
+        case 0: return packed.signs.bit(row, place.column + j);
+        case 1: return packed.second.bit(row, place.second + j);
+        case 2: return packed.third.bit(row, place.third + j);
+        default: return packed.fourth.bit(row, place.fourth + j);
+    }
+}
+
+// A weight in a trellis without its scales.
+float level(const Packed& packed, const Place& place, int64_t row, int64_t j) {
+    const auto above = [&](int64_t lag) { return lag <= row ? sign_of(packed, place, 0, row - lag, j) : 0; };
+    int bits = 0, terms = static_cast<int>(place.terms);
+    for (int term = 1; term < terms; ++term) {
+        bits |= sign_of(packed, place, term, row, j) << (term - 1);
+    }
+    bits |= (above(0) ^ above(LAGS[0]) ^ above(LAGS[1])) << (terms - 1) | above(LAG) << terms;
+    float sum = 0.0f;
+    for (const Summand& summand : packed.levels.at(place.terms - 1)) {
+        sum += __builtin_parity(bits & summand.mask) ? summand.coefficient : -summand.coefficient;
+    }
+    return sum;
 }
 
 float weight(const Packed& packed, const Place& place, int64_t row, int64_t j) {
     const int group = group_of(packed, place, row, j);
     const float* scales = packed.row_scales + row * packed.row_scale_slots + place.row_scale;
+    if (place.trellis) {
+        return level(packed, place, row, j) * scales[0] * column_scale(packed, place, 0, 0, j);
+    }
     float value = 0.0f;
     for (int term = 0; term < place.terms; ++term) {
         const float size = scales[group * place.terms + term] * column_scale(packed, place, group, term, j);
@@ -117,6 +153,27 @@ int nibble(const Packed& packed, const Place& place, int term, int per, int64_t 
         bits |= per == 4 ? 0 : group_of(packed, place, row, j + c) << (per == 2 ? 2 + c : 1);
     }
     return bits;
+}
+
+// A pass with a trellis: eight signs of a plane to a byte, rows in order.
+void write_trellis(const Packed& packed, const Plan& plan, size_t p, int64_t tile, int64_t block, const Prepared& to) {
+    const Pass& pass = plan.passes[p];
+    const Place& place = *plan.places[p];
+    auto* codes = const_cast<uint8_t*>(to.codes_of(tile, block, pass));
+    auto* factors = const_cast<float*>(to.factors_of(tile, block, pass));
+    for (int r = 0; r < LANES; ++r) {
+        const int64_t row = LANES * (tile * TILE_BLOCKS + block) + r;
+        if (row >= packed.rows) {
+            break;
+        }
+        factors[LANES / 2 * (r % 2) + r / 2] = packed.row_scales[row * packed.row_scale_slots + place.row_scale];
+        for (int term = 0; term < pass.planes; ++term) {
+            for (int64_t j = 0; j < place.width; ++j) {
+                codes[LANES * (term * pass.bytes + j / 8) + r] |=
+                    static_cast<uint8_t>(sign_of(packed, place, term, row, j) << (j % 8));
+            }
+        }
+    }
 }
 
 void write_pass(const Packed& packed, const Plan& plan, size_t p, int64_t tile, int64_t block, const Prepared& to) {
@@ -194,7 +251,8 @@ struct Writing {
         for (int64_t i; (i = job.blocks.next()) >= 0;) {
             const int64_t tile = i / TILE_BLOCKS, block = i % TILE_BLOCKS;
             for (size_t p = 0; p < job.plan.passes.size(); ++p) {
-                write_pass(job.packed, job.plan, p, tile, block, job.to);
+                auto* const write = job.plan.passes[p].summands ? write_trellis : write_pass;
+                write(job.packed, job.plan, p, tile, block, job.to);
             }
             write_dense(job.packed, job.plan, tile, block, job.to);
         }

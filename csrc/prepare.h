@@ -10,8 +10,16 @@ namespace arbllm {
 
 // Where a segment begins, as arbllm.format.layout.Place has it.
 struct Place {
-    int64_t width, groups, terms;
-    int64_t column, row_scale, row_mean, column_scale, low, high, second;
+    int64_t width, groups, terms, trellis;
+    int64_t column, row_scale, row_mean, column_scale, low, high, second, third, fourth;
+
+    int64_t slots() const { return trellis ? 1 : groups * terms; }
+};
+
+// One summand of the levels of a trellis: see Pass in lookup.h.
+struct Summand {
+    int32_t mask;
+    float coefficient;
 };
 
 // Rows of bits, `bytes` bytes apart, lowest bits first; no data where the matrix has none.
@@ -26,12 +34,13 @@ struct Plane {
 struct Packed {
     int64_t rows, columns;
     std::vector<Place> places;
-    Plane signs, low, high, second;
+    Plane signs, low, high, second, third, fourth;
     const float* row_scales;  // (rows, row_scale_slots)
     int64_t row_scale_slots;
     const float* row_means;  // (rows, row_mean_slots), or null
     int64_t row_mean_slots;
     const float* column_scales;  // flat, or null
+    std::vector<std::vector<Summand>> levels;  // of weights of 1, 2, ... stored signs in a trellis
     const int64_t* order;  // the natural column of each stored one, or null where they are the same
 };
 

@@ -39,7 +39,7 @@ const Kernel& kernel() {
     return best;
 }
 
-using Places = std::vector<std::array<int64_t, 6>>;
+using Places = std::vector<std::array<int64_t, 7>>;
 
 void check(bool agree) {
     if (!agree) throw std::invalid_argument("rebuild: shapes do not agree");
@@ -52,16 +52,17 @@ bool fits(const Found& array, size_t first, size_t second) {
 
 std::vector<Span> spans_of(const Places& places) {
     std::vector<Span> spans;
-    for (const auto& p : places) spans.push_back({p[0], p[1], p[2], p[3], p[4], p[5]});
+    for (const auto& p : places) spans.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6]});
     return spans;
 }
 
 // The arrays and `spans` are the caller's, and outlive what is returned.
-Scaled scaled(const std::vector<Span>& spans, const Array<const uint8_t, 2>& codes, const Array<const int32_t, 1>& order,
-              const Array<const float, 2>& rows, const Array<const float, 1>& columns) {
+Scaled scaled(const std::vector<Span>& spans, const Array<const uint8_t, 2>& codes, const Array<const float, 1>& levels,
+              const Array<const int32_t, 1>& order, const Array<const float, 2>& rows,
+              const Array<const float, 1>& columns) {
     int64_t row_slots = 0, column_slots = 0, width = 0;
     for (const Span& span : spans) {
-        const int64_t slots = span.groups * span.terms;
+        const int64_t slots = span.slots();
         check(span.column == width && span.row_scale == row_slots && span.column_scale == column_slots);
         width += span.width;
         row_slots += slots;
@@ -70,7 +71,7 @@ Scaled scaled(const std::vector<Span>& spans, const Array<const uint8_t, 2>& cod
     check(fits(codes, rows.shape(0), width) && fits(rows, codes.shape(0), row_slots) &&
           static_cast<int64_t>(order.shape(0)) == width && static_cast<int64_t>(columns.shape(0)) == column_slots);
     return {static_cast<int64_t>(rows.shape(0)), width, spans.data(), static_cast<int64_t>(spans.size()), row_slots,
-            codes.data(), order.data(), rows.data(), columns.data()};
+            codes.data(), levels.data(), order.data(), rows.data(), columns.data()};
 }
 
 // Calls work(part, first row, last row, memory of m floats) for each of `parts` parts of the rows, in so many threads.
@@ -93,10 +94,11 @@ void by_rows(const Scaled& matrix, int parts, const Work& work) {
     in_parallel(parts, run, &task);
 }
 
-void rebuild(const Places& places, Array<const uint8_t, 2> codes, Array<const int32_t, 1> order,
-             Array<const float, 2> rows, Array<const float, 1> columns, Array<float, 2> weight, int threads) {
+void rebuild(const Places& places, Array<const uint8_t, 2> codes, Array<const float, 1> levels,
+             Array<const int32_t, 1> order, Array<const float, 2> rows, Array<const float, 1> columns,
+             Array<float, 2> weight, int threads) {
     const std::vector<Span> spans = spans_of(places);
-    const Scaled matrix = scaled(spans, codes, order, rows, columns);
+    const Scaled matrix = scaled(spans, codes, levels, order, rows, columns);
     check(fits(weight, codes.shape(0), codes.shape(1)));
     float* to = weight.data();
     nb::gil_scoped_release release;
@@ -105,11 +107,11 @@ void rebuild(const Places& places, Array<const uint8_t, 2> codes, Array<const in
     });
 }
 
-void contract(const Places& places, Array<const uint8_t, 2> codes, Array<const int32_t, 1> order,
-              Array<const float, 2> rows, Array<const float, 1> columns, Array<const float, 2> gradient,
-              Array<float, 2> row_gradients, Array<float, 2> column_gradients) {
+void contract(const Places& places, Array<const uint8_t, 2> codes, Array<const float, 1> levels,
+              Array<const int32_t, 1> order, Array<const float, 2> rows, Array<const float, 1> columns,
+              Array<const float, 2> gradient, Array<float, 2> row_gradients, Array<float, 2> column_gradients) {
     const std::vector<Span> spans = spans_of(places);
-    const Scaled matrix = scaled(spans, codes, order, rows, columns);
+    const Scaled matrix = scaled(spans, codes, levels, order, rows, columns);
     const size_t parts = column_gradients.shape(0), slots = columns.shape(0);
     check(fits(gradient, codes.shape(0), codes.shape(1)) && fits(row_gradients, rows.shape(0), rows.shape(1)) &&
           fits(column_gradients, parts, slots));
@@ -127,9 +129,9 @@ void contract(const Places& places, Array<const uint8_t, 2> codes, Array<const i
 }  // namespace arbllm
 
 void bind_rebuild(nb::module_& module) {
-    module.def("rebuild", &arbllm::rebuild, nb::arg("places"), nb::arg("codes"), nb::arg("order"), nb::arg("rows"),
-               nb::arg("columns"), nb::arg("weight"), nb::arg("threads"), "Write the weight: see arbllm.rebuild.");
-    module.def("contract", &arbllm::contract, nb::arg("places"), nb::arg("codes"), nb::arg("order"), nb::arg("rows"),
-               nb::arg("columns"), nb::arg("gradient"), nb::arg("row_gradients"), nb::arg("column_gradients"),
+    module.def("rebuild", &arbllm::rebuild, nb::arg("places"), nb::arg("codes"), nb::arg("levels"), nb::arg("order"),
+               nb::arg("rows"), nb::arg("columns"), nb::arg("weight"), nb::arg("threads"), "Write the weight: see arbllm.rebuild.");
+    module.def("contract", &arbllm::contract, nb::arg("places"), nb::arg("codes"), nb::arg("levels"), nb::arg("order"),
+               nb::arg("rows"), nb::arg("columns"), nb::arg("gradient"), nb::arg("row_gradients"), nb::arg("column_gradients"),
                "Write the gradients of the scales; those of the column scales as a row for each thread, to be added up.");
 }

@@ -8,15 +8,19 @@ namespace arbllm {
 
 // A segment and where it begins, as arbllm.format.layout.Place has it.
 struct Span {
-    int64_t width, groups, terms;
+    int64_t width, groups, terms, trellis;
     int64_t column, row_scale, column_scale;
+
+    int64_t slots() const { return trellis ? 1 : groups * terms; }
 };
 
 struct Scaled {
     int64_t rows, columns;  // n, m
     const Span* spans;
     int64_t span_count, row_slots;
-    const uint8_t* codes;        // (n, m) in stored order: bits 0 and 1 the group, 2 and 3 set where a sign is -1
+    const uint8_t* codes;        // (n, m) in stored order: bits 0 and 1 the group, 2 and 3 set where a sign is -1;
+                                 // with a trellis the number of the level
+    const float* levels;
     const int32_t* order;        // (m), the natural column of each stored one
     const float* row_scales;     // (n, row_slots)
     const float* column_scales;  // flat

@@ -27,6 +27,16 @@ struct Many {
         return Bits{codes[0], codes[1], codes[2], codes[3]};
 #endif
     }
+
+    static INLINE Value look_up(const float* table, const uint8_t* codes) {
+#if defined(__AVX512F__)
+        return (Value)_mm512_i32gather_ps((__m512i)widen(codes), table, 4);
+#elif defined(__AVX2__)
+        return (Value)_mm256_i32gather_ps(table, (__m256i)widen(codes), 4);
+#else
+        return Value{table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+#endif
+    }
 };
 
 // One, for what is left of a segment.
@@ -36,6 +46,8 @@ struct One {
     typedef int32_t Bits __attribute__((vector_size(4)));
 
     static INLINE Bits widen(const uint8_t* codes) { return Bits{*codes}; }
+
+    static INLINE Value look_up(const float* table, const uint8_t* codes) { return Value{table[*codes]}; }
 };
 
 template <class Lanes>
@@ -131,6 +143,50 @@ void contract_segment(const Scaled& matrix, const Span& span, int64_t row, const
     std::memcpy(row_gradients + row * matrix.row_slots + span.row_scale, totals, sizeof totals);
 }
 
+// The same for weights that are levels, with one slot.
+template <class Lanes>
+INLINE void rebuild_levels(const float* levels, int64_t begin, int64_t end, const uint8_t* codes, float row,
+                           const float* columns, float* values) {
+    for (int64_t j = begin; j < end; j += Lanes::LANES) {
+        store(values + j, row * load<Lanes>(columns + j) * Lanes::look_up(levels, codes + j));
+    }
+}
+
+template <class Lanes>
+INLINE float contract_levels(const float* levels, int64_t begin, int64_t end, const uint8_t* codes, float row,
+                             const float* columns, const float* gradient, float* sums) {
+    typename Lanes::Value own{};
+    for (int64_t j = begin; j < end; j += Lanes::LANES) {
+        const auto share = load<Lanes>(gradient + j) * Lanes::look_up(levels, codes + j);
+        own += share * load<Lanes>(columns + j);
+        store(sums + j, load<Lanes>(sums + j) + row * share);
+    }
+    float total = 0.0f;
+    for (int lane = 0; lane < Lanes::LANES; ++lane) total += own[lane];
+    return total;
+}
+
+inline void rebuild_trellis(const Scaled& matrix, const Span& span, int64_t row, float* memory) {
+    const uint8_t* codes = matrix.codes + row * matrix.columns + span.column;
+    const float scale = matrix.row_scales[row * matrix.row_slots + span.row_scale];
+    const float* columns = matrix.column_scales + span.column_scale;
+    const int64_t whole = span.width - span.width % Many::LANES;
+    rebuild_levels<Many>(matrix.levels, 0, whole, codes, scale, columns, memory + span.column);
+    rebuild_levels<One>(matrix.levels, whole, span.width, codes, scale, columns, memory + span.column);
+}
+
+inline void contract_trellis(const Scaled& matrix, const Span& span, int64_t row, const float* memory,
+                             float* row_gradients, float* column_gradients) {
+    const uint8_t* codes = matrix.codes + row * matrix.columns + span.column;
+    const int64_t slot = row * matrix.row_slots + span.row_scale, whole = span.width - span.width % Many::LANES;
+    const float scale = matrix.row_scales[slot];
+    const float *columns = matrix.column_scales + span.column_scale, *gradient = memory + span.column;
+    float* sums = column_gradients + span.column_scale;
+    row_gradients[slot] =
+        contract_levels<Many>(matrix.levels, 0, whole, codes, scale, columns, gradient, sums) +
+        contract_levels<One>(matrix.levels, whole, span.width, codes, scale, columns, gradient, sums);
+}
+
 #define FOR_KIND(function, ...)                                         \
     switch (span.groups * 10 + span.terms) {                            \
         case 11: function<1, 1>(matrix, span, row, __VA_ARGS__); break; \
@@ -145,6 +201,10 @@ inline void rebuild(const Scaled& matrix, int64_t first, int64_t last, float* me
     for (int64_t row = first; row < last; ++row) {
         for (int64_t i = 0; i < matrix.span_count; ++i) {
             const Span& span = matrix.spans[i];
+            if (span.trellis) {
+                rebuild_trellis(matrix, span, row, memory);
+                continue;
+            }
             FOR_KIND(rebuild_segment, memory)
         }
         float* to = weight + row * matrix.columns;
@@ -159,6 +219,10 @@ inline void contract(const Scaled& matrix, int64_t first, int64_t last, const fl
         for (int64_t j = 0; j < matrix.columns; ++j) memory[j] = from[matrix.order[j]];
         for (int64_t i = 0; i < matrix.span_count; ++i) {
             const Span& span = matrix.spans[i];
+            if (span.trellis) {
+                contract_trellis(matrix, span, row, memory, row_gradients, column_gradients);
+                continue;
+            }
             FOR_KIND(contract_segment, memory, row_gradients, column_gradients)
         }
     }

@@ -90,6 +90,8 @@ def random_packed(layout: Layout, seed: int = 0, column_bitmap: Tensor | None = 
         ("group_bitmap", layout.grouped_columns),
         ("group_bitmap_high", layout.quartered_columns),
         ("second_signs", layout.salient),
+        ("third_signs", layout.columns_of_terms(3)),
+        ("fourth_signs", layout.columns_of_terms(4)),
     ):
         if width:
             tensors[name] = bits(width)

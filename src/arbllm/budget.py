@@ -12,17 +12,20 @@ from arbllm.errors import ConfigError
 from arbllm.format.accounting import matrix_size, total_size
 from arbllm.format.layout import Layout, Segment
 
-KINDS = ((1, 1), (2, 1), (2, 2), (4, 2))
-"""(groups, terms) of columns of 1, 2, 3 and 4 bits a weight, not counting scales."""
+KINDS = ((1, 1, False), (2, 1, False), (2, 2, False), (4, 2, False))
+TRELLIS_KINDS = ((1, 1, True), (1, 2, True), (1, 3, True), (1, 4, True))
+"""(groups, terms, trellis) of columns of 1, 2, 3 and 4 bits a weight, not counting scales."""
 OUTLIER = Segment(1, 1, 1)
-ERROR_PER_BIT = 3.7  # by which the output error falls with each bit a weight, as measured on real matrices
+ERROR_PER_BIT = 3.4  # by which the output error falls with each bit a weight, as measured on real matrices
 BISECTIONS = 24
 TINY = 1e-30
 COLUMNS_AT_A_TIME = 8  # segments begin at whole bytes
 SAVED_BY_A_SEGMENT = 8  # times COLUMNS_AT_A_TIME: more than the columns that its row scales would pay for
 
 
-def joint_layout(rows: int, columns: int, bits: float, scale_block: int, outliers: int = 0) -> Layout:
+def joint_layout(
+    rows: int, columns: int, bits: float, scale_block: int, outliers: int = 0, trellis: bool = True
+) -> Layout:
     """The layout for ARB-RCX that comes nearest to `bits` from below.
 
     Columns are of two kinds, b and b + 1 bits before scales: of all mixtures with the same bits it has the least error,
@@ -35,17 +38,18 @@ def joint_layout(rows: int, columns: int, bits: float, scale_block: int, outlier
         scale_block: columns of a segment, about.
         outliers: columns that each get a segment of their own, the last ones, if the bits allow it: row scales of 8
             bits then describe every weight to 1.5 %.
+        trellis: whether columns are those of a trellis code, or have groups.
 
     Raises:
         ConfigError: even one bit a column costs more, scales included.
     """
-    shape = rows, columns, scale_block, outliers
+    shape = rows, columns, scale_block, outliers, trellis
     for kind in range(len(KINDS) - 1, -1, -1):
         if _bits(*shape, kind) <= bits:
             break
     else:
         if outliers:
-            return joint_layout(rows, columns, bits, scale_block)
+            return joint_layout(rows, columns, bits, scale_block, trellis=trellis)
         least = _bits(*shape, 0)
         raise ConfigError(
             f"a {rows} x {columns} matrix takes at least {least:.3f} bits a weight with its scales, "
@@ -68,15 +72,20 @@ def joint_layout(rows: int, columns: int, bits: float, scale_block: int, outlier
     return _layout(*shape, kind, COLUMNS_AT_A_TIME * low)
 
 
-def _bits(rows: int, columns: int, scale_block: int, outliers: int, kind: int, better: int = 0) -> float:
-    return matrix_size(_layout(rows, columns, scale_block, outliers, kind, better)).true_bits
+def _bits(
+    rows: int, columns: int, scale_block: int, outliers: int, trellis: bool, kind: int, better: int = 0
+) -> float:
+    return matrix_size(_layout(rows, columns, scale_block, outliers, trellis, kind, better)).true_bits
 
 
-def _layout(rows: int, columns: int, scale_block: int, outliers: int, kind: int, better: int = 0) -> Layout:
+def _layout(
+    rows: int, columns: int, scale_block: int, outliers: int, trellis: bool, kind: int, better: int = 0
+) -> Layout:
     """Columns of one kind, then `better` columns of the next, then outliers."""
-    segments = _cut(columns - outliers - better, kind, scale_block) if columns > outliers + better else []
+    kinds = TRELLIS_KINDS if trellis else KINDS
+    segments = _cut(columns - outliers - better, kinds[kind], scale_block) if columns > outliers + better else []
     if better:
-        segments += _cut(better, kind + 1, scale_block)
+        segments += _cut(better, kinds[kind + 1], scale_block)
     segments += [OUTLIER] * outliers
     return Layout(
         rows=rows,
@@ -90,13 +99,13 @@ def _layout(rows: int, columns: int, scale_block: int, outliers: int, kind: int,
     )
 
 
-def _cut(columns: int, kind: int, scale_block: int) -> list[Segment]:
+def _cut(columns: int, kind: tuple[int, int, bool], scale_block: int) -> list[Segment]:
     """Segments of about the same width, as near to `scale_block` as can be, beginning at whole bytes."""
     count = max(1, round(columns / scale_block))
     ends = [round(columns * place / count / COLUMNS_AT_A_TIME) * COLUMNS_AT_A_TIME for place in range(count)] + [
         columns
     ]
-    return [Segment(end - start, *KINDS[kind]) for start, end in pairwise(ends)]
+    return [Segment(end - start, *kind) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,9 @@ class Demand:
     worth: float
 
 
-def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> dict[str, float]:
+def allocate(
+    demands: Mapping[str, Demand], bits: float, scale_block: int, trellis: bool = True
+) -> dict[str, float]:
     """Divide a budget among linears so that the model's loss rises least.
 
     The rise is the sum of worth * ERROR_PER_BIT^-b; with a Lagrange multiplier its least lies where each linear's bits
@@ -124,6 +135,7 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> di
         demands: of every linear by name.
         bits: true bits a weight over all of them.
         scale_block: see `joint_layout`.
+        trellis: see `joint_layout`.
 
     Returns:
         Bits a weight by name.
@@ -134,7 +146,7 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> di
     weights = {name: demand.rows * demand.columns for name, demand in demands.items()}
     wishes = {name: log(max(demand.worth, TINY) / weights[name], ERROR_PER_BIT) for name, demand in demands.items()}
     least = {
-        name: max(FEWEST_BITS, _bits(demand.rows, demand.columns, scale_block, 0, 0))
+        name: max(FEWEST_BITS, _bits(demand.rows, demand.columns, scale_block, 0, trellis, 0))
         for name, demand in demands.items()
     }
     total = sum(weights.values())
@@ -146,7 +158,9 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int) -> di
 
     def spent(level: float) -> float:
         wanted = spend(level)
-        layouts = (joint_layout(d.rows, d.columns, wanted[name], scale_block) for name, d in demands.items())
+        layouts = (
+            joint_layout(d.rows, d.columns, wanted[name], scale_block, trellis=trellis) for name, d in demands.items()
+        )
         return total_size(layouts).true_bits
 
     low, high = -max(wishes.values()), MOST_BITS - min(wishes.values())

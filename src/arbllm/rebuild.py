@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbllm.binarize.code import all_levels
 from arbllm.format.bitplanes import unpack_values
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.format.trellis import level_numbers
 from arbllm.native import extension
 
 GROUP_BITS = 3
@@ -30,7 +32,7 @@ class Codes:
     Attributes:
         layout: the matrix's; it has column scales and no row means.
         values: uint8 (n, m) in stored order. Bits 0 and 1 are the group; bit 2 is set where the first sign is -1, bit 3
-            where the second one is.
+            where the second one is. In segments with a trellis, numbers of levels in `code.all_levels`.
         order: int32 (m), the natural column of each stored one.
     """
 
@@ -52,7 +54,9 @@ class Codes:
             None if plane is None else unpack_values(plane, width, clear, set) for plane, width, clear, set in planes
         )
         for place in layout.places:
-            width, groups, terms = place.segment
+            width, groups, terms, trellis = place.segment
+            if trellis:
+                continue
             part = values[:, place.column : place.column + width]
             for plane, start, present in (
                 (low, place.low, groups >= 2),
@@ -61,10 +65,13 @@ class Codes:
             ):
                 if plane is not None and present:
                     part += plane[:, start : start + width]
+        values = values.view(torch.uint8)
+        for place, numbers in level_numbers(layout, matrix.tensors(), slice(0, layout.rows)):
+            values[:, place.column : place.column + place.segment.width] = numbers
         order = matrix.column_order()
         if order is None:
             order = torch.arange(layout.columns, device=values.device)
-        return cls(layout, values.view(torch.uint8), order.int())
+        return cls(layout, values, order.int())
 
     def native(self, scales: Tensor) -> ModuleType | None:
         """The extension, if it can compute with these scales."""
@@ -120,22 +127,26 @@ class Codes:
         return self.order.argsort()
 
     def _slots(self) -> Iterator[tuple[slice, int, slice, Tensor]]:
-        """Of each scale slot: its stored columns, its row scale and column scales, and signs.
+        """Of each scale slot: its stored columns, its row scale and column scales, and what these are multiplied by.
 
-        Signs are int8 (n, width), 0 where a weight is of another group.
+        That is signs, int8 (n, width), 0 where a weight is of another group; or levels, float32.
         """
         for place in self.layout.places:
-            width, groups, terms = place.segment
+            width, _, terms, trellis = place.segment
             stored = slice(place.column, place.column + width)
             codes = self.values[:, stored]
-            signs = [1 - (codes & bit).ne(0).to(torch.int8) * 2 for bit in SIGN_BITS[:terms]]
-            for slot in range(groups * terms):
+            signs = [] if trellis else [1 - (codes & bit).ne(0).to(torch.int8) * 2 for bit in SIGN_BITS[:terms]]
+            for slot in range(place.segment.slots):
                 start = place.column_scale + slot * width
-                mask = signs[slot % terms] * ((codes & GROUP_BITS) == slot // terms)
-                yield stored, place.row_scale + slot, slice(start, start + width), mask
+                factors = (
+                    all_levels(codes.device)[codes.int()]
+                    if trellis
+                    else signs[slot % terms] * ((codes & GROUP_BITS) == slot // terms)
+                )
+                yield stored, place.row_scale + slot, slice(start, start + width), factors
 
     def _arrays(self, rows: Tensor, columns: Tensor) -> tuple[Any, ...]:
         """What the extension reads."""
         places = [[*place.segment, place.column, place.row_scale, place.column_scale] for place in self.layout.places]
-        tensors = (self.values, self.order, rows.detach().contiguous(), columns.detach().contiguous())
+        tensors = (self.values, all_levels(), self.order, rows.detach().contiguous(), columns.detach().contiguous())
         return places, *(tensor.numpy() for tensor in tensors)

@@ -14,14 +14,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from arbllm.binarize import joint, trellis
 from arbllm.binarize.block import Part
-from arbllm.binarize.joint import Levels, choose_levels, feed_forward, refit_scales, start
+from arbllm.binarize.joint import Levels
+from arbllm.binarize.trellis import TrellisLevels, TrellisPart
 from arbllm.factor import Factor
 from arbllm.format.layout import Segment
 
-FIRST_ROUNDS = 3
+FIRST_ROUNDS = 4
 OUTLIER_ENERGY, MOST_OUTLIERS = 20.0, 0.01  # times the mean energy, share of the columns
-ENOUGH = 0.006
+ENOUGH = 0.003
+
+AnyLevels = Levels | TrellisLevels
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class SegmentsFit:
         errors: tr(D H D^T), H damped, once all segments are solved and after each round of refinement that lowered it.
     """
 
-    parts: list[Part]
+    parts: list[Part | TrellisPart]
     reconstruction: Tensor
     errors: tuple[float, ...]
 
@@ -67,7 +71,7 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
             break
     del problem
     reconstruction = torch.empty_like(weight)
-    parts = []
+    parts: list[Part | TrellisPart] = []
     for level, place in zip(levels, bounds, strict=True):
         reconstruction[:, order[place]] = level.values().T
         columns, ascending = order[place].sort()
@@ -98,7 +102,7 @@ def processing_order(weight: Tensor, factor: Factor, segments: Sequence[Segment]
     energy[diagonal.argsort(descending=True, stable=True)[:single]] = torch.inf
     ranked = energy.argsort(descending=True, stable=True)
     places, start = [], 0
-    for _, run in groupby(segments, key=lambda segment: (segment.groups, segment.terms, segment.width == 1)):
+    for _, run in groupby(segments, key=lambda segment: (segment[1:], segment.width == 1)):
         stop = start + sum(segment.width for segment in run)
         members = ranked[len(ranked) - stop : len(ranked) - start]
         places.append(members[diagonal[members].argsort(descending=True, stable=True)])
@@ -126,17 +130,17 @@ class _Problem:
         """tr(D H D^T)."""
         return float((self.weight - self.values).mul_(self.pull).sum())
 
-    def solve(self, segments: Sequence[Segment], bounds: Sequence[slice], upper: Tensor) -> list[Levels]:
+    def solve(self, segments: Sequence[Segment], bounds: Sequence[slice], upper: Tensor) -> list[AnyLevels]:
         """The first pass, by U of H: later segments make up for the errors of earlier ones."""
         remaining = self.weight.clone()
-        solved = []
+        solved: list[AnyLevels] = []
         for segment, place in zip(segments, bounds, strict=True):
             target, triangle = remaining[place], upper[place, place]
             metric = torch.cholesky_inverse(triangle, upper=True)
-            levels = feed_forward(target, start(target, segment.groups, segment.terms), triangle)
+            levels = _feed_forward(target, segment, triangle)
             goal = metric @ target
             for _ in range(FIRST_ROUNDS):
-                levels = choose_levels(goal, refit_scales(goal, levels, metric), metric)
+                levels = _choose_levels(goal, _refit_scales(goal, levels, metric), metric)
             self.values[place] = levels.values()
             error = torch.linalg.solve_triangular(triangle.T, target - self.values[place], upper=False)
             remaining[place.stop :] -= upper[place, place.stop :].T @ error
@@ -148,17 +152,35 @@ class _Problem:
         self.hessian = hessian
         self.pull = hessian @ (self.weight - self.values)
 
-    def refine(self, levels: Sequence[Levels], bounds: Sequence[slice]) -> list[Levels]:
+    def refine(self, levels: Sequence[AnyLevels], bounds: Sequence[slice]) -> list[AnyLevels]:
         """One round over all segments under H, each with all the others fixed."""
         refined = []
         for level, place in zip(levels, bounds, strict=True):
             metric, before = self.hessian[place, place], self.values[place].clone()
             goal = torch.addmm(self.pull[place], metric, before)
-            level = refit_scales(goal, choose_levels(goal, level, metric), metric)
+            level = _refit_scales(goal, _choose_levels(goal, level, metric), metric)
             self.values[place] = level.values()
             self.pull.addmm_(self.hessian[:, place], self.values[place] - before, alpha=-1)
             refined.append(level)
         return refined
+
+
+def _feed_forward(target: Tensor, segment: Segment, triangle: Tensor) -> AnyLevels:
+    if segment.trellis:
+        return trellis.feed_forward(target, trellis.start(target, segment.terms), triangle)
+    return joint.feed_forward(target, joint.start(target, segment.groups, segment.terms), triangle)
+
+
+def _choose_levels(goal: Tensor, levels: AnyLevels, metric: Tensor) -> AnyLevels:
+    if isinstance(levels, TrellisLevels):
+        return trellis.choose_levels(goal, levels, metric)
+    return joint.choose_levels(goal, levels, metric)
+
+
+def _refit_scales(goal: Tensor, levels: AnyLevels, metric: Tensor) -> AnyLevels:
+    if isinstance(levels, TrellisLevels):
+        return trellis.refit_scales(goal, levels, metric)
+    return joint.refit_scales(goal, levels, metric)
 
 
 def _bounds(segments: Sequence[Segment]) -> list[slice]:

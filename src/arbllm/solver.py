@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from arbllm.binarize.binarize import binarize_block
 from arbllm.binarize.block import Part
 from arbllm.binarize.methods import Method, get_method
+from arbllm.binarize.trellis import TrellisPart
 from arbllm.budget import joint_layout
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError, ModelError
@@ -65,7 +67,7 @@ def quantize_matrix(
 class _Solved(NamedTuple):
     """A matrix as parts with natural column numbers, its reconstruction (n, m), and errors as in `SolveReport`."""
 
-    parts: list[Part]
+    parts: Sequence[Part | TrellisPart]
     reconstruction: Tensor
     history: tuple[tuple[float, ...], ...]
     scale_bits: int
@@ -75,7 +77,9 @@ def _solve_segments(original: Tensor, factor: Factor, config: BinarizationConfig
     """ARB-RCX within the budget of bits."""
     assert config.bits is not None, "the configuration fills it in"
     rows, columns = original.shape
-    layout = joint_layout(rows, columns, config.bits, config.scale_block, outliers(factor.hessian))
+    layout = joint_layout(
+        rows, columns, config.bits, config.scale_block, outliers(factor.hessian), config.trellis
+    )
     weight = original.masked_fill(factor.dead, 0) if factor.dead.any() else original
     fit = fit_segments(weight, factor, layout.segments, config.iterations)
     return _Solved(fit.parts, fit.reconstruction, (fit.errors,), layout.scale_bits)

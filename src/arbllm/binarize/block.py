@@ -87,6 +87,36 @@ class Part:
             value = torch.where(zone.mask, zone.reconstruct(), value)
         return value
 
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Groups, signs a weight, and False: signs stand for themselves, see `arbllm.format.layout.Segment`."""
+        return len(self.zones), len(self.zones[0].terms), False
+
+    @property
+    def scales(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Row scales (n) and column scales (k) of each zone's terms."""
+        return [(term.row_scales, term.column_scales) for zone in self.zones for term in zone.terms]
+
+    @property
+    def row_means(self) -> list[Tensor]:
+        """Row means (n) of each zone; none where the method has none."""
+        return [zone.row_means for zone in self.zones if zone.row_means is not None]
+
+    @property
+    def group_numbers(self) -> Tensor:
+        """Each weight's group, uint8 (n, k)."""
+        number = torch.zeros_like(self.zones[0].mask, dtype=torch.uint8)
+        for group, zone in enumerate(self.zones[1:], start=1):
+            number += zone.mask.to(torch.uint8) * group
+        return number
+
+    def signs(self, term: int) -> Tensor:
+        """Each weight's sign of this term in its own zone, bool (n, k), True for +."""
+        signs = self.zones[0].terms[term].signs > 0
+        for zone in self.zones[1:]:
+            signs = torch.where(zone.mask, zone.terms[term].signs > 0, signs)
+        return signs
+
 
 @dataclass(frozen=True)
 class Block:

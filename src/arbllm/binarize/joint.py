@@ -192,7 +192,7 @@ def solve_columns(goal: Tensor, levels: Levels, basis: Tensor | None, metric: Te
             others[some] = 0
             wanted = goal - metric @ (vectors * others[:, :, None]).sum(0)
         flat = vectors[some].flatten(0, 1)
-        system = _lower_gram(flat)
+        system = lower_gram(flat)
         system.view(-1, width, len(flat) // width, width).mul_(metric[:, None, :])
         ridge = (RIDGE * system.diagonal().mean()).clamp(min=TINY)
         system.diagonal().add_(ridge)
@@ -203,7 +203,7 @@ def solve_columns(goal: Tensor, levels: Levels, basis: Tensor | None, metric: Te
     return replace(levels, columns=columns)
 
 
-def _lower_gram(vectors: Tensor) -> Tensor:
+def lower_gram(vectors: Tensor) -> Tensor:
     """V V^T (k, k) at and below the diagonal, all that Cholesky looks at; a strip at a time saves most of the rest."""
     gram = vectors.new_zeros(len(vectors), len(vectors))
     height = -(-len(vectors) // STRIPS)

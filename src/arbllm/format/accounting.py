@@ -1,6 +1,6 @@
 """Bytes and bits of packed matrices, counted from their layouts alone.
 
-*Nominal* bits count one sign a weight, two in salient columns: what papers quote. *True* bits count all that is stored,
+*Nominal* bits count the stored signs, one a weight, two in salient columns: what papers quote. *True* bits count all that is stored,
 bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per weight of the
 linears that were packed; embeddings and other dense tensors are counted apart, in bytes. A file may hold the group
 bitmap coded (see `arbllm.format.coding`): then it takes other bits on disk than in memory.
@@ -22,19 +22,19 @@ class StorageSize:
 
     Attributes:
         weights: number of weights.
-        salient_weights: those in salient columns, which have a second sign.
+        further: number of signs after each weight's first: one for each weight in a salient column.
         signs: bytes of first signs.
         group_bitmap: bytes of the group bitmap, low and high bits together.
         column_bitmap: bytes of the column bitmap.
         column_order: bytes of the column order, or of the columns' segment numbers.
-        second_signs: bytes of second signs.
+        second_signs: bytes of second signs, and of third and fourth ones.
         row_scales: bytes of row scales, and of the steps that 8-bit ones go with.
         row_means: bytes of row means.
         column_scales: bytes of column scales.
     """
 
     weights: int = 0
-    salient_weights: int = 0
+    further: int = 0
     signs: int = 0
     group_bitmap: int = 0
     column_bitmap: int = 0
@@ -67,7 +67,7 @@ class StorageSize:
     @property
     def nominal_bits(self) -> float:
         """Signs per weight; 0 without weights."""
-        return 1 + self.salient_weights / self.weights if self.weights else 0.0
+        return 1 + self.further / self.weights if self.weights else 0.0
 
     def __add__(self, other: StorageSize) -> StorageSize:
         return StorageSize(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -84,11 +84,14 @@ def matrix_size(layout: Layout, coded: Mapping[str, int] | None = None) -> Stora
     stored |= coded or {}
     for name, whole in (
         ("group_bitmap_high", "group_bitmap"),
+        ("third_signs", "second_signs"),
+        ("fourth_signs", "second_signs"),
         ("scale_steps", "row_scales"),
         ("column_segments", "column_order"),
     ):
         stored[whole] = stored.get(whole, 0) + stored.pop(name, 0)
-    return StorageSize(weights=layout.weights, salient_weights=layout.rows * layout.salient, **stored)
+    further = layout.rows * (layout.signs - layout.columns)
+    return StorageSize(weights=layout.weights, further=further, **stored)
 
 
 def total_size(layouts: Iterable[Layout]) -> StorageSize:

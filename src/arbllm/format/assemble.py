@@ -8,15 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from arbllm.binarize.block import Part, Zone
+from arbllm.binarize.block import Part
+from arbllm.binarize.trellis import TrellisPart
 from arbllm.format.bitplanes import pack
 from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix, SolveReport, bitmap_order
 from arbllm.format.scales import encode_scales, to_float16
+from arbllm.format.trellis import FURTHER_SIGNS
+
+AnyPart = Part | TrellisPart
 
 
 def assemble(
-    parts: Sequence[Part],
+    parts: Sequence[AnyPart],
     report: SolveReport | None = None,
     *,
     block_size: int | None = None,
@@ -41,26 +45,25 @@ def assemble(
     Raises:
         ModelError: a scale does not fit float16, or is negative where codes are wanted.
     """
-    zones = [zone for part in parts for zone in part.zones]
     order = torch.cat([part.columns for part in parts])
-    segments = [Segment(len(part.columns), len(part.zones), len(part.zones[0].terms)) for part in parts]
+    segments = [Segment(len(part.columns), *part.kind) for part in parts]
     salient = torch.zeros_like(order, dtype=torch.bool)
-    salient[order] = torch.cat([torch.full_like(part.columns, len(part.zones[0].terms)) for part in parts]) == 2
+    salient[order] = torch.cat([torch.full_like(part.columns, part.kind[1]) for part in parts]) >= 2
     ordering = _ordering(parts, order, salient, block_size)
+    scales = [pair for part in parts for pair in part.scales]
+    means = [mean for part in parts for mean in part.row_means]
+    factors = [factor for _, factor in scales if factor is not None]
     layout = Layout(
-        rows=zones[0].mask.shape[0],
+        rows=len(scales[0][0]),
         columns=len(order),
         segments=tuple(segments),
         ordering=ordering,
         block_size=block_size if block_size and ordering == "bitmap" else 0,
         scale_bits=scale_bits,
-        row_means=zones[0].row_means is not None,
-        column_scaled=zones[0].terms[0].column_scales is not None,
+        row_means=bool(means),
+        column_scaled=bool(factors),
     )
-    means = [zone.row_means for zone in zones if zone.row_means is not None]
-    terms = [term for zone in zones for term in zone.terms]
-    factors = [term.column_scales for term in terms if term.column_scales is not None]
-    rows, columns = torch.stack([term.row_scales for term in terms], 1), torch.cat(factors) if factors else None
+    rows, columns = torch.stack([row for row, _ in scales], 1), torch.cat(factors) if factors else None
     tensors = _planes(parts) | encode_scales(rows, columns, layout)
     if means:
         tensors["row_means"] = to_float16(torch.stack(means, 1))
@@ -75,7 +78,7 @@ def assemble(
     return replace(BinaryMatrix.from_tensors(layout, tensors), report=report)
 
 
-def _ordering(parts: Sequence[Part], order: Tensor, salient: Tensor, block_size: int | None) -> str:
+def _ordering(parts: Sequence[AnyPart], order: Tensor, salient: Tensor, block_size: int | None) -> str:
     """The cheapest way to store an order, as `Layout.ordering` names it."""
     if torch.equal(order, torch.arange(len(order), device=order.device)):
         return "natural"
@@ -85,29 +88,16 @@ def _ordering(parts: Sequence[Part], order: Tensor, salient: Tensor, block_size:
     return "segments" if ascending else "explicit"
 
 
-def _planes(parts: Sequence[Part]) -> dict[str, Tensor]:
+def _planes(parts: Sequence[AnyPart]) -> dict[str, Tensor]:
     """All that has a bit a weight."""
-    groups = [_groups(part) for part in parts]
+    groups = [part.group_numbers if part.kind[0] > 1 else None for part in parts]
     planes = {
-        "signs": [_signs(part.zones, 0) for part in parts],
-        "group_bitmap": [groups[i] & 1 for i, part in enumerate(parts) if len(part.zones) >= 2],
-        "group_bitmap_high": [groups[i] >> 1 for i, part in enumerate(parts) if len(part.zones) == 4],
-        "second_signs": [_signs(part.zones, 1) for part in parts if len(part.zones[0].terms) == 2],
+        "signs": [part.signs(0) for part in parts],
+        "group_bitmap": [number & 1 for number in groups if number is not None],
+        "group_bitmap_high": [
+            number >> 1 for part, number in zip(parts, groups, strict=True) if number is not None and part.kind[0] == 4
+        ],
     }
+    for term, name in enumerate(FURTHER_SIGNS, start=1):
+        planes[name] = [part.signs(term) for part in parts if part.kind[1] > term]
     return {name: pack(torch.cat(bits, 1)) for name, bits in planes.items() if bits}
-
-
-def _groups(part: Part) -> Tensor:
-    """Each weight's group number, uint8 (n, k)."""
-    number = torch.zeros_like(part.zones[0].mask, dtype=torch.uint8)
-    for group, zone in enumerate(part.zones[1:], start=1):
-        number += zone.mask.to(torch.uint8) * group
-    return number
-
-
-def _signs(zones: Sequence[Zone], term: int) -> Tensor:
-    """Each weight's sign in its own zone, bool (n, k)."""
-    signs = zones[0].terms[term].signs > 0
-    for zone in zones[1:]:
-        signs = torch.where(zone.mask, zone.terms[term].signs > 0, signs)
-    return signs

@@ -24,7 +24,7 @@ from arbllm.format.layout import Layout
 from arbllm.format.matrix import ORDER_TENSORS, check_order
 from arbllm.format.rows import RowLayout, row_layouts
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 QUANT_METHOD = "arbllm"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from arbllm.binarize.code import all_levels
 from arbllm.format.bitplanes import unpack_values
 from arbllm.format.layout import Layout, Place
 from arbllm.format.scales import decode_scales
+from arbllm.format.trellis import level_numbers
 
 MOST_RUNS = 4
 """With more changes between numbers of groups than this, all columns are decoded as if they had the most."""
@@ -34,7 +36,7 @@ class Decoder:
         self._row_scales, factors = decode_scales(tensors, layout)
         device = tensors["signs"].device
         runs = _runs(layout.places)
-        salient = _runs([place for place in layout.places if place.segment.terms == 2])
+        salient = _runs([place for place in layout.places if _is_salient(place)])
         self._first = [_Columns(run, 0, factors, device) for run in runs]
         self._second = [_Columns(run, 1, factors, device) for run in salient]
         self._means = [_Columns(run, None, None, device) for run in runs if layout.row_means]
@@ -52,7 +54,7 @@ class Decoder:
             if width
         ]
         weight = _joined([columns.values(scales, planes) for columns in self._first])
-        weight *= unpack_values(tensors["signs"][rows], layout.columns, -1, 1)
+        weight *= self._factors(rows) if layout.has_trellis else self._signs(rows)
         for columns in self._second:
             signs = unpack_values(tensors["second_signs"][rows], layout.salient, -1, 1)
             _add(weight, columns.where, columns.values(scales, planes).mul_(_take(signs, columns.second)))
@@ -60,6 +62,19 @@ class Decoder:
             means = tensors["row_means"][rows].float()
             weight += _joined([columns.values(means, planes) for columns in self._means])
         return weight
+
+    def _signs(self, rows: slice) -> Tensor:
+        """First signs of all columns, int8."""
+        return unpack_values(self.tensors["signs"][rows], self.layout.columns, -1, 1)
+
+    def _factors(self, rows: slice) -> Tensor:
+        """What scales are multiplied by, float32: first signs, and levels in the columns of a trellis."""
+        factors = self._signs(rows).float()
+        levels = all_levels(factors.device)
+        for place, numbers in level_numbers(self.layout, self.tensors, rows):
+            values = levels.index_select(0, numbers.flatten().int()).view(numbers.shape)
+            factors[:, place.column : place.column + place.segment.width] = values
+        return factors
 
 
 class _Columns:
@@ -108,6 +123,10 @@ class _Columns:
         return candidates[0]
 
 
+def _is_salient(place: Place) -> bool:
+    return place.segment.terms == 2 and not place.segment.trellis
+
+
 def _runs(places: Sequence[Place]) -> list[list[Place]]:
     """Segments that follow each other and have as many groups, together; all in one where that makes many runs."""
     runs: list[list[Place]] = []
@@ -131,7 +150,7 @@ def _table(
     """Where columns find the parameter of a group or, if they have no such group, another; and its column scales."""
     slots, pieces = [], []
     for place in places:
-        width, groups, terms = place.segment
+        width, groups, terms, _ = place.segment
         own = min(group, groups - 1)
         if term is None:
             slots.append(place.row_mean + own)

@@ -16,6 +16,7 @@ from arbllm.errors import CheckpointError
 
 GROUP_COUNTS = (1, 2, 4)
 TERM_COUNTS = (1, 2)
+TRELLIS_TERM_COUNTS = (1, 2, 3, 4)
 ORDERINGS = ("natural", "bitmap", "segments", "explicit")
 SCALE_BITS = (8, 16)
 LARGEST_SHORT_ORDER = 32767
@@ -34,16 +35,24 @@ class Segment(NamedTuple):
         width: number of columns, at least 1.
         groups: zones of a row, each with its own scales: 1, 2 or 4.
         terms: signs of a weight: 1, or 2 for salient columns.
+        trellis: whether signs are those of a trellis code (see `arbllm.format.trellis`): a weight of 1 to 4 signs then
+            has one of 2^(terms + 1) levels, times the one scale of its row and the one scale of its column.
     """
 
     width: int
     groups: int
     terms: int
+    trellis: bool = False
 
     @property
     def bits(self) -> int:
         """Bits of one weight without its scales: its signs, and its group number."""
         return self.terms + self.groups.bit_length() - 1
+
+    @property
+    def slots(self) -> int:
+        """Row scales of a row, and column scales of a column."""
+        return 1 if self.trellis else self.groups * self.terms
 
 
 class Place(NamedTuple):
@@ -52,12 +61,14 @@ class Place(NamedTuple):
     Attributes:
         segment: which columns.
         column: first stored column.
-        row_scale: first row scale of a row; group g, term t is at `row_scale + g * terms + t`.
+        row_scale: first row scale of a row; group g, term t is at `row_scale + g * terms + t`, a trellis has this one.
         row_mean: first row mean of a row; group g is at `row_mean + g`.
         column_scale: first column scale; those of group g, term t begin at `column_scale + (g * terms + t) * width`.
         low: first column in `group_bitmap`, where the segment has 2 groups or more.
         high: first column in `group_bitmap_high`, where it has 4.
-        second: first column in `second_signs`, where it has two terms.
+        second: first column in `second_signs`, where it has two terms or more.
+        third: first column in `third_signs`, where it has three terms or more.
+        fourth: first column in `fourth_signs`, where it has four terms.
     """
 
     segment: Segment
@@ -68,6 +79,8 @@ class Place(NamedTuple):
     low: int
     high: int
     second: int
+    third: int
+    fourth: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Layout:
     """Sizes of one packed matrix of `rows` outputs and `columns` inputs.
 
     Columns are stored in an order of their own and cut into segments. In a segment of G groups and T terms a row has
-    G * T row scales (group-major) and, in methods that use them, G row means.
+    G * T row scales (group-major) and, in methods that use them, G row means; in one with a trellis, one row scale.
 
     Attributes:
         rows: n, output features.
@@ -108,8 +121,22 @@ class Layout:
 
     @property
     def salient(self) -> int:
-        """Number of columns with two signs a weight."""
-        return sum(segment.width for segment in self.segments if segment.terms == 2)
+        """Number of columns with two signs a weight or more, which have a second one in `second_signs`."""
+        return self.columns_of_terms(2)
+
+    def columns_of_terms(self, terms: int) -> int:
+        """Number of columns with so many signs a weight or more."""
+        return sum(segment.width for segment in self.segments if segment.terms >= terms)
+
+    @property
+    def signs(self) -> int:
+        """Stored signs of a row."""
+        return sum(segment.width * segment.terms for segment in self.segments)
+
+    @property
+    def has_trellis(self) -> bool:
+        """Whether signs of any segment are those of a trellis code."""
+        return any(segment.trellis for segment in self.segments)
 
     @property
     def grouped_columns(self) -> int:
@@ -124,7 +151,7 @@ class Layout:
     @property
     def row_scale_slots(self) -> int:
         """Row scales of one row."""
-        return sum(segment.groups * segment.terms for segment in self.segments)
+        return sum(segment.slots for segment in self.segments)
 
     @property
     def row_mean_slots(self) -> int:
@@ -134,7 +161,7 @@ class Layout:
     @property
     def column_scale_slots(self) -> int:
         """Column scales of the whole matrix; 0 where the method has none."""
-        return sum(s.groups * s.terms * s.width for s in self.segments) if self.column_scaled else 0
+        return sum(segment.slots * segment.width for segment in self.segments) if self.column_scaled else 0
 
     @property
     def segment_planes(self) -> int:
@@ -145,17 +172,18 @@ class Layout:
     def places(self) -> tuple[Place, ...]:
         """Where each segment begins in each tensor."""
         found = []
-        column = row_scale = row_mean = column_scale = low = high = second = 0
+        column = row_scale = row_mean = column_scale = low = high = second = third = fourth = 0
         for segment in self.segments:
-            found.append(Place(segment, column, row_scale, row_mean, column_scale, low, high, second))
-            slots = segment.groups * segment.terms
+            found.append(Place(segment, column, row_scale, row_mean, column_scale, low, high, second, third, fourth))
             column += segment.width
-            row_scale += slots
+            row_scale += segment.slots
             row_mean += segment.groups
-            column_scale += slots * segment.width
+            column_scale += segment.slots * segment.width
             low += segment.width if segment.groups >= 2 else 0
             high += segment.width if segment.groups == 4 else 0
-            second += segment.width if segment.terms == 2 else 0
+            second += segment.width if segment.terms >= 2 else 0
+            third += segment.width if segment.terms >= 3 else 0
+            fourth += segment.width if segment.terms >= 4 else 0
         return tuple(found)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -170,6 +198,8 @@ class Layout:
             ("group_bitmap", self.grouped_columns),
             ("group_bitmap_high", self.quartered_columns),
             ("second_signs", self.salient),
+            ("third_signs", self.columns_of_terms(3)),
+            ("fourth_signs", self.columns_of_terms(4)),
         ):
             if width:
                 stored[name] = (torch.uint8, (n, packed_bytes(width)))
@@ -190,7 +220,7 @@ class Layout:
         return stored
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json; a segment is a list [width, groups, terms]."""
+        """Plain values for config.json; a segment is a list [width, groups, terms, trellis]."""
         return {**asdict(self), "segments": [list(segment) for segment in self.segments]}
 
     @classmethod
@@ -220,7 +250,7 @@ class Layout:
             if not _is_sound(segment):
                 raise CheckpointError(
                     f"{name}: a segment must have a width of at least 1, {GROUP_COUNTS} groups and {TERM_COUNTS} "
-                    f"terms, not {list(segment)}"
+                    f"terms, or one group and {TRELLIS_TERM_COUNTS} terms with a trellis, not {list(segment)}"
                 )
         if (width := sum(segment.width for segment in self.segments)) != self.columns:
             raise CheckpointError(f"{name}: its segments have {width} columns, the matrix has {self.columns}")
@@ -239,19 +269,24 @@ class Layout:
         for field in ("row_means", "column_scaled"):
             if type(getattr(self, field)) is not bool:
                 raise CheckpointError(f"{name}: {field} must be true or false, not {getattr(self, field)!r}")
+        if self.has_trellis and (self.row_means or not self.column_scaled):
+            raise CheckpointError(f"{name}: a trellis has column scales and no row means")
 
 
 def _read_segments(values: Any) -> tuple[Segment, ...]:
-    """Segments from lists [width, groups, terms]; their numbers are checked later.
+    """Segments from lists [width, groups, terms, trellis]; what they hold is checked later.
 
     Raises:
-        ValueError: not a list of lists of three.
+        ValueError: not a list of lists of four.
     """
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (list, tuple)) and len(v) == 3 for v in values):
-        raise ValueError("segments must be a list of [width, groups, terms]")
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (list, tuple)) and len(v) == 4 for v in values):
+        raise ValueError("segments must be a list of [width, groups, terms, trellis]")
     return tuple(Segment(*value) for value in values)
 
 
 def _is_sound(segment: Segment) -> bool:
-    whole = all(type(value) is int for value in segment)
-    return whole and segment.width >= 1 and segment.groups in GROUP_COUNTS and segment.terms in TERM_COUNTS
+    if type(segment.trellis) is not bool or any(type(value) is not int for value in segment[:3]) or segment.width < 1:
+        return False
+    if segment.trellis:
+        return segment.groups == 1 and segment.terms in TRELLIS_TERM_COUNTS
+    return segment.groups in GROUP_COUNTS and segment.terms in TERM_COUNTS

@@ -48,7 +48,8 @@ class BinaryMatrix:
 
     Weight (i, j) in group g of a segment s is ``mean[i, s, g] + sum over its terms t of sign_t[i, j] * row_scale[i, s,
     g, t] * column_scale[s, g, t, j]``. Without column scales the factor is 1, without row means the summand is 0. The
-    bits of a row, and column scales, are in stored order (see `Layout`).
+    bits of a row, and column scales, are in stored order (see `Layout`). In a segment with a trellis it is ``level[i, j] *
+    row_scale[i, s] * column_scale[s, j]`` (see `trellis`).
 
     Attributes:
         layout: sizes.
@@ -57,7 +58,9 @@ class BinaryMatrix:
         scale_steps: float16 (S), what codes of the slot's row and column scales are multiplied by; None with float16.
         group_bitmap: low bit of the group number, of the columns in segments of two groups or more; None without any.
         group_bitmap_high: high bit, of the columns in segments of four groups; None without any.
-        second_signs: second signs of the columns in segments of two terms; None without any.
+        second_signs: second signs of the columns in segments of two terms or more; None without any.
+        third_signs: third signs of the columns in segments of three terms or more; None without any.
+        fourth_signs: fourth signs of the columns in segments of four terms; None without any.
         row_means: float16 (n, Z), a slot a segment and group; None where the method has none.
         column_scales: float16 or uint8 codes, flat; None where the method has none.
         column_bitmap: 1 bit a column in natural order, set for salient ones; with ordering `bitmap`.
@@ -74,6 +77,8 @@ class BinaryMatrix:
     group_bitmap: Tensor | None = None
     group_bitmap_high: Tensor | None = None
     second_signs: Tensor | None = None
+    third_signs: Tensor | None = None
+    fourth_signs: Tensor | None = None
     scale_steps: Tensor | None = None
     row_means: Tensor | None = None
     column_scales: Tensor | None = None
@@ -131,8 +136,8 @@ class BinaryMatrix:
 
     @property
     def nominal_bits(self) -> float:
-        """Signs per weight, as papers count: 1 + the share of salient columns."""
-        return 1 + self.layout.salient / self.layout.columns
+        """Signs per weight, as papers count: 1 + the share of salient columns, those of a trellis as it has them."""
+        return self.layout.signs / self.layout.columns
 
     @property
     def error_history(self) -> tuple[tuple[float, ...], ...]:

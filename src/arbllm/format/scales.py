@@ -45,7 +45,7 @@ def decode_scales(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor
 
 def slot_widths(layout: Layout) -> list[int]:
     """Columns of each row scale slot, in order."""
-    return [segment.width for segment in layout.segments for _ in range(segment.groups * segment.terms)]
+    return [segment.width for segment in layout.segments for _ in range(segment.slots)]
 
 
 def to_float16(values: Tensor) -> Tensor:

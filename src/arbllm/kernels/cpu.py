@@ -14,8 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from arbllm.binarize.code import COEFFICIENTS, PRODUCTS
 from arbllm.errors import ConfigError
+from arbllm.format.layout import TRELLIS_TERM_COUNTS
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.format.trellis import FURTHER_SIGNS
 from arbllm.kernels import reference
 from arbllm.native import load
 
@@ -66,13 +69,14 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
     row_scales, column_scales = (None if scales is None else scales.contiguous() for scales in matrix.scales())
     row_means = stored["row_means"].float() if layout.row_means else None
     order = matrix.column_order()
-    planes = [stored.get(name) for name in ("signs", "group_bitmap", "group_bitmap_high", "second_signs")]
+    planes = [stored.get(name) for name in ("signs", "group_bitmap", "group_bitmap_high", *FURTHER_SIGNS)]
     packed = _native().Packed.at(
         layout.rows,
         layout.columns,
         [[*place.segment, *place[1:]] for place in layout.places],
         [_address(plane) for plane in planes],
         [0 if plane is None else plane.shape[1] for plane in planes],
+        [_summands(terms) for terms in TRELLIS_TERM_COUNTS],
         *map(_address, (row_scales, row_means, column_scales, order)),
     )
     size = packed.prepared_bytes()
@@ -80,6 +84,12 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
     start = -memory.data_ptr() % ALIGNMENT
     packed.prepare(memory.data_ptr() + start, torch.get_num_threads())
     return memory[start : start + size]
+
+
+def _summands(terms: int) -> list[tuple[int, float]]:
+    """Of the levels of weights of so many stored signs: which signs are multiplied, as bits, and the coefficient."""
+    alone = [(1 << place, coefficient) for place, coefficient in enumerate(COEFFICIENTS[terms])]
+    return alone + [(sum(1 << place for place in places), c) for places, c in PRODUCTS[terms].items()]
 
 
 def multiply(

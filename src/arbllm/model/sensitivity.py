@@ -32,7 +32,7 @@ from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 
 DAMPING = 0.01
 SENSITIVITY_TOKENS, SENSITIVITY_SHARE = 8192, 3  # at most; and of all windows, the third part at most
-ERROR_AT_TWO_BITS = 0.07  # relative weight error at which all linears together do to a model what quantization does
+ERROR_AT_TWO_BITS = 0.05  # relative weight error at which all linears together do to a model what quantization does
 MOST_CORRECTION = 8.0
 TINY = 1e-30
 
@@ -66,7 +66,7 @@ def linear_configs(
     elif shares is None:
         shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
         demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
-        shares = allocate(demands, config.bits, config.scale_block)
+        shares = allocate(demands, config.bits, config.scale_block, config.trellis)
     return {name: replace(config, bits=share) for name, share in shares.items()}
 
 
@@ -89,11 +89,11 @@ def measured_shares(
         linear.name: Demand(linear.weight.shape[0], linear.weight.shape[1], rises[linear] * probe.effort)
         for linear, probe in probes.items()
     }
-    shares = allocate(demands, config.bits, config.scale_block)
+    shares = allocate(demands, config.bits, config.scale_block, config.trellis)
     groups = group_linears(blocks)
     errors = {linear: probe.error.mul_(_weight_error(shares[linear.name]) ** 0.5) for linear, probe in probes.items()}
     divergences = measure_divergences(model, groups, errors, windows, device)
-    return allocate(_corrected(demands, shares, groups, divergences), config.bits, config.scale_block)
+    return allocate(_corrected(demands, shares, groups, divergences), config.bits, config.scale_block, config.trellis)
 
 
 def _weight_error(bits: float) -> float:

@@ -22,27 +22,33 @@ from solver import DATA, ROOT, Rows, as_markdown, as_table, timed
 
 PAGE = ROOT / "docs" / "joint.md"
 BITS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.3, 2.5, 2.85, 3.25, 4.0)
+PLAIN_BITS = (1.1, 2.25, 2.85)
 HEADINGS = ("matrix", "method", "true bits", "output error", "seconds", "x arb-rc")
 
 _PAGE = """\
 # Beyond the paper: arb-rcx
 
 `arb-rcx` refines row scales, column scales, signs and groups together under the calibrated error, which the paper
-leaves open. Five things make the difference:
+leaves open. Six things make the difference:
 
 - **One metric.** What a block's error E costs, once later columns have made up for it, is tr(E P Eᵀ) with
   P = (U_bbᵀ U_bb)⁻¹. Under it the row scales of all signs and groups solve one linear system, and so do the column
-  scales; then each weight, column by column, moves to the best of its levels.
-- **Columns in order of their bits.** Columns come in kinds of 1, 2, 3 or 4 bits a weight (one or two signs; one, two or
-  four groups), two neighbouring kinds to a matrix. The cheaper kind is solved first, so that the better columns make up
-  for its errors; the better kind goes to the columns whose energy no other column can make up for,
-  ||w_j||² / (H⁻¹)_jj. A segment holds columns of one kind, so none pays for zones that it lacks.
+  scales; then the weights, column by column, move to the best of their levels.
+- **Signs that are not stored.** A weight of k stored signs has 2^(k+1) levels: one bit more follows from the first
+  signs of the rows above it in its column, by a convolutional code with 32 states, as in trellis-coded quantization
+  (M. Marcellin and T. Fischer, 1990). Rows do not depend on each other under H, so the best signs of a whole column,
+  the others being fixed, are a shortest path, which the Viterbi algorithm finds in every sweep. The levels have fixed
+  ratios, so that a segment has one row scale and one column scale instead of one for every sign and group. Without it
+  (`--no-trellis`) columns have one or two signs and one, two or four groups, each with scales of its own.
+- **Columns in order of their bits.** Columns come in kinds of 1, 2, 3 or 4 bits a weight, two neighbouring kinds to a
+  matrix. The cheaper kind is solved first, so that the better columns make up for its errors; the better kind goes to
+  the columns whose energy no other column can make up for, ||w_j||² / (H⁻¹)_jj. A segment holds columns of one kind.
 - **Outlying inputs.** A few inputs are hundreds of times as large as the rest, on a few tokens. Their columns (1 % at
   most, where H_jj is over 20 times the mean) come last, each a segment of its own, whose row scales describe every
   weight to 1.5 %. The error of the other columns' outputs, which is what all other tokens see, falls by a quarter to
   four fifths.
 - **Cheap scales.** A segment of about 512 columns shares its row scales. Row and column scales are codes of 8 bits,
-  logarithmic, with one float16 step for each slot; the solver knows the rounded scales and fits the rest to them.
+  logarithmic, with one float16 step for each segment; the solver knows the rounded scales and fits the rest to them.
 - **Refinement under H itself.** Once all segments are solved, each is refined in turn with the others fixed, so that
   earlier columns learn of what later ones could not do.
 
@@ -94,6 +100,7 @@ def measure(folder: Path, repeats: int) -> Rows:
         rows.append((label, "arb-rc + CGB, reference", "2.85", f"{theirs['output_error']:.4f}", "", ""))
         configs = {"arb-rc + CGB": BinarizationConfig("arb-rc")}
         configs |= {f"arb-rcx {bits}": BinarizationConfig(bits=bits) for bits in BITS}
+        configs |= {f"arb-rcx {bits}, no trellis": BinarizationConfig(bits=bits, trellis=False) for bits in PLAIN_BITS}
         unit = None
         for method, config in configs.items():
             matrix, seconds = timed(partial(quantize_matrix, weight, hessian, config), repeats)

@@ -7,6 +7,7 @@ these signs, in turn.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def represent(sample: Tensor, terms: int) -> tuple[Tensor, float]:
     return (choices & (SIGN - 1)).int(), float((values - sample).square().mean())
 
 
-def fit(terms: int, numbers: Tensor, sample: Tensor, products: list[tuple[int, ...]]) -> None:
+def fit(terms: int, numbers: Tensor, sample: Tensor, products: list[tuple[int, int, int]]) -> None:
     """Put the coefficients with the least error for these levels in the place of those that the module has."""
     signs = [2.0 * (numbers[0] >> place & 1) - 1 for place in range(terms, -1, -1)]
     basis = signs + [torch.stack([signs[place] for place in places]).prod(0) for places in products]
@@ -51,9 +52,9 @@ def fit(terms: int, numbers: Tensor, sample: Tensor, products: list[tuple[int, .
     code.level_values.cache_clear()
 
 
-def rounded(values: object) -> list[float]:
+def rounded(values: Iterable[float]) -> list[float]:
     """To four digits after the point."""
-    return [round(value, 4) for value in values]  # type: ignore[attr-defined]
+    return [round(value, 4) for value in values]
 
 
 if __name__ == "__main__":

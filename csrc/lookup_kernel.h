@@ -305,6 +305,9 @@ void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, 
     chosen(prepared, pass, tables, tile, block, y);
 }
 
+// Half of a block's rows in one byte of a plane, wherever it lies.
+typedef uint64_t Half __attribute__((vector_size(LANES / 2), aligned(8), may_alias));
+
 // Planes of bits of a stretch of a pass with a trellis: [byte][row].
 class Planes {
   public:
@@ -314,31 +317,26 @@ class Planes {
     Planes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int first, int bytes)
         : bytes_(bytes) {
         const uint8_t* codes = prepared.codes_of(tile, block, pass) + LANES * first;
-        const bool top = tile == 0 && block == 0;
-        const int64_t before = tile * TILE_BLOCKS + block - 1;
-        const uint8_t* above =
-            top ? nullptr : prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first;
         for (int plane = 1; plane < pass.planes; ++plane) {
             planes_[plane - 1] = codes + int64_t{LANES} * plane * pass.bytes;
         }
-        planes_[pass.planes - 1] = reinterpret_cast<const uint8_t*>(z1_);
-        planes_[pass.planes] = reinterpret_cast<const uint8_t*>(z0_);
-        for (int b = 0; b < bytes; ++b) {
-            if (top) {
-                std::memset(rows_ + 2 * WORDS * b, 0, LANES);
-            } else {
-                std::memcpy(rows_ + 2 * WORDS * b, above + LANES * b, LANES);
+        planes_[pass.planes - 1] = z1_;
+        planes_[pass.planes] = z0_;
+        const int64_t before = tile * TILE_BLOCKS + block - 1;
+        if (before >= 0) {
+            copy(prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first, rows_);
+        } else {
+            for (int b = 0; b < bytes; ++b) {
+                at(rows_, 2 * b, 0) = at(rows_, 2 * b, 1) = Half{};
             }
-            std::memcpy(rows_ + 2 * WORDS * b + WORDS, codes + LANES * b, LANES);
         }
-        // A word holds 8 rows: what is 16, 24 and 40 rows above is 2, 3 and 5 words away.
+        copy(codes, rows_ + LANES);
+        // Only now, as what was just written cannot be read at other places without waiting for it.
         for (int b = 0; b < bytes; ++b) {
-            const uint64_t* now = rows_ + 2 * WORDS * b + WORDS;
-            for (int w = 0; w < WORDS; ++w) {
-                z1_[WORDS * b + w] = now[w] ^ now[w - 2] ^ now[w - 5];
-            }
-            for (int w = 0; w < WORDS; ++w) {
-                z0_[WORDS * b + w] = now[w - 3];
+            for (int half = 0; half < 2; ++half) {
+                const uint8_t* now = rows_ + 2 * LANES * b + LANES + LANES / 2 * half;
+                at(z1_, b, half) = at(now) ^ at(now - 16) ^ at(now - 40);
+                at(z0_, b, half) = at(now - 24);
             }
         }
     }
@@ -347,33 +345,39 @@ class Planes {
 
     const uint8_t* plane(int number) const { return planes_[number]; }
 
-    // The bits of a product of signs, which must be of an odd number of planes.
+    // The bits of a sign, or of a product of three.
     const uint8_t* product(int mask) {
-        if ((mask & (mask - 1)) == 0) {
-            return planes_[__builtin_ctz(mask)];
+        const uint8_t* first = planes_[__builtin_ctz(mask)];
+        const int rest = mask & (mask - 1);
+        if (!rest) {
+            return first;
         }
-        std::memset(product_, 0, sizeof(uint64_t) * WORDS * bytes_);
-        for (int plane = 0; mask >> plane; ++plane) {
-            if (mask >> plane & 1) {
-                for (int i = 0; i < WORDS * bytes_; ++i) {
-                    uint64_t word;
-                    std::memcpy(&word, planes_[plane] + 8 * i, 8);
-                    product_[i] ^= word;
-                }
-            }
+        const uint8_t *second = planes_[__builtin_ctz(rest)], *third = planes_[__builtin_ctz(rest & (rest - 1))];
+        for (int i = 0; i < 2 * bytes_; ++i) {
+            const int64_t place = LANES / 2 * i;
+            at(product_, i / 2, i % 2) = at(first + place) ^ at(second + place) ^ at(third + place);
         }
-        return reinterpret_cast<const uint8_t*>(product_);
+        return product_;
     }
 
   private:
-    static constexpr int WORDS = LANES / 8;
+    static Half& at(uint8_t* plane, int byte, int half) {
+        return *reinterpret_cast<Half*>(plane + LANES * byte + LANES / 2 * half);
+    }
+    static Half at(const uint8_t* rows) { return *reinterpret_cast<const Half*>(rows); }
+
+    // Every other 64 bytes.
+    void copy(const uint8_t* from, uint8_t* to) const {
+        for (int b = 0; b < bytes_; ++b) {
+            at(to, 2 * b, 0) = at(from + LANES * b);
+            at(to, 2 * b, 1) = at(from + LANES * b + LANES / 2);
+        }
+    }
 
     const int bytes_;
     const uint8_t* planes_[5];
-    alignas(64) uint64_t rows_[BYTES * 2 * WORDS];
-    alignas(64) uint64_t z1_[BYTES * WORDS];
-    alignas(64) uint64_t z0_[BYTES * WORDS];
-    alignas(64) uint64_t product_[BYTES * WORDS];
+    alignas(64) uint8_t rows_[2 * LANES * BYTES];  // first signs of the block above, then of this one
+    alignas(64) uint8_t z1_[LANES * BYTES], z0_[LANES * BYTES], product_[LANES * BYTES];
 };
 
 // y (64) of each token += what a pass with a trellis adds to the rows of one block.

@@ -72,9 +72,7 @@ def joint_layout(
     return _layout(*shape, kind, COLUMNS_AT_A_TIME * low)
 
 
-def _bits(
-    rows: int, columns: int, scale_block: int, outliers: int, trellis: bool, kind: int, better: int = 0
-) -> float:
+def _bits(rows: int, columns: int, scale_block: int, outliers: int, trellis: bool, kind: int, better: int = 0) -> float:
     return matrix_size(_layout(rows, columns, scale_block, outliers, trellis, kind, better)).true_bits
 
 
@@ -123,9 +121,7 @@ class Demand:
     worth: float
 
 
-def allocate(
-    demands: Mapping[str, Demand], bits: float, scale_block: int, trellis: bool = True
-) -> dict[str, float]:
+def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int, trellis: bool = True) -> dict[str, float]:
     """Divide a budget among linears so that the model's loss rises least.
 
     The rise is the sum of worth * ERROR_PER_BIT^-b; with a Lagrange multiplier its least lies where each linear's bits

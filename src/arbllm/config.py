@@ -41,8 +41,8 @@ class BinarizationConfig:
         allocation: with arb-rcx, how the bits of a model are divided among its linears: `uniform`, or `measured`, by
             what the model's loss gains from them.
         scale_block: with arb-rcx, how many columns share row scales, about.
-        trellis: with arb-rcx, whether signs are those of a trellis code (see `arbllm.binarize.code`): a third less error
-            at the same bits.
+        trellis: with arb-rcx, whether signs are those of a trellis code (see `arbllm.binarize.code`): about a third
+            less error at the same bits.
 
     Raises:
         ConfigError: an option is out of range; the message lists what is allowed.

@@ -77,9 +77,7 @@ def _solve_segments(original: Tensor, factor: Factor, config: BinarizationConfig
     """ARB-RCX within the budget of bits."""
     assert config.bits is not None, "the configuration fills it in"
     rows, columns = original.shape
-    layout = joint_layout(
-        rows, columns, config.bits, config.scale_block, outliers(factor.hessian), config.trellis
-    )
+    layout = joint_layout(rows, columns, config.bits, config.scale_block, outliers(factor.hessian), config.trellis)
     weight = original.masked_fill(factor.dead, 0) if factor.dead.any() else original
     fit = fit_segments(weight, factor, layout.segments, config.iterations)
     return _Solved(fit.parts, fit.reconstruction, (fit.errors,), layout.scale_bits)

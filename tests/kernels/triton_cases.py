@@ -65,6 +65,12 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         ("arb-x", 2, torch.float32),
         ("four groups", 5, torch.bfloat16),
         ("no groups", 1, torch.float32),
+        ("trellis of few signs", 1, torch.float32),
+        ("trellis of three signs", 3, torch.bfloat16),
+        ("trellis of four signs", 2, torch.float32),
+        ("trellis and plain", 1, torch.float16),
+        ("trellis and plain", 5, torch.float32),
+        ("trellis, float16", 2, torch.float32),
     ],
 )
 def test_straight_from_the_bits(monkeypatch, name, tokens, dtype):
@@ -82,6 +88,10 @@ def test_straight_from_the_bits(monkeypatch, name, tokens, dtype):
         ("arb-rc", 3, torch.float32),
         ("arb-x", 5, torch.float16),
         ("four groups", 2, torch.float32),
+        ("trellis of few signs", 2, torch.float32),
+        ("trellis and plain", 17, torch.float16),
+        ("trellis and plain", 3, torch.float32),
+        ("trellis, float16", 2, torch.float32),
     ],
 )
 def test_by_weights(monkeypatch, launch, name, tokens, dtype):
@@ -135,9 +145,9 @@ def test_new_contents_are_seen():
 
 
 def test_operator():
-    matrix = in_segments(9, (64, 2, 1)).map(lambda tensor: tensor.to(DEVICE))
+    matrix = in_segments(9, (64, 2, 1), (20, 1, 4, True)).map(lambda tensor: tensor.to(DEVICE))
     stored, numbers = list(matrix.tensors().values()), kernel._numbers(matrix.layout)
-    arguments = inputs(2, 64, torch.float32).to(DEVICE), stored, numbers
+    arguments = inputs(2, 84, torch.float32).to(DEVICE), stored, numbers
     torch.library.opcheck(torch.ops.arbllm.triton_matmul.default, arguments)
 
 

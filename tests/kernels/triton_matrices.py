@@ -9,8 +9,10 @@ from arbllm.format.matrix import BinaryMatrix
 from tests.helpers import random_matrix, random_packed
 
 
-def in_segments(rows: int, *segments: tuple[int, int, int]) -> BinaryMatrix:
-    """As arb-rcx stores them."""
+def in_segments(
+    rows: int, *segments: tuple[int, int, int] | tuple[int, int, int, bool], scale_bits: int = 8
+) -> BinaryMatrix:
+    """As arb-rcx stores them; a segment is (width, groups, terms), or with a fourth, true, for a trellis."""
     kinds = tuple(Segment(*segment) for segment in segments)
     layout = Layout(
         rows=rows,
@@ -18,7 +20,7 @@ def in_segments(rows: int, *segments: tuple[int, int, int]) -> BinaryMatrix:
         segments=kinds,
         ordering="segments" if len(kinds) > 1 else "natural",
         block_size=0,
-        scale_bits=8,
+        scale_bits=scale_bits,
         row_means=False,
         column_scaled=True,
     )
@@ -33,6 +35,31 @@ MATRICES = {
     "arb-x": partial(random_matrix, 35, 100, salient=9, block_size=64, row_means=True, column_scaled=False),
     "four groups": partial(
         random_matrix, 18, 70, groups=4, salient_groups=1, salient=9, row_means=True, ordering="explicit", scale_bits=8
+    ),
+    "trellis of few signs": partial(in_segments, 53, (61, 1, 1, True), (70, 1, 2, True), (1, 1, 1, True), (1, 1, 1)),
+    "trellis of three signs": partial(in_segments, 46, (67, 1, 3, True)),
+    "trellis of four signs": partial(in_segments, 43, (71, 1, 4, True)),
+    "trellis and plain": partial(
+        in_segments,
+        51,
+        (40, 2, 1),
+        (33, 1, 3, True),
+        (73, 1, 4, True),
+        (24, 2, 2),
+        (20, 4, 2),
+        (1, 1, 4, True),
+        *[(1, 1, 1)] * 3,
+    ),
+    "trellis, float16": partial(
+        in_segments,
+        45,
+        (30, 1, 1, True),
+        (20, 2, 1),
+        (9, 1, 4, True),
+        (10, 1, 3, True),
+        (1, 1, 1),
+        (1, 1, 2, True),
+        scale_bits=16,
     ),
     "no groups": partial(random_matrix, 18, 130, groups=1, row_means=True, scale_bits=8),
 }

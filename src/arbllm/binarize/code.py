@@ -22,11 +22,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-
 ROWS_APART = 8
 """From one row of a code's sequence to the next; so many sequences lie side by side."""
 MEMORY = 5
 """First signs that a weight's bits depend on, besides its own."""
+STEPS = (0, 2, 3, 5)
+"""How many rows of a sequence back the signs are that the code adds up."""
 WINDOWS = 2 << MEMORY
 """Values of the first signs that a weight's bits depend on: bit 0 its own, bit t that of the t-th row before it."""
 
@@ -80,7 +81,7 @@ def all_levels(device: torch.device | None = None) -> Tensor:
 
 def window_bits(window: int) -> int:
     """2 z1 + z0 for first signs in bits 0 to MEMORY of `window`."""
-    now, one, two, three, four, five = (window >> place & 1 for place in range(MEMORY + 1))
+    now, two, three, five = (window >> step & 1 for step in STEPS)
     return 2 * (now ^ two ^ five) + three
 
 
@@ -94,7 +95,7 @@ def derived_planes(signs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors like `signs[rows]`.
     """
-    now, two, three, five = (_rows_above(signs, rows, ROWS_APART * steps) for steps in (0, 2, 3, 5))
+    now, two, three, five = (_rows_above(signs, rows, ROWS_APART * steps) for steps in STEPS)
     return now ^ two ^ five, three
 
 

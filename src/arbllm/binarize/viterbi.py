@@ -1,12 +1,14 @@
-"""One pass over the columns of a segment with a trellis: each column's signs are chosen together, by Viterbi's algorithm.
+"""One pass over the columns of a segment with a trellis: a column's signs are chosen together, by Viterbi's algorithm.
 
 What a weight can be depends on the signs of rows above it, but rows do not depend on each other under H. So with the
 other columns fixed, the best signs of a column are those whose levels come nearest to what is wanted, summed over all
-rows, which is a shortest path. Native where the extension was built, on the CPU even if tensors are elsewhere; else with
-PyTorch, a few calls a row.
+rows, which is a shortest path. Native where the extension was built, on the CPU even if tensors are elsewhere; else
+with PyTorch, a few calls a row.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,50 +36,65 @@ def viterbi_sweep(rows: Tensor, columns: Tensor, terms: int, task: Pass) -> tupl
         Choices, uint8 (K, n): the number of the level, plus SIGN where the first sign is +; and their values, float32
         (K, n).
     """
-    state, device = task.state.clone(), task.state.device
-    native, table = load(), levels(terms)
-    choices = torch.empty(state.shape, dtype=torch.uint8, device=device)
+    state, table = task.state.clone(), levels(terms, task.state.device)
+    choices = torch.empty(state.shape, dtype=torch.uint8, device=state.device)
     values = torch.empty_like(state)
-    scales = rows.cpu() if native else rows
+    solve = _native_tile if load() else _tile
     for start in range(0, len(state), TILE):
         tile = slice(start, min(start + TILE, len(state)))
         before = None if task.values is None else task.values[tile]
-        parts = state[tile], before, task.influence[tile, tile], task.steps[tile], columns[tile]
-        if native:
-            on_cpu = [None if part is None else part.cpu().contiguous() for part in parts]
-            chosen, changes = torch.empty_like(on_cpu[0], dtype=torch.uint8), torch.empty_like(on_cpu[0])
-            arrays = (None if part is None else part.numpy() for part in (*on_cpu, scales.contiguous(), table))
-            native.viterbi(*arrays, chosen.numpy(), changes.numpy())
-            chosen, changes = chosen.to(device), changes.to(device)
-        else:
-            chosen, changes = _tile(*parts, rows, table.to(device))
-        choices[tile] = chosen
-        values[tile] = table.to(device)[(chosen & (SIGN - 1)).int()] * columns[tile, None] * rows
+        columns_of_tile = Columns(state[tile], before, task.influence[tile, tile], task.steps[tile], columns[tile])
+        choices[tile], changes = solve(columns_of_tile, rows, table)
+        values[tile] = table[(choices[tile] & (SIGN - 1)).int()] * columns[tile, None] * rows
         state[tile.stop :].addmm_(task.influence[tile.stop :, tile], changes, alpha=-1)
     return choices, values
 
 
-def _tile(
-    state: Tensor,
-    values: Tensor | None,
-    influence: Tensor,
-    steps: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    table: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Choices and changes of a few columns, with PyTorch: as `csrc/viterbi.h` has it."""
-    state = state.clone()
+class Columns(NamedTuple):
+    """A tile of T columns: the parts of a `Pass`, and column scales, float32 (T)."""
+
+    state: Tensor
+    values: Tensor | None
+    influence: Tensor
+    steps: Tensor
+    scales: Tensor
+
+
+def _native_tile(tile: Columns, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_tile`, by the extension."""
+    native, device = load(), rows.device
+    assert native
+    choices, changes = torch.empty(tile.state.shape, dtype=torch.uint8), torch.empty(tile.state.shape)
+    native.viterbi(
+        *(None if part is None else part.cpu().contiguous().numpy() for part in (*tile, rows, table)),
+        choices.numpy(),
+        changes.numpy(),
+    )
+    return choices.to(device), changes.to(device)
+
+
+def _tile(tile: Columns, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Choices and changes of the columns of a tile.
+
+    Args:
+        tile: the columns.
+        rows: row scales, float32 (n).
+        table: levels, float32.
+
+    Returns:
+        Choices, uint8 (T, n), and changes as `Pass` has them, float32 (T, n).
+    """
+    state = tile.state.clone()
     choices, changes = torch.empty_like(state, dtype=torch.uint8), torch.empty_like(state)
     for place in range(len(state)):
-        wanted = state[place] * steps[place]
-        if values is not None:
-            wanted += values[place]
-        scales = rows * columns[place]
+        wanted = state[place] * tile.steps[place]
+        if tile.values is not None:
+            wanted += tile.values[place]
+        scales = rows * tile.scales[place]
         choices[place] = choice = best_path(wanted, scales, table)
         chosen = table[(choice & (SIGN - 1)).int()] * scales
-        changes[place] = chosen - (wanted if values is None else values[place])
-        state[place + 1 :].addr_(influence[place + 1 :, place], changes[place], alpha=-1)
+        changes[place] = chosen - (wanted if tile.values is None else tile.values[place])
+        state[place + 1 :].addr_(tile.influence[place + 1 :, place], changes[place], alpha=-1)
     return choices, changes
 
 

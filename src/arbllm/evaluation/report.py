@@ -20,8 +20,8 @@ class LinearReport:
         name: its full name in the model.
         rows: output features.
         columns: input features.
-        salient: columns with two signs a weight.
-        kinds: the columns of each kind together, as a segment [width, groups, terms]; the most bits a weight first.
+        salient: columns with two signs a weight or more.
+        kinds: the columns of each kind together, as a segment; the most bits a weight first.
         nominal_bits: signs a weight.
         true_bits: stored bits a weight, in the file.
         output_error: tr(D H D^T) / tr(W H W^T) when it was quantized; None where the checkpoint does not tell.
@@ -137,10 +137,11 @@ def report(path: Path, *, contents: bool = True) -> CheckpointReport:
 
 def _kinds(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Segments of the same kind put together."""
-    widths: dict[tuple[int, int], int] = {}
-    for width, groups, terms in segments:
-        widths[groups, terms] = widths.get((groups, terms), 0) + width
-    kinds = [Segment(width, *kind) for kind, width in widths.items()]
+    widths: dict[Segment, int] = {}
+    for segment in segments:
+        kind = segment._replace(width=0)
+        widths[kind] = widths.get(kind, 0) + segment.width
+    kinds = [kind._replace(width=width) for kind, width in widths.items()]
     return tuple(sorted(kinds, key=lambda kind: (kind.bits, kind.terms), reverse=True))
 
 

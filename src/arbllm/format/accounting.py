@@ -1,9 +1,9 @@
 """Bytes and bits of packed matrices, counted from their layouts alone.
 
-*Nominal* bits count the stored signs, one a weight, two in salient columns: what papers quote. *True* bits count all that is stored,
-bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per weight of the
-linears that were packed; embeddings and other dense tensors are counted apart, in bytes. A file may hold the group
-bitmap coded (see `arbllm.format.coding`): then it takes other bits on disk than in memory.
+*Nominal* bits count the stored signs, one a weight, two in salient columns: what papers quote. *True* bits count all
+that is stored, bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per
+weight of the linears that were packed; embeddings and other dense tensors are counted apart, in bytes. A file may hold
+the group bitmap coded (see `arbllm.format.coding`): then it takes other bits on disk than in memory.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class BinaryMatrix:
 
     Weight (i, j) in group g of a segment s is ``mean[i, s, g] + sum over its terms t of sign_t[i, j] * row_scale[i, s,
     g, t] * column_scale[s, g, t, j]``. Without column scales the factor is 1, without row means the summand is 0. The
-    bits of a row, and column scales, are in stored order (see `Layout`). In a segment with a trellis it is ``level[i, j] *
-    row_scale[i, s] * column_scale[s, j]`` (see `trellis`).
+    bits of a row, and column scales, are in stored order (see `Layout`). In a segment with a trellis it is
+    ``level[i, j] * row_scale[i, s] * column_scale[s, j]`` (see `trellis`).
 
     Attributes:
         layout: sizes.

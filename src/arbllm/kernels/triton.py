@@ -73,15 +73,16 @@ def _numbers(layout: Layout) -> list[int]:
     """A layout in whole numbers, which an operator can take."""
     numbers = [layout.rows, layout.columns, ORDERINGS.index(layout.ordering), layout.block_size, layout.scale_bits]
     numbers += [int(layout.row_means), int(layout.column_scaled)]
-    return numbers + [number for segment in layout.segments for number in segment]
+    return numbers + [int(number) for segment in layout.segments for number in segment]
 
 
 def _layout(numbers: Sequence[int]) -> Layout:
     rows, columns, ordering, block_size, scale_bits, row_means, column_scaled, *segments = numbers
+    fields = zip(*(segments[field::4] for field in range(4)), strict=True)
     return Layout(
         rows=rows,
         columns=columns,
-        segments=tuple(Segment(*segments[place : place + 3]) for place in range(0, len(segments), 3)),
+        segments=tuple(Segment(width, groups, terms, bool(trellis)) for width, groups, terms, trellis in fields),
         ordering=ORDERINGS[ordering],
         block_size=block_size,
         scale_bits=scale_bits,
@@ -137,7 +138,7 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
     size = _tokens_at_a_time(tokens, most * parts, planes, launch)
     width = max(SLICE, size * most * parts)
     blocks, places = triton.cdiv(tokens, size), triton.cdiv(matrix.quarter, launch.rows)
-    units = matrix.units(_chunks(layout, launch.programs, places * blocks))
+    units = matrix.units(_chunks(matrix, launch.programs, places * blocks))
     runs, most_tiles = len(matrix.runs), max((tiles_of(layout, kind) for kind in matrix.kinds), default=1)
     z = x.new_empty(blocks * matrix.tiles * CHUNK * width, dtype=torch.float16)
     norms, sums = x.new_empty(2, max(blocks * runs * most_tiles * width, 1), dtype=torch.float32)
@@ -164,7 +165,7 @@ def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) ->
     """y = x W^T with weights made in registers; xs (tokens, columns) is in the order of `Prepared.order`."""
     layout, launch, tokens = matrix.layout, configuration.many, len(xs)
     blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(matrix.quarter, launch.rows)
-    units = matrix.units(_chunks(layout, launch.programs, places * blocks))
+    units = matrix.units(_chunks(matrix, launch.programs, places * blocks))
     split = len(units) > 1
     counters = torch.zeros(blocks * places if split else 1, dtype=torch.int32, device=xs.device)
     addends = xs.new_empty(len(units) * tokens * layout.rows if split else 1, dtype=torch.float32)
@@ -211,10 +212,10 @@ def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens)
     return size
 
 
-def _chunks(layout: Layout, programs: int, others: int) -> int:
+def _chunks(matrix: Prepared, programs: int, others: int) -> int:
     """Chunks of columns for each program so that there are about so many, if there are `others` for each."""
     wanted = max(1, programs // others)
-    return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(layout.columns, CHUNK), wanted))
+    return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(len(matrix.order), CHUNK), wanted))
 
 
 def _flags(matrix: Prepared) -> dict[str, bool]:

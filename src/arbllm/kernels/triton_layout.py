@@ -1,10 +1,10 @@
 """How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
 
-Columns of one kind (as many groups and signs) are put together, in pieces of CHUNK = 64. In each piece a word of 16
-bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is column ``16 b + w`` of the piece in row
-``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of its bits 0 to 11 is a power of two as float16:
-2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and 11 begin the exponent. So the product of a
-bit plane with activations needs one mask for two weights and no conversion.
+Segments with a trellis are made plain ones first (see `expand`). Columns of one kind (as many groups and signs) are put
+together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of
+word w is column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of
+its bits 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and
+11 begin the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arbllm.format.layout import Layout, Place
+from arbllm.format.layout import Layout, Place, Segment
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels.expand import expanded
 
 CHUNK = 64
 WORDS = 16
@@ -78,17 +79,20 @@ class Prepared:
     """A packed matrix as the Triton kernels read it.
 
     Attributes:
-        layout: of the matrix.
+        layout: of the matrix as it is stored; everything else is of plain segments.
         kinds: (groups, terms) of the columns that are in `words`.
         runs: all columns in `words`.
         words: int16, flat: for each kind (chunks, planes, quarter, WORDS); planes are first signs, second signs where
             there are two, low and high bits of the group number where there are groups.
-        order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0.
-        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses.
-        steps: float16, (slots), what codes are multiplied by; empty with float16.
-        column_scales: as stored; empty without any.
+        order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0. With a
+            trellis it may hold a column twice.
+        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses; float32 with a trellis
+            and no codes.
+        steps: float16, (slots), what codes are multiplied by; empty without codes, float32 with a trellis.
+        column_scales: as stored, flat; empty without any.
         row_means: float16 (slots, rows); empty without any.
-        singles: segments of one column, one group and one sign: int16 (k, rows) signed codes, or float16 signed scales.
+        singles: segments of one column, one group and one sign: int16 (k, rows) signed codes, or signed scales, of the
+            dtype of row scales.
         single_columns: int32 (3, k): natural column, scale slot, place in the column scales.
         run_table: int32 (runs, fields of `Run`).
     """
@@ -168,11 +172,12 @@ def tiles_of(layout: Layout, kind: tuple[int, int]) -> int:
 
 
 def prepare(matrix: BinaryMatrix) -> Prepared:
-    """Repack a matrix for the GPU; its column scales and steps are shared.
+    """Repack a matrix for the GPU; without a trellis, its column scales and steps are shared.
 
     Args:
         matrix: on any device; the result is on the same.
     """
+    stored, matrix = matrix.layout, expanded(matrix)
     layout, device = matrix.layout, matrix.signs.device
     single, regular = _divide(layout)
     order = matrix.column_order()
@@ -195,7 +200,7 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
     columns.append(_padded(single_columns[0], -(-len(singles) // SINGLES) * SINGLES))
     empty = matrix.row_scales.new_empty(0)
     return Prepared(
-        layout=layout,
+        layout=stored,
         kinds=tuple(kinds),
         runs=tuple(runs),
         words=torch.cat(words),
@@ -212,14 +217,14 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
 
 def _divide(layout: Layout) -> tuple[list[Place], list[Place]]:
     """Segments of a single column whose scale alone makes a weight, and all others."""
-    plain = not layout.row_means
-    single = [place for place in layout.places if plain and place.segment == (1, 1, 1)]
-    return single, [place for place in layout.places if not plain or place.segment != (1, 1, 1)]
+    alone = () if layout.row_means else (Segment(1, 1, 1),)
+    single = [place for place in layout.places if place.segment in alone]
+    return single, [place for place in layout.places if place.segment not in alone]
 
 
 def _slots(places: Sequence[Place]) -> int:
     """Row scale slots up to the last of these segments; single columns, which keep their own scales, come last."""
-    return max((place.row_scale + place.segment.groups * place.segment.terms for place in places), default=0)
+    return max((place.row_scale + place.segment.slots for place in places), default=0)
 
 
 def _kind(place: Place) -> tuple[int, int]:

@@ -36,7 +36,7 @@ CACHE_BYTES = 100 * 10**6
 MANY = 64
 """Tokens from which on a product is timed an eighth as often."""
 HEADINGS = (
-    "matrix", "tokens", "bfloat16, ms", "float32, ms", "packed, ms", "spread, ms", "x bfloat16", "x float32",
+    "matrix", "columns", "tokens", "bfloat16, ms", "float32, ms", "packed, ms", "spread, ms", "x bfloat16", "x float32",
     "share of bandwidth", "x bfloat16 at best", "share at best", "error",
 )  # fmt: skip
 COMMAND = "python benchmarks/kernels.py --page"
@@ -44,7 +44,8 @@ COMMAND = "python benchmarks/kernels.py --page"
 _SECTION = """\
 ## Products on a CPU
 
-One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, against `torch.nn.functional.linear` in
+One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, with a trellis code or, as `--no-trellis` has
+it, with groups, against `torch.nn.functional.linear` in
 bfloat16 and float32. Medians of {repeats} runs in which the contestants take turns; the spread is that of the middle
 half of the packed runs. *At best* compares the least times instead, which other jobs on the machine disturb less. Each
 run follows one of its own kind that does not count, as products of one kind follow each other in a model, and all go
@@ -85,8 +86,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console = Console(width=180)
     rows: Rows = []
-    for shape in SHAPES:
-        rows += products(shape, options.batches, options.bits, options.repeats)
+    for trellis in (True, False):
+        for shape in SHAPES:
+            rows += products(shape, options.batches, options.bits, options.repeats, trellis)
     console.print(as_table(HEADINGS, rows))
     overhead, product = overheads()
     console.print(f"a small call: {overhead:.1f} us, its product {product:.1f} us")
@@ -109,10 +111,10 @@ def machine() -> str:
     return f"{name}; kernel {', '.join(cpu.instruction_sets()[:1])}; PyTorch {torch.__version__}."
 
 
-def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeats: int) -> Rows:
+def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeats: int, trellis: bool) -> Rows:
     """All batches of one shape."""
     rows, columns = shape
-    matrix = random_matrix(rows, columns, bits, torch.device("cpu"))
+    matrix = random_matrix(rows, columns, bits, torch.device("cpu"), trellis)
     prepared = cpu.prepare(matrix)
     weight = matrix.dequantize()
     copies = cycle([prepared] + [cpu.prepare(matrix) for _ in range(CACHE_BYTES // prepared.numel())])
@@ -137,7 +139,7 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
         error = (cpu.multiply(x, prepared, rows) - expected).norm() / expected.norm()
         table.append(
             (
-                f"{rows} x {columns}", str(tokens), *(f"{1e3 * times.middle:.2f}" for times in (dense, single, packed)),
+                f"{rows} x {columns}", "trellis" if trellis else "groups", str(tokens), *(f"{1e3 * times.middle:.2f}" for times in (dense, single, packed)),
                 f"{1e3 * packed.low:.2f}-{1e3 * packed.high:.2f}", f"{dense.middle / packed.middle:.2f}",
                 f"{single.middle / packed.middle:.2f}", f"{stream.middle / packed.middle:.0%}",
                 f"{dense.least / packed.least:.2f}", f"{stream.least / packed.least:.0%}", f"{error:.2%}",

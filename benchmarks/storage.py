@@ -50,7 +50,7 @@ REFERENCE_CASE = "arb-rc + CGB, paper's thresholds"
 CASES = {
     "arb-rc + CGB": BinarizationConfig(method="arb-rc"),
     REFERENCE_CASE: BinarizationConfig(method="arb-rc", split_on="saliency", compensation="reference"),
-    "arb-rcx 2.25": BinarizationConfig(method="arb-rcx", bits=2.25),
+    "arb-rcx 2.25, no trellis": BinarizationConfig(method="arb-rcx", bits=2.25, trellis=False),
 }
 
 PUBLISHED_HEADINGS = ("method", "counting", "7B, paper", "7B, formula", "13B, paper", "13B, formula")
@@ -111,10 +111,11 @@ bitmaps were like it:
 
 ## `--bitmap` on real matrices
 
-`arbllm quantize --bitmap raw|csr|entropy` chooses how the files hold the group bitmap. `csr` lists the rarer of the two
-symbols. `entropy` is a range coder ([constriction](https://bamler-lab.github.io/constriction/)) with one share of ones
-for the matrix, or one for each row where that gains more than it costs. Both are decoded when the model is loaded: in
-memory the bitmap is raw. A model that was loaded is saved in the same way again.
+`arbllm quantize --bitmap raw|csr|entropy` chooses how the files hold the group bitmap, where there is one: with a
+trellis code, the default of `arb-rcx`, there are no groups. `csr` lists the rarer of the two symbols. `entropy` is a
+range coder ([constriction](https://bamler-lab.github.io/constriction/)) with one share of ones for the matrix, or one
+for each row where that gains more than it costs. Both are decoded when the model is loaded: in memory the bitmap is
+raw. A model that was loaded is saved in the same way again.
 
 On three linear layers of SmolLM2-135M, in bits a weight of the bitmap, and in true bits of the whole matrix:
 

@@ -305,8 +305,8 @@ void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, 
     chosen(prepared, pass, tables, tile, block, y);
 }
 
-// Half of a block's rows in one byte of a plane, wherever it lies.
-typedef uint64_t Half __attribute__((vector_size(LANES / 2), aligned(8), may_alias));
+// A quarter of a block's rows in one byte of a plane, wherever it lies.
+typedef uint64_t Quarter __attribute__((vector_size(LANES / 4), aligned(8), may_alias));
 
 // Planes of bits of a stretch of a pass with a trellis: [byte][row].
 class Planes {
@@ -322,22 +322,15 @@ class Planes {
         }
         planes_[pass.planes - 1] = z1_;
         planes_[pass.planes] = z0_;
+        static const uint8_t nothing[LANES] = {};
         const int64_t before = tile * TILE_BLOCKS + block - 1;
-        if (before >= 0) {
-            copy(prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first, rows_);
-        } else {
-            for (int b = 0; b < bytes; ++b) {
-                at(rows_, 2 * b, 0) = at(rows_, 2 * b, 1) = Half{};
-            }
+        const int step = before < 0 ? 0 : LANES;
+        const uint8_t* above = nothing;
+        if (step) {
+            above = prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first;
         }
-        copy(codes, rows_ + LANES);
-        // Only now, as what was just written cannot be read at other places without waiting for it.
         for (int b = 0; b < bytes; ++b) {
-            for (int half = 0; half < 2; ++half) {
-                const uint8_t* now = rows_ + 2 * LANES * b + LANES + LANES / 2 * half;
-                at(z1_, b, half) = at(now) ^ at(now - 16) ^ at(now - 40);
-                at(z0_, b, half) = at(now - 24);
-            }
+            derive(codes + LANES * b, above + step * b, z1_ + LANES * b, z0_ + LANES * b);
         }
     }
 
@@ -353,30 +346,31 @@ class Planes {
             return first;
         }
         const uint8_t *second = planes_[__builtin_ctz(rest)], *third = planes_[__builtin_ctz(rest & (rest - 1))];
-        for (int i = 0; i < 2 * bytes_; ++i) {
-            const int64_t place = LANES / 2 * i;
-            at(product_, i / 2, i % 2) = at(first + place) ^ at(second + place) ^ at(third + place);
+        for (int place = 0; place < LANES * bytes_; place += LANES / 4) {
+            at(product_ + place) = at(first + place) ^ at(second + place) ^ at(third + place);
         }
         return product_;
     }
 
   private:
-    static Half& at(uint8_t* plane, int byte, int half) {
-        return *reinterpret_cast<Half*>(plane + LANES * byte + LANES / 2 * half);
-    }
-    static Half at(const uint8_t* rows) { return *reinterpret_cast<const Half*>(rows); }
+    static Quarter at(const uint8_t* rows) { return *reinterpret_cast<const Quarter*>(rows); }
+    static Quarter& at(uint8_t* rows) { return *reinterpret_cast<Quarter*>(rows); }
 
-    // Every other 64 bytes.
-    void copy(const uint8_t* from, uint8_t* to) const {
-        for (int b = 0; b < bytes_; ++b) {
-            at(to, 2 * b, 0) = at(from + LANES * b);
-            at(to, 2 * b, 1) = at(from + LANES * b + LANES / 2);
-        }
+    // From first signs of a block and of the block above, with z1 from 16 and 40 rows above, z0 from 24 rows above.
+    static void derive(const uint8_t* now, const uint8_t* above, uint8_t* z1, uint8_t* z0) {
+        const Quarter last = at(above + 40), across = {at(above + 48)[1], at(now)[0]}, later = at(now + 8);
+        at(z1) = at(now) ^ at(above + 48) ^ at(above + 24);
+        at(z1 + 16) = at(now + 16) ^ at(now) ^ last;
+        at(z1 + 32) = at(now + 32) ^ at(now + 16) ^ across;
+        at(z1 + 48) = at(now + 48) ^ at(now + 32) ^ later;
+        at(z0) = last;
+        at(z0 + 16) = across;
+        at(z0 + 32) = later;
+        at(z0 + 48) = at(now + 24);
     }
 
     const int bytes_;
     const uint8_t* planes_[5];
-    alignas(64) uint8_t rows_[2 * LANES * BYTES];  // first signs of the block above, then of this one
     alignas(64) uint8_t z1_[LANES * BYTES], z0_[LANES * BYTES], product_[LANES * BYTES];
 };
 

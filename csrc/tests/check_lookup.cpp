@@ -22,30 +22,34 @@ std::mt19937 generator(0);
 // A random packed matrix, with its memory.
 struct Example {
     Packed packed{};
-    std::vector<uint8_t> bits[4];
+    std::vector<uint8_t> bits[6];
     std::vector<float> row_scales, row_means, column_scales;
     std::vector<int64_t> order;
 
-    Example(int64_t rows, const std::vector<std::array<int64_t, 3>>& segments, bool means, bool scaled) {
+    Example(int64_t rows, const std::vector<std::array<int64_t, 4>>& segments, bool means, bool scaled) {
         Place at{};
-        for (const auto& [width, groups, terms] : segments) {
+        for (const auto& [width, groups, terms, trellis] : segments) {
             at.width = width;
             at.groups = groups;
             at.terms = terms;
+            at.trellis = trellis;
             packed.places.push_back(at);
             at.column += width;
-            at.row_scale += groups * terms;
+            at.row_scale += at.slots();
             at.row_mean += groups;
-            at.column_scale += groups * terms * width;
+            at.column_scale += at.slots() * width;
             at.low += groups >= 2 ? width : 0;
             at.high += groups == 4 ? width : 0;
-            at.second += terms == 2 ? width : 0;
+            at.second += terms >= 2 ? width : 0;
+            at.third += terms >= 3 ? width : 0;
+            at.fourth += terms >= 4 ? width : 0;
         }
         packed.rows = rows;
         packed.columns = at.column;
-        const int64_t widths[4] = {at.column, at.low, at.high, at.second};
-        Plane* const planes[4] = {&packed.signs, &packed.low, &packed.high, &packed.second};
-        for (int i = 0; i < 4; ++i) {
+        const int64_t widths[6] = {at.column, at.low, at.high, at.second, at.third, at.fourth};
+        Plane* const planes[6] = {&packed.signs,  &packed.low,   &packed.high,
+                                  &packed.second, &packed.third, &packed.fourth};
+        for (int i = 0; i < 6; ++i) {
             const int64_t bytes = (widths[i] + 7) / 8;
             bits[i].resize(rows * bytes);
             for (auto& byte : bits[i]) {
@@ -69,6 +73,16 @@ struct Example {
             order.push_back(at.column - 1 - j);
         }
         packed.order = order.data();
+        for (int terms = 1; terms <= 4; ++terms) {  // signs, each half as large as the one before, and some products
+            std::vector<Summand> level;
+            for (int sign = 0; sign <= terms; ++sign) {
+                level.push_back({1 << sign, std::ldexp(1.1f, -sign)});
+            }
+            for (int last = 2; last <= terms; ++last) {
+                level.push_back({3 | 1 << last, 0.1f / static_cast<float>(last)});
+            }
+            packed.levels.push_back(level);
+        }
     }
 
     static void fill(std::vector<float>& numbers, int64_t count) {
@@ -78,8 +92,34 @@ struct Example {
         }
     }
 
+    // What a weight in a trellis is without its scales.
+    double level(const Place& place, int64_t row, int64_t j) const {
+        const auto first = [&](int64_t i) { return i < 0 ? 0 : packed.signs.bit(i, place.column + j); };
+        const Plane* const planes[3] = {&packed.second, &packed.third, &packed.fourth};
+        const int64_t starts[3] = {place.second, place.third, place.fourth};
+        std::vector<int> bits;
+        for (int64_t term = 1; term < place.terms; ++term) {
+            bits.push_back(planes[term - 1]->bit(row, starts[term - 1] + j));
+        }
+        bits.push_back(first(row) ^ first(row - 16) ^ first(row - 40));
+        bits.push_back(first(row - 24));
+        double value = 0.0;
+        for (const Summand& summand : packed.levels[place.terms - 1]) {
+            int sign = 1;
+            for (size_t i = 0; i < bits.size(); ++i) {
+                sign *= summand.mask >> i & 1 && !bits[i] ? -1 : 1;
+            }
+            value += sign * summand.coefficient;
+        }
+        return value;
+    }
+
     // W in stored order, by the definition of docs/format.md.
     double weight(const Place& place, int64_t row, int64_t j) const {
+        if (place.trellis) {
+            const double factor = packed.column_scales ? column_scales[place.column_scale + j] : 1.0;
+            return level(place, row, j) * row_scales[row * packed.row_scale_slots + place.row_scale] * factor;
+        }
         int64_t group = place.groups >= 2 ? packed.low.bit(row, place.low + j) : 0;
         group += place.groups == 4 ? 2 * packed.high.bit(row, place.high + j) : 0;
         double value = packed.row_means ? row_means[row * packed.row_mean_slots + place.row_mean + group] : 0.0;
@@ -143,7 +183,7 @@ int main() {
     struct Case {
         const char* name;
         int64_t rows;
-        std::vector<std::array<int64_t, 3>> segments;
+        std::vector<std::array<int64_t, 4>> segments;  // width, groups, terms, trellis
         bool means, scaled;
     };
     const std::vector<Case> cases = {
@@ -153,6 +193,9 @@ int main() {
         {"two signs", 64, {{301, 2, 2}, {77, 1, 2}}, false, true},
         {"means", 90, {{130, 1, 1}, {131, 2, 1}, {61, 4, 2}}, true, false},
         {"narrow segments", 70, {{512, 2, 1}, {1, 1, 1}, {1, 4, 2}, {2, 2, 2}, {3, 2, 1}}, false, true},
+        {"trellis", 300, {{320, 1, 2, 1}, {61, 1, 3, 1}}, false, true},
+        {"trellis, several stretches", 129, {{1050, 1, 1, 1}, {520, 1, 4, 1}}, false, true},
+        {"trellis, mixed", 65, {{77, 1, 4, 1}, {301, 2, 2}, {1, 1, 3, 1}, {70, 1, 1, 1}, {2, 1, 4, 1}}, false, true},
     };
     bool sound = true;
     for (const auto& set : instruction_sets()) {

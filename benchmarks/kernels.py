@@ -44,9 +44,8 @@ COMMAND = "python benchmarks/kernels.py --page"
 _SECTION = """\
 ## Products on a CPU
 
-One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, with a trellis code or, as `--no-trellis` has
-it, with groups, against `torch.nn.functional.linear` in
-bfloat16 and float32. Medians of {repeats} runs in which the contestants take turns; the spread is that of the middle
+One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, with a trellis code or, as `--no-trellis`
+has it, with groups, against `torch.nn.functional.linear` in bfloat16 and float32. Medians of {repeats} runs in which the contestants take turns; the spread is that of the middle
 half of the packed runs. *At best* compares the least times instead, which other jobs on the machine disturb less. Each
 run follows one of its own kind that does not count, as products of one kind follow each other in a model, and all go
 through matrices of {cache} MB together, so that no weight comes from the cache. *Share of bandwidth* is
@@ -139,7 +138,8 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
         error = (cpu.multiply(x, prepared, rows) - expected).norm() / expected.norm()
         table.append(
             (
-                f"{rows} x {columns}", "trellis" if trellis else "groups", str(tokens), *(f"{1e3 * times.middle:.2f}" for times in (dense, single, packed)),
+                f"{rows} x {columns}", "trellis" if trellis else "groups", str(tokens),
+                *(f"{1e3 * times.middle:.2f}" for times in (dense, single, packed)),
                 f"{1e3 * packed.low:.2f}-{1e3 * packed.high:.2f}", f"{dense.middle / packed.middle:.2f}",
                 f"{single.middle / packed.middle:.2f}", f"{stream.middle / packed.middle:.0%}",
                 f"{dense.least / packed.least:.2f}", f"{stream.least / packed.least:.0%}", f"{error:.2%}",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from arbllm.binarize.code import COEFFICIENTS, PRODUCTS
+from arbllm.binarize.trellis import TrellisPart
 from arbllm.config import BinarizationConfig
 from arbllm.format.bitplanes import pack
 from arbllm.format.layout import Layout, Segment
@@ -105,6 +111,54 @@ def random_packed(layout: Layout, seed: int = 0, column_bitmap: Tensor | None = 
     if layout.ordering == "explicit":
         tensors["column_order"] = torch.randperm(layout.columns, generator=generator).to(torch.int16)
     return BinaryMatrix.from_tensors(layout, tensors)
+
+
+def in_segments(rows: int, *segments: Segment, seed: int = 0, **options: Any) -> BinaryMatrix:
+    """A random matrix of these segments, stored in natural order with scales of 16 bits and no row means.
+
+    Args:
+        rows: n.
+        segments: first to last.
+        seed: of the random numbers.
+        options: fields of the `Layout` that are to be others.
+    """
+    layout = Layout(
+        rows=rows,
+        columns=sum(segment.width for segment in segments),
+        segments=segments,
+        ordering="natural",
+        block_size=0,
+        scale_bits=16,
+        row_means=False,
+        column_scaled=True,
+    )
+    layout = replace(layout, **options)
+    layout.check()
+    return random_packed(layout, seed)
+
+
+def levels_by_hand(stored: Sequence[Tensor]) -> Tensor:
+    """What weights of a trellis are without their scales, row after row as docs/format.md has it: float32 (n, k).
+
+    Args:
+        stored: the stored signs of each weight, bool (n, k), true for +.
+    """
+    first, terms = stored[0].long(), len(stored)
+    rows = []
+    for i in range(len(first)):
+        now, two, three, five = (first[i - lag] if lag <= i else 0 * first[0] for lag in (0, 16, 24, 40))
+        bits = [sign[i].long() for sign in stored[1:]] + [now ^ two ^ five, three]
+        signs = [2.0 * bit - 1 for bit in bits]
+        level = sum(c * sign for c, sign in zip(COEFFICIENTS[terms], signs, strict=True))
+        for (a, b, c), coefficient in PRODUCTS[terms].items():
+            level = level + coefficient * signs[a] * signs[b] * signs[c]
+        rows.append(level)
+    return torch.stack(rows)
+
+
+def trellis_values(part: TrellisPart) -> Tensor:
+    """The weights of a part with a trellis, float32 (n, k)."""
+    return levels_by_hand(part.stored) * part.row_scales[:, None] * part.column_scales
 
 
 def pack_randomly(model: PreTrainedModel, salient: int = 3, block_size: int = 16) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbllm import rebuild as module
+from arbllm.binarize.code import first_level, levels
 from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.native import extension
@@ -14,7 +15,10 @@ from arbllm.rebuild import Codes
 from tests.helpers import random_packed
 from tests.strategies import SEEDS, segments
 
-KINDS = tuple(itertools.product((1, 2, 4), (1, 2)))
+KINDS = (
+    *((groups, terms, False) for groups, terms in itertools.product((1, 2, 4), (1, 2))),
+    *((1, terms, True) for terms in (1, 2, 3, 4)),
+)
 built = pytest.mark.skipif(extension(torch.device("cpu")) is None, reason="the native extension was not built")
 
 
@@ -35,9 +39,15 @@ def dense(codes: Codes, rows: Tensor, columns: Tensor) -> Tensor:
     """W (n, m) weight by weight, as docs/format.md has it, for autograd."""
     entries = {}
     for place in codes.layout.places:
-        width, groups, terms = place.segment
+        width, groups, terms, trellis = place.segment
         for j in range(width):
             code = codes.values[:, place.column + j].long()
+            if trellis:
+                level = code - first_level(terms)
+                assert 0 <= int(level.min()) <= int(level.max()) < 2 ** (terms + 1)
+                size = rows[:, place.row_scale] * columns[place.column_scale + j]
+                entries[int(codes.order[place.column + j])] = levels(terms).to(rows.dtype)[level] * size
+                continue
             assert int(code.max()) < 16
             value = rows.new_zeros(len(rows))
             for term in range(terms):
@@ -75,7 +85,12 @@ def test_weight_and_gradients_are_those_of_the_formula(native, kind, rows, width
 
 
 @settings(max_examples=40, deadline=None)
-@given(parts=segments(), rows=st.integers(1, 70), seed=SEEDS, dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    parts=segments(trellis=True),
+    rows=st.integers(1, 70),
+    seed=SEEDS,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_any_segments(parts, rows, seed, dtype):
     agrees(packed(rows, parts, seed), dtype)
 
@@ -83,7 +98,8 @@ def test_any_segments(parts, rows, seed, dtype):
 @built
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_native_and_pytorch_compute_the_same_with_any_number_of_threads(threads, monkeypatch):
-    matrix = packed(67, [Segment(131, 2, 1), Segment(70, 4, 2), Segment(1, 1, 1), Segment(1, 1, 1)])
+    trellis = [Segment(45, 1, 1, True), Segment(64, 1, 4, True), Segment(1, 1, 3, True)]
+    matrix = packed(67, [Segment(131, 2, 1), *trellis, Segment(70, 4, 2), Segment(1, 1, 1), Segment(1, 1, 1)])
     codes = Codes.from_matrix(matrix)
     rows, columns, gradient = problem(matrix)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -97,7 +113,7 @@ def test_native_and_pytorch_compute_the_same_with_any_number_of_threads(threads,
 
 @built
 def test_tensors_that_are_not_contiguous():
-    matrix = packed(20, [Segment(9, 2, 1), Segment(11, 2, 2)])
+    matrix = packed(20, [Segment(9, 2, 1), Segment(19, 1, 3, True), Segment(11, 2, 2)])
     codes = Codes.from_matrix(matrix)
     rows, columns, gradient = problem(matrix)
     turned, turned_gradient = (tensor.T.contiguous().T for tensor in (rows, gradient))
@@ -108,7 +124,7 @@ def test_tensors_that_are_not_contiguous():
 
 @built
 def test_shapes_that_do_not_agree_are_refused():
-    matrix = packed(20, [Segment(9, 2, 1)])
+    matrix = packed(20, [Segment(9, 2, 1), Segment(5, 1, 2, True)])
     codes = Codes.from_matrix(matrix)
     rows, columns, gradient = problem(matrix)
     with pytest.raises(ValueError, match="shapes do not agree"):

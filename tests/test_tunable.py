@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,11 +9,12 @@ from torch.func import functional_call
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError
+from arbllm.format.layout import Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 from arbllm.tunable import TunableLinear
-from tests.helpers import random_matrix
+from tests.helpers import in_segments, random_matrix
 from tests.strategies import SEEDS, matrices
 
 LAYOUTS = [
@@ -23,11 +27,31 @@ LAYOUTS = [
         ("bitmap", 8, 2, 2, 22),
     )
 ]
+MATRICES: dict[str, Callable[[], BinaryMatrix]] = {
+    **{
+        f"{options['ordering']}-{options['scale_bits']}-{options['groups']}": partial(
+            random_matrix, 6, 22, block_size=8, **options
+        )
+        for options in LAYOUTS
+    },
+    **{
+        f"trellis-{bits}": partial(
+            in_segments,
+            6,
+            Segment(9, 1, 3, True),
+            Segment(7, 2, 1),
+            Segment(6, 1, 1, True),
+            ordering="segments",
+            scale_bits=bits,
+        )
+        for bits in (8, 16)
+    },
+}
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda options: f"{options['ordering']}-{options['scale_bits']}")
+@pytest.fixture(params=MATRICES)
 def matrix(request) -> BinaryMatrix:
-    return random_matrix(6, 22, block_size=8, **request.param)
+    return MATRICES[request.param]()
 
 
 def changed(layer: TunableLinear, size: float = 0.3) -> TunableLinear:
@@ -79,7 +103,14 @@ def test_untouched_scales_give_the_same_matrix(matrix):
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in once.tensors().items())
 
 
-@pytest.mark.parametrize("config", [BinarizationConfig(bits=2.9), BinarizationConfig("arb-rc", block_size=16)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BinarizationConfig(bits=2.9),
+        BinarizationConfig(bits=2.9, trellis=False),
+        BinarizationConfig("arb-rc", block_size=16),
+    ],
+)
 def test_a_matrix_of_the_solver_comes_back_as_it_is(config):
     generator = torch.Generator().manual_seed(3)
     weight, inputs = torch.randn(24, 40, generator=generator), torch.randn(80, 40, generator=generator)

@@ -34,6 +34,17 @@ EVERYTHING = Layout(
         ({"ordering": "bitmap"}, {"column_bitmap": 5}),
         ({"ordering": "explicit"}, {"column_order": 2 * 40}),
         ({"ordering": "natural"}, {}),
+        (
+            {"segments": (*SEGMENTS[:2], Segment(10, 1, 4, True)), "row_means": False},
+            {
+                "group_bitmap": 2 * 6 * 3,
+                "second_signs": 3 * 6 * 2,
+                "row_scales": 2 * 6 * (4 + 1 + 1),
+                "row_means": 0,
+                "column_scales": 2 * (4 * 24 + 6 + 10),
+                "column_order": 2 * 5,
+            },
+        ),
         ({"ordering": "natural", "row_means": False, "column_scaled": False}, {"row_means": 0, "column_scales": 0}),
     ],
 )

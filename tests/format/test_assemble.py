@@ -9,10 +9,12 @@ from arbllm.binarize.binarize import binarize_block
 from arbllm.binarize.block import Part, Term, Zone
 from arbllm.binarize.methods import METHODS, get_method
 from arbllm.binarize.scales import shares
+from arbllm.binarize.trellis import TrellisPart
 from arbllm.config import PARTITIONS
 from arbllm.errors import ModelError
 from arbllm.format.assemble import assemble
 from arbllm.format.matrix import ORDER_TENSORS, check_order
+from tests.helpers import trellis_values
 from tests.strategies import SEEDS, segments
 
 
@@ -36,8 +38,10 @@ def blocks_of(weight: torch.Tensor, block_size: int, method: str, **options):
 @st.composite
 def random_parts(draw):
     """Parts of one matrix with scales as they are stored, and whether they suit 8 bits."""
-    drawn, rows, codes = draw(segments()), draw(st.integers(1, 12)), draw(st.booleans())
-    has_means, has_factors = draw(st.booleans()), draw(st.booleans())
+    rows, codes, trellis = draw(st.integers(1, 45)), draw(st.booleans()), draw(st.booleans())
+    drawn = draw(segments(trellis=trellis))
+    has_means = False if trellis else draw(st.booleans())
+    has_factors = True if trellis else draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(SEEDS))
 
     def scales(size):
@@ -55,6 +59,11 @@ def random_parts(draw):
     order = torch.randperm(columns, generator=generator) if draw(st.booleans()) else torch.arange(columns)
     ascending, parts = draw(st.booleans()), []
     for segment, place in zip(drawn, order.split([segment.width for segment in drawn]), strict=True):
+        place = place.sort().values if ascending else place
+        if segment.trellis:
+            stored = torch.randint(2, (segment.terms, rows, segment.width), generator=generator).bool()
+            parts.append(TrellisPart(place, tuple(stored), scales(rows), scales(segment.width)))
+            continue
         number = torch.randint(segment.groups, (rows, segment.width), generator=generator)
         zones = tuple(
             Zone(
@@ -64,7 +73,7 @@ def random_parts(draw):
             )
             for group in range(segment.groups)
         )
-        parts.append(Part(place.sort().values if ascending else place, zones))
+        parts.append(Part(place, zones))
     return parts, codes
 
 
@@ -74,7 +83,9 @@ def test_any_parts_dequantize_to_what_they_reconstruct(drawn):
     matrix = assemble(parts, scale_bits=8 if codes else 16)
     order = torch.cat([part.columns for part in parts])
     expected = torch.empty(matrix.shape)
-    expected[:, order] = torch.cat([part.reconstruct() for part in parts], 1)
+    expected[:, order] = torch.cat(
+        [trellis_values(part) if isinstance(part, TrellisPart) else part.reconstruct() for part in parts], 1
+    )
     torch.testing.assert_close(matrix.dequantize(), expected, rtol=1e-5, atol=1e-5)
     matrix.layout.check()
     stored = matrix.column_order()

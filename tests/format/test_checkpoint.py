@@ -184,9 +184,11 @@ def test_a_version_from_the_future_is_refused(tmp_path, version):
         open_checkpoint(tmp_path)
 
 
-def test_the_first_version_is_refused(tmp_path):
-    write(tmp_path, change_config=lambda config: config.update(format_version=1))
-    with pytest.raises(CheckpointError, match=r"format version 1, .* reads version 2 alone; quantize the model again"):
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_earlier_versions_are_refused(tmp_path, version):
+    write(tmp_path, change_config=lambda config: config.update(format_version=version))
+    message = rf"format version {version}, .* reads version {FORMAT_VERSION} alone; quantize the model again"
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
 
 

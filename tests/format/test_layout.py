@@ -17,7 +17,7 @@ def test_round_trips_through_json():
     values = json.loads(json.dumps(LAYOUT.to_dict()))
     assert Layout.from_dict(values) == LAYOUT
     assert values == LAYOUT.to_dict()
-    assert values["segments"] == [[17, 2, 1], [20, 1, 1], [3, 4, 2]]
+    assert values["segments"] == [[17, 2, 1, False], [20, 1, 1, False], [3, 4, 2, False]]
 
 
 def test_sizes_follow_from_the_segments():
@@ -34,12 +34,12 @@ def test_sizes_follow_from_the_segments():
 
 def test_places_count_what_comes_before():
     assert LAYOUT.places == (
-        Place(LAYOUT.segments[0], 0, 0, 0, 0, 0, 0, 0),
-        Place(LAYOUT.segments[1], 17, 2, 2, 34, 17, 0, 0),
-        Place(LAYOUT.segments[2], 37, 3, 3, 54, 17, 0, 0),
+        Place(LAYOUT.segments[0], 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        Place(LAYOUT.segments[1], 17, 2, 2, 34, 17, 0, 0, 0, 0),
+        Place(LAYOUT.segments[2], 37, 3, 3, 54, 17, 0, 0, 0, 0),
     )
     twice = replace(LAYOUT, columns=80, segments=LAYOUT.segments * 2)
-    assert twice.places[5] == Place(LAYOUT.segments[2], 77, 14, 10, 78 + 54, 37, 3, 3)
+    assert twice.places[5] == Place(LAYOUT.segments[2], 77, 14, 10, 78 + 54, 37, 3, 3, 0, 0)
 
 
 def test_every_part_has_its_tensor():
@@ -94,17 +94,18 @@ def test_packed_bytes(bits, size):
         ("segments", None),
         ("segments", 40),
         ("segments", []),
-        ("segments", [40, 1, 1]),
-        ("segments", [[40, 1]]),
-        ("segments", [[39, 1, 1], [2, 1, 1]]),
-        ("segments", [[40, 1, 1], [0, 1, 1]]),
-        ("segments", [[41, 1, 1], [-1, 1, 1]]),
-        ("segments", [[20, 3, 1], [20, 1, 1]]),
-        ("segments", [[20, 1, 3], [20, 1, 1]]),
-        ("segments", [[20.0, 1, 1], [20, 1, 1]]),
-        ("segments", [[20, True, 1], [20, 1, 1]]),
-        ("segments", [["20", 1, 1], [20, 1, 1]]),
-        ("segments", [[40, 1, 1]]),
+        ("segments", [40, 1, 1, False]),
+        ("segments", [[20, 1, 1], [20, 1, 1]]),
+        ("segments", [[20, 1, 1, False, 0], [20, 1, 1, False, 0]]),
+        ("segments", [[39, 1, 1, False], [2, 1, 1, False]]),
+        ("segments", [[40, 1, 1, False], [0, 1, 1, False]]),
+        ("segments", [[41, 1, 1, False], [-1, 1, 1, False]]),
+        ("segments", [[20, 3, 1, False], [20, 1, 1, False]]),
+        ("segments", [[20, 1, 3, False], [20, 1, 1, False]]),
+        ("segments", [[20.0, 1, 1, False], [20, 1, 1, False]]),
+        ("segments", [[20, True, 1, False], [20, 1, 1, False]]),
+        ("segments", [["20", 1, 1, False], [20, 1, 1, False]]),
+        ("segments", [[40, 1, 1, False]]),
         ("ordering", "random"),
         ("ordering", None),
         ("ordering", []),

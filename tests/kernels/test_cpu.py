@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arbllm.errors import ConfigError
+from arbllm.format.layout import Segment
 from arbllm.kernels import cpu, reference
 from arbllm.kernels.dispatch import takes_prepared
 from arbllm.nn import BinaryLinear
-from tests.helpers import random_matrix
+from tests.helpers import in_segments, random_matrix
 from tests.strategies import matrices
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="arbllm was installed without its C++ kernels")
@@ -27,6 +28,25 @@ FEATURES: dict[str, dict] = {
     "means": {"salient": 20, "row_means": True, "column_scaled": False},
     "means of one group": {"groups": 1, "row_means": True},
     "means of four groups": {"groups": 4, "row_means": True, "scale_bits": 8},
+}
+TRELLISES: dict[str, tuple[Segment, ...]] = {
+    "one sign": (Segment(320, 1, 1, True),),
+    "two signs": (Segment(323, 1, 2, True),),
+    "three signs": (Segment(77, 1, 3, True),),
+    "four signs": (Segment(101, 1, 4, True),),
+    "several stretches": (Segment(1030, 1, 2, True),),
+    "several stretches of four signs": (Segment(520, 1, 4, True), Segment(513, 1, 4, True)),
+    "several segments": tuple(Segment(60 + terms, 1, terms, True) for terms in (3, 1, 4, 2)),
+    "narrow segments": (Segment(90, 1, 3, True), *(Segment(width, 1, 5 - width, True) for width in (1, 2, 3, 4))),
+    "narrow segments alone": (Segment(1, 1, 1, True), Segment(1, 1, 4, True), Segment(2, 1, 4, True)),
+    "trellis and groups": (
+        Segment(33, 2, 1),
+        Segment(70, 1, 4, True),
+        Segment(40, 2, 2),
+        Segment(9, 1, 1, True),
+        Segment(11, 4, 1),
+        Segment(1, 1, 1),
+    ),
 }
 LARGEST_ERROR = 0.012
 """Of the output, relative, with 8 bits and normally distributed inputs; large matrices come under 0.01."""
@@ -61,6 +81,63 @@ def test_every_instruction_set_multiplies(instruction_set, features, shape):
     assert (quick - expected).abs().max() < LARGEST_ERROR * largest
     if shape[0] > 32:
         assert relative_error(quick, expected) < LARGEST_ERROR
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("name", TRELLISES)
+def test_a_trellis_is_multiplied(instruction_set, name, rows):
+    matrix = in_segments(rows, *TRELLISES[name], ordering="explicit", scale_bits=8, seed=rows)
+    prepared, dense = cpu.prepare(matrix), matrix.dequantize()
+    for tokens in (1, 3, cpu.MOST_LOOKUP_TOKENS, cpu.MOST_LOOKUP_TOKENS + 1):
+        x = inputs(tokens, matrix.layout.columns, seed=tokens)
+        expected = x.double() @ dense.double().T
+        largest = (x.abs() @ dense.abs().T).max()
+        exact = cpu.multiply(x, prepared, rows, exact=True, instruction_set=instruction_set)
+        assert (exact - expected).abs().max() <= 1e-6 * largest
+        quick = cpu.multiply(x, prepared, rows, instruction_set=instruction_set)
+        if tokens > cpu.MOST_LOOKUP_TOKENS:
+            assert torch.equal(quick, exact)
+        if "alone" in name:  # kept as they are
+            torch.testing.assert_close(quick, exact, rtol=1e-5, atol=1e-6)
+        assert (quick - expected).abs().max() < LARGEST_ERROR * largest
+        if rows >= 63:
+            assert relative_error(quick, expected) < LARGEST_ERROR
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_dtypes_with_a_trellis(dtype):
+    matrix = in_segments(100, Segment(320, 1, 3, True))
+    x, prepared = inputs(5, 320).to(dtype), cpu.prepare(matrix)
+    for exact in (False, True):
+        y = cpu.multiply(x, prepared, 100, exact=exact)
+        assert y.dtype == dtype
+        allowed = ROUNDING[dtype] + (0 if exact else LARGEST_ERROR)
+        assert relative_error(y, reference.matmul(x.double(), matrix)) < allowed
+
+
+def test_threads_change_nothing_in_a_trellis():
+    """Rows of a block follow from those of the block above, which another thread may have."""
+    matrix = in_segments(900, Segment(320, 1, 2, True), Segment(61, 1, 4, True))
+    x, prepared = inputs(4, 381), cpu.prepare(matrix)
+    before, expected = torch.get_num_threads(), cpu.multiply(x, prepared, 900)
+    alone = torch.cat([cpu.multiply(row[None], prepared, 900) for row in x])
+    assert torch.equal(alone, expected)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu.prepare(matrix), prepared)
+            assert torch.equal(cpu.multiply(x, prepared, 900), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_a_trellis_is_prepared_in_the_memory_of_its_stored_signs(terms):
+    """Not of the bit more that its levels have."""
+    matrix = in_segments(1024, Segment(512, 1, terms, True), Segment(512, 1, terms, True), scale_bits=8)
+    prepared = cpu.prepare(matrix)
+    signs = 1024 * 1024 * terms // 8
+    assert signs < prepared.numel() < 1.02 * signs + 4 * (2 * 1024 + 2 * 1024) + 2048
 
 
 @given(matrix=matrices(), tokens=st.integers(1, 17))

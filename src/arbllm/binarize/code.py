@@ -90,12 +90,13 @@ def derived_planes(signs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 
     Args:
         signs: uint8 (n, bytes), packed or a value a byte: rows are combined bit by bit.
-        rows: which rows [start, stop).
+        rows: which rows.
 
     Returns:
         Two tensors like `signs[rows]`.
     """
-    now, two, three, five = (_rows_above(signs, rows, ROWS_APART * steps) for steps in STEPS)
+    wanted = slice(*rows.indices(len(signs))[:2])
+    now, two, three, five = (_rows_above(signs, wanted, ROWS_APART * steps) for steps in STEPS)
     return now ^ two ^ five, three
 
 

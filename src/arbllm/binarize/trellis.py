@@ -120,7 +120,8 @@ def refit_scales(goal: Tensor, levels: TrellisLevels, metric: Tensor) -> Trellis
     """Row scales, rounded as they are stored, then the column scales that suit them, rounded too.
 
     With u = level * column scale, the best scale of a row is (u P w) / (u P u^T); the best column scales solve A c = b
-    with A = (V^T V) * P, v = level * row scale. A scale that would not be positive stays as it is.
+    with A = (V^T V) * P, v = level * row scale. A scale that would not be positive stays as it is, the others are those
+    that suit it.
 
     Args:
         goal: G = P W_b^T, float32 (K, n).
@@ -130,21 +131,39 @@ def refit_scales(goal: Tensor, levels: TrellisLevels, metric: Tensor) -> Trellis
     shapes = levels.shapes()
     scaled = shapes * levels.columns[:, None]
     rows = (goal * scaled).sum(0) / ((metric @ scaled).mul_(scaled).sum(0)).clamp(min=TINY)
-    levels = replace(levels, rows=_positive(rows, levels.rows)).rounded()
+    usable = (rows > 0) & torch.isfinite(rows)
+    levels = replace(levels, rows=torch.where(usable, rows, levels.rows)).rounded()
     vectors = shapes.mul_(levels.rows)
     gram = lower_gram(vectors).mul_(metric)
     ridge = RIDGE * gram.diagonal().mean().clamp(min=TINY)
     gram.diagonal().add_(ridge)
+    target = (vectors * goal).sum(1) + ridge * levels.columns
+    return replace(levels, columns=_positive_solution(gram, target, levels.columns)).rounded()
+
+
+def _positive_solution(gram: Tensor, target: Tensor, before: Tensor) -> Tensor:
+    """The solution c of A c = b, of which what is not positive stays as it was; all of it if that is not enough.
+
+    Args:
+        gram: A, float32 (K, K), symmetric; looked at on and below its diagonal.
+        target: b, float32 (K).
+        before: positive or 0, float32 (K).
+    """
+    found = _solution(gram, target)
+    free = found > 0
+    if free.all():
+        return found
+    whole = gram.tril() + gram.tril(-1).T
+    target = target - whole[:, ~free] @ before[~free]
+    found = before.clone()
+    found[free] = _solution(whole[free][:, free], target[free])
+    return found if (found[free] > 0).all() else before
+
+
+def _solution(gram: Tensor, target: Tensor) -> Tensor:
+    """The solution, or NaN if the matrix is not positive definite."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if not failed:
-        target = (vectors * goal).sum(1) + ridge * levels.columns
-        columns = torch.cholesky_solve(target[:, None], factor)[:, 0]
-        levels = replace(levels, columns=_positive(columns, levels.columns))
-    return levels.rounded()
-
-
-def _positive(scales: Tensor, before: Tensor) -> Tensor:
-    return torch.where((scales > 0) & torch.isfinite(scales), scales, before)
+    return torch.full_like(target, torch.nan) if failed else torch.cholesky_solve(target[:, None], factor)[:, 0]
 
 
 def choose_levels(goal: Tensor, levels: TrellisLevels, metric: Tensor) -> TrellisLevels:

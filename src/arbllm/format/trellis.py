@@ -21,7 +21,7 @@ def level_numbers(layout: Layout, tensors: Mapping[str, Tensor], rows: slice) ->
     Args:
         layout: of a matrix.
         tensors: its stored tensors by name.
-        rows: which rows [start, stop).
+        rows: which rows.
 
     Yields:
         The segment's place, and uint8 (rows, width).

@@ -45,8 +45,8 @@ _SECTION = """\
 ## Products on a CPU
 
 One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, with a trellis code or, as `--no-trellis`
-has it, with groups, against `torch.nn.functional.linear` in bfloat16 and float32. Medians of {repeats} runs in which the
-contestants take turns; the spread is that of the middle half of the packed runs. *At best* compares the least times
+has it, with groups, against `torch.nn.functional.linear` in bfloat16 and float32. Medians of {repeats} runs in which
+the contestants take turns; the spread is that of the middle half of the packed runs. *At best* compares the least times
 instead, which other jobs on the machine disturb less. Each run follows one of its own kind that does not count, as
 products of one kind follow each other in a model, and all go through matrices of {cache} MB together, so that no weight
 comes from the cache. *Share of bandwidth* is the time of a streaming sum over the bytes of the packed tensors, with as

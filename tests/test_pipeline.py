@@ -149,15 +149,17 @@ def test_embeddings_in_8_bits(dense, job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bitmap", ["csr", "entropy"])
-def test_coded_bitmaps(dense, job, tmp_path, monkeypatch, bitmap):
+def test_coded_bitmaps(dense, tmp_path, monkeypatch, bitmap):
+    grouped = arbllm.BinarizationConfig(trellis=False)
+    uncoded = arbllm.quantize(dense, tmp_path / "uncoded", config=grouped, **OPTIONS)
     asked: list[int] = []
     monkeypatch.setattr("arbllm.pipeline.check_disk_space", lambda needed, _: asked.append(needed))
-    summary = arbllm.quantize(dense, tmp_path / "packed", **OPTIONS, bitmap=bitmap)
+    summary = arbllm.quantize(dense, tmp_path / "packed", config=grouped, **OPTIONS, bitmap=bitmap)
     size = report(summary.path).size
     assert summary.true_bits_per_weight == size.linears.true_bits != size.linears_in_memory.true_bits
     assert summary.linear_bytes == size.linears.nbytes
     assert asked[0] + 32_000 > summary.bytes_on_disk
-    raw, coded = arbllm.load(job[0].path).state_dict(), arbllm.load(summary.path).state_dict()
+    raw, coded = arbllm.load(uncoded.path).state_dict(), arbllm.load(summary.path).state_dict()
     assert raw.keys() == coded.keys()
     assert all(torch.equal(coded[name], tensor) for name, tensor in raw.items())
 

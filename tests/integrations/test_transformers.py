@@ -111,7 +111,7 @@ def test_generates(saved):
 def test_config_tells_what_was_done(model, saved):
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "arbllm"
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     assert config["arbllm_version"] == arbllm.__version__
     assert config["binarization"]["method"] == "arb-rcx"
     assert config["linears"] == packed_linears(model)
@@ -253,8 +253,8 @@ def test_a_misshapen_tensor_is_refused(spoiled, reader):
 @pytest.mark.parametrize("reader", [load, from_pretrained])
 def test_a_version_from_the_future_is_refused(spoiled, reader):
     file = spoiled / "config.json"
-    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
-    with pytest.raises(CheckpointError, match="format version 3, this release of arbllm reads version 2"):
+    file.write_text(file.read_text().replace('"format_version": 3', '"format_version": 4'))
+    with pytest.raises(CheckpointError, match="format version 4, this release of arbllm reads version 3"):
         reader(spoiled)
 
 

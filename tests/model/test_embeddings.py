@@ -83,8 +83,10 @@ def test_quantize_save_load_generate(name, tmp_path):
     assert open_checkpoint(tmp_path / "again").checksums == open_checkpoint(tmp_path / "packed").checksums
     written = loaded.generate(WINDOWS[:1, :6], max_new_tokens=5, min_new_tokens=5, do_sample=False)
     with torch.no_grad():
-        steps = loaded(written[:, :-1]).logits[0, -5:].argmax(-1)
-    assert torch.equal(written[0, -5:], steps)
+        scores = loaded(written[:, :-1]).logits[0, -5:]
+    # One token and several are rounded to 8 bits differently: of two that are nearly as good, either may be taken.
+    behind = scores.amax(1) - scores.gather(1, written[0, -5:, None])[:, 0]
+    assert behind.max() < 0.05 < scores.std()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3"])

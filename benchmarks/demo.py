@@ -107,7 +107,7 @@ def update_readme(rows: list[Row], samples: dict[str, str]) -> None:
     lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
     for name, text in samples.items():
         paragraphs = [fill(line, 110) for line in f"{PROMPT}{text}".splitlines()]
-        lines += ["", f"The {name} model continues *{PROMPT}*:", "", "```text", *paragraphs, "```"]
+        lines += ["", f"The {name} model continues *{PROMPT}*:", "", "````text", *paragraphs, "````"]
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
     README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")

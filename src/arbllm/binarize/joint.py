@@ -219,10 +219,13 @@ def choose_levels(goal: Tensor, levels: Levels, metric: Tensor) -> Levels:
     With the other columns fixed, the best value of column j is t = W_hat_j + (P E)_j / P_jj: take the nearest level.
     Arguments as in `solve_rows`.
     """
-    values = levels.values()
-    task = Pass(torch.addmm(goal, metric, values, alpha=-1), values, metric.diagonal().reciprocal(), metric)
-    choices, _ = sweep(levels.rows, levels.columns, levels.terms, task)
+    choices, _ = sweep(levels.rows, levels.columns, levels.terms, descent(goal, levels.values(), metric))
     return replace(levels, choices=choices)
+
+
+def descent(goal: Tensor, values: Tensor, metric: Tensor) -> Pass:
+    """A sweep of coordinate descent from `values`, W_hat, float32 (K, n); see `choose_levels`."""
+    return Pass(torch.addmm(goal, metric, values, alpha=-1), values, metric.diagonal().reciprocal(), metric)
 
 
 def feed_forward(weight: Tensor, levels: Levels, upper: Tensor) -> Levels:
@@ -235,7 +238,11 @@ def feed_forward(weight: Tensor, levels: Levels, upper: Tensor) -> Levels:
         levels: scales; their choices are not looked at.
         upper: U_bb, float32 (K, K), upper triangular.
     """
-    spread = (upper / upper.diagonal()[:, None]).T
-    task = Pass(weight, None, torch.ones_like(weight[:, 0]), spread.neg())
-    choices, _ = sweep(levels.rows, levels.columns, levels.terms, task)
+    choices, _ = sweep(levels.rows, levels.columns, levels.terms, forward(weight, upper))
     return replace(levels, choices=choices)
+
+
+def forward(weight: Tensor, upper: Tensor) -> Pass:
+    """A sweep that spreads each column's error over the later ones; arguments as in `feed_forward`."""
+    spread = (upper / upper.diagonal()[:, None]).T
+    return Pass(weight, None, torch.ones_like(weight[:, 0]), spread.neg())

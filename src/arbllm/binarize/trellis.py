@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from arbllm.binarize import code
-from arbllm.binarize.joint import RIDGE, TINY, lower_gram
+from arbllm.binarize.joint import RIDGE, TINY, descent, forward, lower_gram
 from arbllm.binarize.scales import positive_codes, shares
-from arbllm.binarize.sweep import Pass
 from arbllm.binarize.viterbi import SIGN, viterbi_sweep
 
 
@@ -168,9 +167,7 @@ def _solution(gram: Tensor, target: Tensor) -> Tensor:
 
 def choose_levels(goal: Tensor, levels: TrellisLevels, metric: Tensor) -> TrellisLevels:
     """One sweep of coordinate descent over the columns; see `joint.choose_levels`. Arguments as in `refit_scales`."""
-    values = levels.values()
-    task = Pass(torch.addmm(goal, metric, values, alpha=-1), values, metric.diagonal().reciprocal(), metric)
-    choices, _ = viterbi_sweep(levels.rows, levels.columns, levels.terms, task)
+    choices, _ = viterbi_sweep(levels.rows, levels.columns, levels.terms, descent(goal, levels.values(), metric))
     return replace(levels, choices=choices)
 
 
@@ -182,7 +179,5 @@ def feed_forward(weight: Tensor, levels: TrellisLevels, upper: Tensor) -> Trelli
         levels: scales; their choices are not looked at.
         upper: U_bb, float32 (K, K), upper triangular.
     """
-    spread = (upper / upper.diagonal()[:, None]).T
-    task = Pass(weight, None, torch.ones_like(weight[:, 0]), spread.neg())
-    choices, _ = viterbi_sweep(levels.rows, levels.columns, levels.terms, task)
+    choices, _ = viterbi_sweep(levels.rows, levels.columns, levels.terms, forward(weight, upper))
     return replace(levels, choices=choices)

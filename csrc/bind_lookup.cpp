@@ -65,9 +65,6 @@ Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<i
         *into[i] = {at<const uint8_t>(planes[i]), plane_bytes[i]};
     }
     for (const auto& summands : levels) {
-        if (summands.size() > MOST_SUMMANDS) {
-            throw std::invalid_argument("levels of so many summands are not foreseen");
-        }
         packed.levels.emplace_back();
         for (const auto& [mask, coefficient] : summands) {
             packed.levels.back().push_back({mask, coefficient});

@@ -27,9 +27,12 @@
 // row factors [tile][pass][block][accumulator][row] and dense columns [tile][block][column][row], so that a thread
 // which computes a tile reads each of them from front to back. Lane 2 i of a block is its row i, lane 2 i + 1 its row
 // 32 + i: sums of even and odd lanes come apart, and each half is in order. In a pass with a trellis, lanes are rows, so
-// that what lies 8 rows above is a word of 64 bits away, and row factors are those of the even rows, then of the odd.
+// that what lies 8 rows above is a word of 64 bits away, codes are [tile][pass][stretch][block of the tile][plane][byte]
+// [lane], so that the stretch of the block above has just been read, and row factors are those of the even rows, then of
+// the odd.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -39,9 +42,18 @@ constexpr int LANES = 64;
 constexpr int TILE_BLOCKS = 4;
 constexpr int TILE_ROWS = LANES * TILE_BLOCKS;
 constexpr int BLOCK_BYTES = 8;  // bytes of codes, so 16 look-ups, that share one scale; sums stay far under 2^16
+constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
+constexpr int STRETCH_BYTES = STRETCH * BLOCK_BYTES;
 constexpr int MOST_ACCUMULATORS = 8;
 constexpr int MOST_TOKENS = 16;
+
+// Summands of the levels of weights of 1 to 4 stored signs: products of the signs of some planes, bit t standing for
+// plane t: the stored signs but the first, then z1 and z0.
+constexpr int MOST_TERMS = 4;
 constexpr int MOST_SUMMANDS = 10;
+constexpr int SUMMANDS[MOST_TERMS] = {2, 4, 8, 10};
+constexpr int MASKS[MOST_TERMS][MOST_SUMMANDS] = {
+    {1, 2}, {1, 2, 4, 7}, {1, 2, 4, 8, 7, 11, 13, 14}, {1, 2, 4, 8, 16, 7, 11, 19, 13, 14}};
 constexpr int64_t MAGIC = 0x3150554b4f4f4c41;
 
 struct Header {
@@ -62,17 +74,20 @@ struct Pass {
     int32_t per_nibble;  // columns of four bits: 4, 2 or 1
     int32_t bytes;  // of codes, one row and one plane
     int32_t planes;  // of codes: with a trellis, stored signs of a weight; else 1
-    int32_t summands;  // with a trellis, of a weight's level; else 0
+    int32_t trellis;  // whether there is one
     int32_t signed_sums;  // accumulators of signs: 1, 2 or 4
     int32_t accumulators;  // with those of means
     int32_t codes_before;  // bytes of a row's codes in earlier passes
     int32_t factors_before;  // row factors in earlier passes
     int64_t column_factors;  // index of the first of signed_sums * width
-    // A summand is a coefficient times a product of signs; bit t of its mask stands for plane t: the stored signs but
-    // the first, then z1 and z0.
-    float coefficients[MOST_SUMMANDS];
-    int32_t masks[MOST_SUMMANDS];
+    float coefficients[MOST_SUMMANDS];  // with a trellis: of the products of MASKS
 };
+
+inline int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
+inline int stretches_of(const Pass& pass) { return (pass.bytes + STRETCH_BYTES - 1) / STRETCH_BYTES; }
+inline int stretch_bytes(const Pass& pass, int number) {
+    return std::min(STRETCH_BYTES, pass.bytes - STRETCH_BYTES * number);
+}
 
 static_assert(sizeof(Header) % 8 == 0 && sizeof(Pass) % 8 == 0);
 
@@ -108,6 +123,11 @@ struct Prepared {
     }
     const uint8_t* codes_of(int64_t tile, int64_t block, const Pass& pass) const {
         return codes + at(tile, block, header->lane_bytes, pass.codes_before, pass.planes * pass.bytes);
+    }
+    // Codes of a stretch of a pass with a trellis.
+    const uint8_t* stretch_of(int64_t tile, int64_t block, const Pass& pass, int number) const {
+        const int64_t before = tile_blocks(tile) * STRETCH_BYTES * number + block * stretch_bytes(pass, number);
+        return codes_of(tile, 0, pass) + LANES * pass.planes * before;
     }
     const float* factors_of(int64_t tile, int64_t block, const Pass& pass) const {
         return row_factors + at(tile, block, header->row_factors, pass.factors_before, pass.accumulators);

@@ -20,6 +20,11 @@ struct Avx512 {
     static Bytes low(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
     static Bytes high(Bytes a) { return low(_mm512_srli_epi16(a, 4)); }
     static Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+    static Bytes differ(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+    template <int words>
+    static Bytes join(const uint8_t* end, const uint8_t* next) {
+        return _mm512_alignr_epi64(load(next), load(end - lanes), 8 - words);
+    }
     static Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
     static Bytes sub16(Bytes a, Bytes b) { return _mm512_sub_epi16(a, b); }
     static Bytes up8(Bytes a) { return _mm512_slli_epi16(a, 8); }

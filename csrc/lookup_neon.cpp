@@ -18,6 +18,12 @@ struct Neon {
     static Bytes low(Bytes a) { return vandq_u8(a, vdupq_n_u8(15)); }
     static Bytes high(Bytes a) { return vshrq_n_u8(a, 4); }
     static Bytes lookup(Bytes table, Bytes index) { return vqtbl1q_u8(table, index); }
+    static Bytes differ(Bytes a, Bytes b) { return veorq_u8(a, b); }
+    template <int words>
+    static Bytes join(const uint8_t* end, const uint8_t* next) {
+        static_assert(words == 1);
+        return vcombine_u8(vld1_u8(end - 8), vld1_u8(next));
+    }
     static Bytes add16(Bytes a, Bytes b) { return bytes(vaddq_u16(pairs(a), pairs(b))); }
     static Bytes sub16(Bytes a, Bytes b) { return bytes(vsubq_u16(pairs(a), pairs(b))); }
     static Bytes up8(Bytes a) { return bytes(vshlq_n_u16(pairs(a), 8)); }

@@ -42,6 +42,16 @@ struct Portable {
             return table.entries[index.pairs[i] & 255] | table.entries[index.pairs[i] >> 8] << 8;
         });
     }
+    static Bytes differ(Bytes a, Bytes b) {
+        return each([&](int i) { return a.pairs[i] ^ b.pairs[i]; });
+    }
+    template <int words>
+    static Bytes join(const uint8_t* end, const uint8_t* next) {
+        uint8_t joined[lanes];
+        std::memcpy(joined, end - 8 * words, 8 * words);
+        std::memcpy(joined + 8 * words, next, lanes - 8 * words);
+        return load(joined);
+    }
     static Bytes add16(Bytes a, Bytes b) {
         return each([&](int i) { return a.pairs[i] + b.pairs[i]; });
     }

@@ -1,116 +1,238 @@
-// The planes of bits of a pass with a trellis (arbllm/binarize/code.py): stored signs, and what follows from them.
+// Passes with a trellis (arbllm/binarize/code.py): their look-ups, for a few tokens, and their weights.
 //
-// In an anonymous namespace as lookup_kernel.h, which includes this.
+// Stored signs are read, what follows from rows above is put together in registers, and all signs and products of signs
+// of a weight look up in the same tables. In an anonymous namespace as lookup_kernel.h, which includes this and names
+// what V must have.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "lookup.h"
+#include "lookup_tables.h"
 
 namespace arbllm {
 namespace {
 
-// A quarter of a block's rows in one byte of a plane, wherever it lies.
-typedef uint64_t Quarter __attribute__((vector_size(LANES / 4), aligned(8), may_alias));
+constexpr int LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
+constexpr int LAG = 24;  // the row above whose first sign z0 is
+constexpr int WORD = 8;  // bytes of a vector's words: lags are multiples
+constexpr int BATCH = 4;  // summands that are added up at once, as many as registers hold
 
-// Planes of bits of a few columns of a pass with a trellis, put together in the cache: [byte][row].
-class Planes {
-  public:
-    static constexpr int BYTES = 64;
+// The codes of a stretch of one block, [plane][byte][lane], and the first signs of the block above, [byte][lane].
+struct StretchCodes {
+    const uint8_t *codes, *above;
+    int bytes, above_step;  // the step is 0 where there is no block above
 
-    // Bytes [first, first + bytes) of each plane.
-    Planes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int first, int bytes)
-        : bytes_(bytes) {
-        const uint8_t* codes = prepared.codes_of(tile, block, pass) + LANES * first;
-        for (int plane = 1; plane < pass.planes; ++plane) {
-            planes_[plane - 1] = codes + int64_t{LANES} * plane * pass.bytes;
-        }
-        planes_[pass.planes - 1] = z1_;
-        planes_[pass.planes] = z0_;
-        static const uint8_t nothing[LANES] = {};
+    StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number) {
+        static const uint8_t nothing[LANES + 2 * WORD] = {};
         const int64_t before = tile * TILE_BLOCKS + block - 1;
-        const int step = before < 0 ? 0 : LANES;
-        const uint8_t* above = nothing;
-        if (step) {
-            above = prepared.codes_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass) + LANES * first;
+        bytes = stretch_bytes(pass, number);
+        codes = prepared.stretch_of(tile, block, pass, number);
+        above = before < 0 ? nothing : prepared.stretch_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass, number);
+        above_step = before < 0 ? 0 : LANES;
+    }
+};
+
+// Lanes from V::lanes * PART - LAG on, of which those before 0 are in the block above.
+template <class V, int PART, int LAG>
+typename V::Bytes lanes_above(const uint8_t* now, const uint8_t* above) {
+    constexpr int START = V::lanes * PART - LAG;
+    if constexpr (START >= 0) {
+        return V::load(now + START);
+    } else if constexpr (START + V::lanes <= 0) {
+        return V::load(above + LANES + START);
+    } else {
+        return V::template join<-START / WORD>(above + LANES, now);
+    }
+}
+
+// All signs of the weights of eight columns and V::lanes rows.
+template <class V, int TERMS, int PART>
+struct Signs {
+    typename V::Bytes planes[TERMS + 1];
+
+    Signs(const StretchCodes& stretch, int byte) {
+        const uint8_t* now = stretch.codes + LANES * byte;
+        const uint8_t* above = stretch.above + stretch.above_step * byte;
+        for (int term = 1; term < TERMS; ++term) {
+            planes[term - 1] = V::load(now + LANES * stretch.bytes * term + V::lanes * PART);
         }
-        for (int b = 0; b < bytes; ++b) {
-            derive(codes + LANES * b, above + step * b, z1_ + LANES * b, z0_ + LANES * b);
-        }
+        planes[TERMS - 1] = V::differ(V::load(now + V::lanes * PART),
+                                      V::differ(lanes_above<V, PART, LAGS[0]>(now, above),
+                                                lanes_above<V, PART, LAGS[1]>(now, above)));
+        planes[TERMS] = lanes_above<V, PART, LAG>(now, above);
     }
 
-    Planes(const Planes&) = delete;
-
-    const uint8_t* plane(int number) const { return planes_[number]; }
-
-    // The bits of a sign, or of a product of three.
-    const uint8_t* product(int mask) {
-        const uint8_t* first = planes_[__builtin_ctz(mask)];
-        const int rest = mask & (mask - 1);
-        if (!rest) {
-            return first;
+    template <int MASK>
+    typename V::Bytes product() const {
+        constexpr int FIRST = __builtin_ctz(MASK), REST = MASK & (MASK - 1);
+        if constexpr (REST) {
+            constexpr int SECOND = __builtin_ctz(REST), THIRD = __builtin_ctz(REST & (REST - 1));
+            return V::differ(V::differ(planes[FIRST], planes[SECOND]), planes[THIRD]);
+        } else {
+            return planes[FIRST];
         }
-        const uint8_t *second = planes_[__builtin_ctz(rest)], *third = planes_[__builtin_ctz(rest & (rest - 1))];
-        for (int place = 0; place < LANES * bytes_; place += LANES / 4) {
-            at(product_ + place) = at(first + place) ^ at(second + place) ^ at(third + place);
-        }
-        return product_;
+    }
+};
+
+// Sums of what COUNT summands of the levels look up; `all` and `odd` as in lookup_groups.h.
+template <class V, int TERMS, int FIRST, int PART>
+struct TrellisSums {
+    static constexpr int COUNT = std::min(BATCH, SUMMANDS[TERMS - 1] - FIRST);
+    typename V::Bytes all[COUNT], odd[COUNT];
+
+    TrellisSums() { std::fill_n(all, COUNT, V::zero()), std::fill_n(odd, COUNT, V::zero()); }
+
+    void add(const StretchCodes& stretch, int byte, const uint8_t* tables) {
+        const Signs<V, TERMS, PART> signs(stretch, byte);
+        const auto low = V::table(tables), high = V::table(tables + 16);
+        add_from<0>(signs, low, high);
     }
 
   private:
-    static Quarter at(const uint8_t* rows) { return *reinterpret_cast<const Quarter*>(rows); }
-    static Quarter& at(uint8_t* rows) { return *reinterpret_cast<Quarter*>(rows); }
-
-    // From first signs of a block and of the block above, with z1 from 16 and 40 rows above, z0 from 24 rows above.
-    static void derive(const uint8_t* now, const uint8_t* above, uint8_t* z1, uint8_t* z0) {
-        const Quarter last = at(above + 40), across = {at(above + 48)[1], at(now)[0]}, later = at(now + 8);
-        at(z1) = at(now) ^ at(above + 48) ^ at(above + 24);
-        at(z1 + 16) = at(now + 16) ^ at(now) ^ last;
-        at(z1 + 32) = at(now + 32) ^ at(now + 16) ^ across;
-        at(z1 + 48) = at(now + 48) ^ at(now + 32) ^ later;
-        at(z0) = last;
-        at(z0 + 16) = across;
-        at(z0 + 32) = later;
-        at(z0 + 48) = at(now + 24);
+    template <int K, class Table>
+    void add_from(const Signs<V, TERMS, PART>& signs, const Table& low, const Table& high) {
+        if constexpr (K < COUNT) {
+            const auto code = signs.template product<MASKS[TERMS - 1][FIRST + K]>();
+            add_found(K, V::lookup(low, V::low(code)));
+            add_found(K, V::lookup(high, V::high(code)));
+            add_from<K + 1>(signs, low, high);
+        }
     }
 
-    const int bytes_;
-    const uint8_t* planes_[5];
-    alignas(64) uint8_t z1_[LANES * BYTES], z0_[LANES * BYTES], product_[LANES * BYTES];
+    void add_found(int k, typename V::Bytes found) {
+        all[k] = V::add16(all[k], found);
+        odd[k] = V::add16(odd[k], V::down8(found));
+    }
 };
 
-// Adds one pass with a trellis.
-void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
-                    int64_t stride) {
-    float levels[32];
-    for (int number = 0; number < 2 << pass.planes; ++number) {  // bit t of a number: plane t
+// Adds to sums (64) what a batch of summands, the first of them FIRST, looks up in one stretch, for V::lanes rows.
+template <class V, int TERMS, int FIRST, int PART>
+void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tables, const int32_t* shares, float scale,
+              float* sums) {
+    using Found = TrellisSums<V, TERMS, FIRST, PART>;
+    constexpr int FETCHED = FIRST == 0 && PART * V::lanes % LANES == 0 ? TERMS : 0;  // planes of the next stretch
+    typename V::Bytes totals[Found::COUNT][2];
+    std::fill_n(totals[0], 2 * Found::COUNT, V::zero());
+    for (int first = 0; first < stretch.bytes; first += BLOCK_BYTES) {
+        Found found;
+        const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
+        for (int byte = first; byte < end; ++byte) {
+            for (int plane = 0; plane < FETCHED; ++plane) {
+                __builtin_prefetch(stretch.codes + LANES * ((TERMS + plane) * stretch.bytes + byte), 0, 2);
+            }
+            found.add(stretch, byte, tables + 32 * byte);
+        }
+        const int share = shares[first / BLOCK_BYTES];
+        for (int k = 0; k < Found::COUNT; ++k) {
+            const auto odd = found.odd[k], even = V::sub16(found.all[k], V::up8(odd));
+            totals[k][0] = V::add16(totals[k][0], V::share16(V::add16(even, even), share));
+            totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(odd, odd), share));
+        }
+    }
+    for (int k = 0; k < Found::COUNT; ++k) {
+        for (int half = 0; half < 2; ++half) {
+            float* to = sums + LANES / 2 * half + V::lanes * PART / 2;
+            V::add_scaled(to, totals[k][half], scale * pass.coefficients[FIRST + k]);
+        }
+    }
+}
+
+// Adds to sums (64) what all summands from FIRST on look up in one stretch.
+template <class V, int TERMS, int FIRST = 0, int PART = 0>
+void add_parts(const StretchCodes& stretch, const Pass& pass, const uint8_t* tables, const int32_t* shares, float scale,
+               float* sums) {
+    if constexpr (FIRST < SUMMANDS[TERMS - 1]) {
+        add_part<V, TERMS, FIRST, PART>(stretch, pass, tables, shares, scale, sums);
+        constexpr bool LAST = V::lanes * (PART + 1) == LANES;
+        add_parts<V, TERMS, LAST ? FIRST + BATCH : FIRST, LAST ? 0 : PART + 1>(stretch, pass, tables, shares, scale,
+                                                                              sums);
+    }
+}
+
+// y (64 blocks) of each token += what a pass with a trellis adds to the rows of some blocks of a tile.
+template <class V, int TERMS>
+void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables, int64_t tokens, int64_t tile,
+               int64_t first, int64_t blocks, float (*y)[TILE_ROWS]) {
+    alignas(64) float sums[MOST_TOKENS][TILE_ROWS] = {};
+    float coefficients = 0.0f;
+    for (int s = 0; s < SUMMANDS[TERMS - 1]; ++s) {
+        coefficients += pass.coefficients[s];
+    }
+    for (int number = 0; number < stretches_of(pass); ++number) {
+        for (int64_t block = 0; block < blocks; ++block) {
+            const StretchCodes stretch(prepared, pass, tile, first + block, number);
+            for (int64_t token = 0; token < tokens; ++token) {
+                const Tables& own = tables[token];
+                const float zero = coefficients * own.zeros[number];
+                float* const to = sums[token] + LANES * block;
+                for (int r = 0; r < LANES; ++r) {
+                    to[r] -= zero;
+                }
+                add_parts<V, TERMS>(stretch, pass, own.entries + 32 * int64_t{STRETCH_BYTES} * number,
+                                    own.shares + STRETCH * number, own.scales[number], to);
+            }
+        }
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+        const float* factors = prepared.factors_of(tile, first + block, pass);
+        for (int64_t token = 0; token < tokens; ++token) {
+            for (int r = 0; r < LANES; ++r) {
+                const int lane = LANES / 2 * (r % 2) + r / 2;
+                y[token][LANES * block + r] += factors[lane] * sums[token][LANES * block + lane];
+            }
+        }
+    }
+}
+
+template <class V>
+void add_trellis(const Prepared& prepared, const Pass& pass, const Tables* tables, int64_t tokens, int64_t tile,
+                 int64_t first, int64_t blocks, float (*y)[TILE_ROWS]) {
+    auto* const chosen = pass.planes == 1   ? add_terms<V, 1>
+                         : pass.planes == 2 ? add_terms<V, 2>
+                         : pass.planes == 3 ? add_terms<V, 3>
+                                            : add_terms<V, 4>;
+    chosen(prepared, pass, tables, tokens, tile, first, blocks, y);
+}
+
+// The levels of weights of a pass, at the numbers that their signs make: bit t for plane t.
+void find_levels(const Pass& pass, float* levels) {
+    const int terms = pass.planes;
+    for (int number = 0; number < 2 << terms; ++number) {
         levels[number] = 0.0f;
-        for (int s = 0; s < pass.summands; ++s) {
-            const bool positive = __builtin_parity(number & pass.masks[s]);
+        for (int s = 0; s < SUMMANDS[terms - 1]; ++s) {
+            const bool positive = __builtin_parity(number & MASKS[terms - 1][s]);
             levels[number] += positive ? pass.coefficients[s] : -pass.coefficients[s];
         }
     }
-    const float* column_factors = prepared.column_factors + pass.column_factors;
-    float scales[LANES];
+}
+
+// Adds one pass with a trellis to W^T: rows of `stride` floats.
+void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
+                    int64_t stride) {
+    float levels[2 << MOST_TERMS], scales[LANES];
+    find_levels(pass, levels);
     for (int r = 0; r < LANES; ++r) {
         scales[r] = prepared.factors_of(tile, block, pass)[LANES / 2 * (r % 2) + r / 2];
     }
-    for (int first = 0; first < pass.bytes; first += Planes::BYTES) {
-        const int bytes = std::min(Planes::BYTES, pass.bytes - first);
-        const Planes planes(prepared, pass, tile, block, first, bytes);
-        for (int j = 8 * first; j < std::min(8 * (first + bytes), pass.width); ++j) {
-            const int64_t at = LANES * (j / 8 - first);
-            int32_t numbers[LANES] = {};
-            for (int plane = 0; plane <= pass.planes; ++plane) {
-                const uint8_t* bits = planes.plane(plane) + at;
-                for (int r = 0; r < LANES; ++r) {
-                    numbers[r] |= (bits[r] >> (j % 8) & 1) << plane;
-                }
+    for (int j = 0; j < pass.width; ++j) {
+        const StretchCodes stretch(prepared, pass, tile, block, j / 8 / STRETCH_BYTES);
+        const int byte = j / 8 % STRETCH_BYTES, bit = j % 8;
+        const uint8_t* now = stretch.codes + LANES * byte;
+        uint8_t first[LAGS[1] + LANES];  // signs of rows above, then of the block
+        std::memcpy(first, stretch.above + stretch.above_step * byte + LANES - LAGS[1], LAGS[1]);
+        std::memcpy(first + LAGS[1], now, LANES);
+        const float factor = prepared.column_factors[pass.column_factors + j];
+        float* row = to + j * stride;
+        for (int r = 0; r < LANES; ++r) {
+            const uint8_t* own = first + LAGS[1] + r;
+            int number = ((own[0] ^ own[-LAGS[0]] ^ own[-LAGS[1]]) >> bit & 1) << (pass.planes - 1);
+            number |= (own[-LAG] >> bit & 1) << pass.planes;
+            for (int term = 1; term < pass.planes; ++term) {
+                number |= (now[LANES * stretch.bytes * term + r] >> bit & 1) << (term - 1);
             }
-            float* row = to + j * stride;
-            for (int r = 0; r < LANES; ++r) {
-                row[r] = scales[r] * column_factors[j] * levels[numbers[r]];
-            }
+            row[r] = scales[r] * factor * levels[number];
         }
     }
 }

@@ -4,7 +4,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "parallel.h"
 
@@ -41,6 +43,16 @@ bool is_narrow(const Place& place, bool means) {
     return place.terms * pass_bytes(place) + 4 * factors >= 4 * place.width;
 }
 
+// Where a product of signs stands among those that the kernels know.
+ptrdiff_t place_of(int32_t mask, int terms) {
+    const int* const masks = MASKS[terms - 1];
+    const int* const found = std::find(masks, masks + SUMMANDS[terms - 1], mask);
+    if (found == masks + SUMMANDS[terms - 1]) {
+        throw std::invalid_argument("the kernels do not know levels with such a product of signs");
+    }
+    return found - masks;
+}
+
 Plan planned(const Packed& packed) {
     Plan plan;
     Header& header = plan.header;
@@ -61,10 +73,9 @@ Plan planned(const Packed& packed) {
             if (place.trellis) {
                 const auto& level = packed.levels.at(place.terms - 1);
                 pass.planes = static_cast<int32_t>(place.terms);
-                pass.summands = static_cast<int32_t>(level.size());
-                for (size_t i = 0; i < level.size(); ++i) {
-                    pass.coefficients[i] = level[i].coefficient;
-                    pass.masks[i] = level[i].mask;
+                pass.trellis = 1;
+                for (const Summand& summand : level) {
+                    pass.coefficients[place_of(summand.mask, pass.planes)] = summand.coefficient;
                 }
             }
             pass.signed_sums = static_cast<int32_t>(place.groups);
@@ -155,11 +166,10 @@ int nibble(const Packed& packed, const Place& place, int term, int per, int64_t 
     return bits;
 }
 
-// A pass with a trellis: eight signs of a plane to a byte, rows in order.
+// A pass with a trellis: eight signs of a plane to a byte, rows in order, planes beside each other in each stretch.
 void write_trellis(const Packed& packed, const Plan& plan, size_t p, int64_t tile, int64_t block, const Prepared& to) {
     const Pass& pass = plan.passes[p];
     const Place& place = *plan.places[p];
-    auto* codes = const_cast<uint8_t*>(to.codes_of(tile, block, pass));
     auto* factors = const_cast<float*>(to.factors_of(tile, block, pass));
     for (int r = 0; r < LANES; ++r) {
         const int64_t row = LANES * (tile * TILE_BLOCKS + block) + r;
@@ -167,9 +177,11 @@ void write_trellis(const Packed& packed, const Plan& plan, size_t p, int64_t til
             break;
         }
         factors[LANES / 2 * (r % 2) + r / 2] = packed.row_scales[row * packed.row_scale_slots + place.row_scale];
-        for (int term = 0; term < pass.planes; ++term) {
-            for (int64_t j = 0; j < place.width; ++j) {
-                codes[LANES * (term * pass.bytes + j / 8) + r] |=
+        for (int64_t j = 0; j < place.width; ++j) {
+            const int number = static_cast<int>(j / 8 / STRETCH_BYTES), bytes = stretch_bytes(pass, number);
+            auto* codes = const_cast<uint8_t*>(to.stretch_of(tile, block, pass, number)) + j / 8 % STRETCH_BYTES * LANES;
+            for (int term = 0; term < pass.planes; ++term) {
+                codes[LANES * bytes * term + r] |=
                     static_cast<uint8_t>(sign_of(packed, place, term, row, j) << (j % 8));
             }
         }
@@ -251,7 +263,7 @@ struct Writing {
         for (int64_t i; (i = job.blocks.next()) >= 0;) {
             const int64_t tile = i / TILE_BLOCKS, block = i % TILE_BLOCKS;
             for (size_t p = 0; p < job.plan.passes.size(); ++p) {
-                auto* const write = job.plan.passes[p].summands ? write_trellis : write_pass;
+                auto* const write = job.plan.passes[p].trellis ? write_trellis : write_pass;
                 write(job.packed, job.plan, p, tile, block, job.to);
             }
             write_dense(job.packed, job.plan, tile, block, job.to);

@@ -27,7 +27,7 @@ INSTRUCTIONS = {
     "wgmma.mma_async": "products of tiles",
     "cp.async.cg": "loads under way during products",
 }
-COLUMNS = ((512, 2, 1), (1, 1, 1))
+COLUMNS = ((512, 2, 1), (64, 1, 1, True), (1, 1, 1))
 
 
 def compile_only(found: dict[str, list[str]]) -> Callable[[Any, Any], Callable[..., None]]:

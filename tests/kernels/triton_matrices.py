@@ -39,6 +39,7 @@ MATRICES = {
     "trellis of few signs": partial(in_segments, 53, (61, 1, 1, True), (70, 1, 2, True), (1, 1, 1, True), (1, 1, 1)),
     "trellis of three signs": partial(in_segments, 46, (67, 1, 3, True)),
     "trellis of four signs": partial(in_segments, 43, (71, 1, 4, True)),
+    "trellis of many rows": partial(in_segments, 203, (21, 1, 2, True), (9, 1, 4, True)),
     "trellis and plain": partial(
         in_segments,
         51,

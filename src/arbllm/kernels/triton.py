@@ -133,8 +133,8 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
     """y = x W^T straight from the bits."""
     layout, launch, tokens = matrix.layout, configuration.few, len(x)
     parts = 2 if x.dtype == torch.float32 else 1
-    most = max((groups for groups, _ in matrix.kinds), default=1) if layout.column_scaled else 1
-    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms in matrix.kinds), default=1)
+    most = max((groups for groups, *_ in matrix.kinds), default=1) if layout.column_scaled else 1
+    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in matrix.kinds), default=1)
     size = _tokens_at_a_time(tokens, most * parts, planes, launch)
     width = max(SLICE, size * most * parts)
     blocks, places = triton.cdiv(tokens, size), triton.cdiv(matrix.quarter, launch.rows)
@@ -155,7 +155,7 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
         x, matrix.words, z, norms, sums, matrix.row_scales, matrix.row_means, matrix.run_table, units,
         matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
         runs, matrix.tiles, tokens, layout.columns, layout.rows, matrix.quarter, len(matrix.singles),
-        KINDS=matrix.kinds, SPLIT=len(units) > 1, M=launch.rows, WORDS=launch.words,
+        KINDS=_kinds(matrix), SPLIT=len(units) > 1, M=launch.rows, WORDS=launch.words,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, **flags,
     )  # fmt: skip
     return y
@@ -174,7 +174,7 @@ def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) ->
         xs, matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table, units,
         matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
         tokens, xs.shape[1], matrix.single_start, layout.rows, matrix.quarter, len(matrix.singles),
-        KINDS=matrix.kinds, SPLIT=split, PRECISION="tf32x3" if xs.dtype == torch.float32 else "tf32",
+        KINDS=_kinds(matrix), SPLIT=split, PRECISION="tf32x3" if xs.dtype == torch.float32 else "tf32",
         TOKENS=launch.tokens, M=launch.rows, WORDS=launch.words,
         num_warps=launch.warps, num_stages=launch.stages, **_flags(matrix),
     )  # fmt: skip
@@ -196,7 +196,7 @@ def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -
             matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table,
             matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, dense,
             start, piece, len(matrix.runs), columns, matrix.single_start, layout.rows, quarter, len(matrix.singles),
-            KINDS=matrix.kinds, M=launch.rows, num_warps=launch.warps, **_flags(matrix),
+            KINDS=_kinds(matrix), M=launch.rows, num_warps=launch.warps, **_flags(matrix),
         )  # fmt: skip
         quarters[:, :, start : start + piece] = (xs @ dense.T).view(len(xs), 4, piece)
     return y[:, : layout.rows].contiguous()
@@ -216,6 +216,11 @@ def _chunks(matrix: Prepared, programs: int, others: int) -> int:
     """Chunks of columns for each program so that there are about so many, if there are `others` for each."""
     wanted = max(1, programs // others)
     return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(len(matrix.order), CHUNK), wanted))
+
+
+def _kinds(matrix: Prepared) -> tuple[tuple[int, ...], ...]:
+    """Kinds as Triton takes them."""
+    return tuple(tuple(kind) for kind in matrix.kinds)
 
 
 def _flags(matrix: Prepared) -> dict[str, bool]:

@@ -1,10 +1,11 @@
 """How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
 
-Segments with a trellis are made plain ones first (see `expand`). Columns of one kind (as many groups and signs) are put
-together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of
-word w is column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of
-its bits 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and
-11 begin the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
+Segments with a trellis count as plain ones (see `expand`), whose bits a kernel puts together from those that are stored
+and those of rows above. Columns of one kind (as many groups and signs, from the same bits) lie together, in pieces of
+CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is column
+``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4) or more. A word masked to one of its bits
+0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and 11 begin
+the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arbllm.format.layout import Layout, Place, Segment
+from arbllm.binarize.code import MEMORY, ROWS_APART
+from arbllm.format.layout import Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels.expand import expanded
+from arbllm.format.trellis import FURTHER_SIGNS
+from arbllm.kernels.expand import PARTS, Expanded, Piece, expanded
 
 CHUNK = 64
 WORDS = 16
@@ -32,6 +35,25 @@ LONGEST_RUN = 16
 """Chunks that a run touches at most."""
 PIECE = 32 * CHUNK
 """Columns that are repacked at a time."""
+
+
+class Kind(NamedTuple):
+    """What columns that lie together have in common.
+
+    Attributes:
+        groups: of their plain segments.
+        terms: of their plain segments.
+        part: of `expand.PARTS`; 0 if they are stored as they are.
+    """
+
+    groups: int
+    terms: int
+    part: int
+
+    @property
+    def planes(self) -> int:
+        """Stored bits of a weight."""
+        return PARTS[self.part].terms if self.part else self.terms + self.groups.bit_length() - 1
 
 
 class Run(NamedTuple):
@@ -52,6 +74,7 @@ class Run(NamedTuple):
         width: of the segment: from the column scales of one slot to those of the next.
         tile: tiles of activations before it, see `Prepared.tiles`.
         stop: `high`, or in the last run of a kind the end of its last chunk, padding included.
+        part: of the kind.
     """
 
     groups: int
@@ -67,11 +90,12 @@ class Run(NamedTuple):
     width: int
     tile: int
     stop: int
+    part: int
 
     @property
-    def kind(self) -> tuple[int, int]:
-        """(groups, terms)."""
-        return self.groups, self.terms
+    def kind(self) -> Kind:
+        """Of its columns."""
+        return Kind(self.groups, self.terms, self.part)
 
 
 @dataclass(frozen=True)
@@ -80,10 +104,11 @@ class Prepared:
 
     Attributes:
         layout: of the matrix as it is stored; everything else is of plain segments.
-        kinds: (groups, terms) of the columns that are in `words`.
+        kinds: of the columns that are in `words`.
         runs: all columns in `words`.
         words: int16, flat: for each kind (chunks, planes, quarter, WORDS); planes are first signs, second signs where
-            there are two, low and high bits of the group number where there are groups.
+            there are two, low and high bits of the group number where there are groups; with a trellis, all stored
+            signs. The two parts of levels of four stored signs share their words.
         order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0. With a
             trellis it may hold a column twice.
         row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses; float32 with a trellis
@@ -98,7 +123,7 @@ class Prepared:
     """
 
     layout: Layout
-    kinds: tuple[tuple[int, int], ...]
+    kinds: tuple[Kind, ...]
     runs: tuple[Run, ...]
     words: Tensor
     order: Tensor
@@ -114,7 +139,7 @@ class Prepared:
     @property
     def quarter(self) -> int:
         """Rows of words."""
-        return -(-self.layout.rows // ROWS_OF_A_WORD)
+        return _quarter(self.layout)
 
     @property
     def tiles(self) -> int:
@@ -154,7 +179,7 @@ class Prepared:
         singles, most = len(self.singles), chunks * SINGLES
         return found + [(len(self.kinds), first, min(first + most, singles)) for first in range(0, singles, most)]
 
-    def _spans_of(self, kind: tuple[int, int], chunks: int) -> Iterator[tuple[int, int]]:
+    def _spans_of(self, kind: Kind, chunks: int) -> Iterator[tuple[int, int]]:
         first = size = 0
         numbers = [number for number, run in enumerate(self.runs) if run.kind == kind]
         for place, number in enumerate(numbers):
@@ -166,9 +191,9 @@ class Prepared:
                 size = 0
 
 
-def tiles_of(layout: Layout, kind: tuple[int, int]) -> int:
+def tiles_of(layout: Layout, kind: Kind) -> int:
     """How many ways the activations of a run are scaled: by each term's column scales, and not at all for row means."""
-    return kind[1] + layout.row_means if layout.column_scaled else 1
+    return kind.terms + layout.row_means if layout.column_scaled else 1
 
 
 def prepare(matrix: BinaryMatrix) -> Prepared:
@@ -177,37 +202,37 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
     Args:
         matrix: on any device; the result is on the same.
     """
-    stored, matrix = matrix.layout, expanded(matrix)
-    layout, device = matrix.layout, matrix.signs.device
-    single, regular = _divide(layout)
-    order = matrix.column_order()
-    natural = torch.arange(layout.columns, device=device) if order is None else order
-    words, columns, runs, kinds = [torch.empty(0, dtype=torch.int16, device=device)], [], [], []
-    column = word = tile = 0
-    for kind, members in groupby(sorted(regular, key=_kind), _kind):
-        places = list(members)
-        total = sum(place.segment.width for place in places)
-        chunks = -(-total // CHUNK)
-        words += _repack(matrix, places, chunks)
-        columns.append(_padded(torch.cat([natural[_span(place)] for place in places]), chunks * CHUNK))
-        size = _planes(kind) * -(-layout.rows // ROWS_OF_A_WORD) * WORDS
-        for run in _runs(places, word, column, size):
+    layout, device, plain = matrix.layout, matrix.signs.device, expanded(matrix)
+    single, regular = _divide(layout, plain.pieces)
+    natural = torch.arange(layout.columns, device=device) if plain.order is None else plain.order
+    words, columns, runs = [torch.empty(0, dtype=torch.int16, device=device)], [], []
+    starts: dict[Kind, int] = {}
+    column = end = tile = 0
+    for kind, members in groupby(sorted(regular, key=_order), _kind):
+        pieces = list(members)
+        chunks = -(-sum(piece.segment.width for piece in pieces) // CHUNK)
+        size = kind.planes * _quarter(layout) * WORDS
+        starts[kind] = next((start for other, start in starts.items() if _shares_words(kind, other)), end)
+        if starts[kind] == end:
+            words += _repack(matrix, kind, pieces, chunks)
+            end += chunks * size
+        columns.append(_padded(torch.cat([natural[_span(piece)] for piece in pieces]), chunks * CHUNK))
+        for run in _runs(pieces, starts[kind], column, size):
             runs.append(run._replace(tile=tile))
             tile += run.chunks * tiles_of(layout, kind)
-        kinds.append(kind)
-        column, word = column + chunks * CHUNK, word + chunks * size
-    singles, single_columns = _singles(matrix, single, natural)
+        column += chunks * CHUNK
+    singles, single_columns = _singles(matrix, plain, single, natural)
     columns.append(_padded(single_columns[0], -(-len(singles) // SINGLES) * SINGLES))
     empty = matrix.row_scales.new_empty(0)
     return Prepared(
-        layout=stored,
-        kinds=tuple(kinds),
+        layout=layout,
+        kinds=tuple(starts),
         runs=tuple(runs),
         words=torch.cat(words),
         order=torch.cat(columns).int(),
-        row_scales=matrix.row_scales[:, : _slots(regular)].T.contiguous(),
-        steps=empty.half() if matrix.scale_steps is None else matrix.scale_steps,
-        column_scales=empty if matrix.column_scales is None else matrix.column_scales,
+        row_scales=plain.row_scales[:, : _slots(regular)].T.contiguous(),
+        steps=empty.half() if plain.scale_steps is None else plain.scale_steps,
+        column_scales=empty if plain.column_scales is None else plain.column_scales,
         row_means=empty.half() if matrix.row_means is None else matrix.row_means.T.contiguous(),
         singles=singles,
         single_columns=single_columns,
@@ -215,69 +240,83 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
     )
 
 
-def _divide(layout: Layout) -> tuple[list[Place], list[Place]]:
+def _quarter(layout: Layout) -> int:
+    """Rows of words: with a trellis so many that a code depends on a word's same row or the one before it alone."""
+    least = ROWS_APART * MEMORY if layout.has_trellis else 0
+    return max(-(-layout.rows // ROWS_OF_A_WORD), least)
+
+
+def _divide(layout: Layout, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Segments of a single column whose scale alone makes a weight, and all others."""
     alone = () if layout.row_means else (Segment(1, 1, 1),)
-    single = [place for place in layout.places if place.segment in alone]
-    return single, [place for place in layout.places if place.segment not in alone]
+    single = [piece for piece in pieces if piece.segment in alone]
+    return single, [piece for piece in pieces if piece.segment not in alone]
 
 
-def _slots(places: Sequence[Place]) -> int:
+def _slots(pieces: Sequence[Piece]) -> int:
     """Row scale slots up to the last of these segments; single columns, which keep their own scales, come last."""
-    return max((place.row_scale + place.segment.slots for place in places), default=0)
+    return max((piece.place.row_scale + piece.segment.slots for piece in pieces), default=0)
 
 
-def _kind(place: Place) -> tuple[int, int]:
-    return place.segment.groups, place.segment.terms
+def _kind(piece: Piece) -> Kind:
+    return Kind(piece.segment.groups, piece.segment.terms, piece.part)
 
 
-def _planes(kind: tuple[int, int]) -> int:
-    return kind[1] + kind[0].bit_length() - 1
+def _order(piece: Piece) -> tuple[int, Kind]:
+    return piece.part, _kind(piece)
 
 
-def _span(place: Place) -> slice:
-    return slice(place.column, place.column + place.segment.width)
+def _shares_words(kind: Kind, other: Kind) -> bool:
+    """Whether two kinds are parts of the same levels."""
+    return bool(kind.part and other.part) and PARTS[kind.part].terms == PARTS[other.part].terms
 
 
-def _runs(places: Sequence[Place], word: int, column: int, chunk_words: int) -> Iterator[Run]:
+def _span(piece: Piece) -> slice:
+    return slice(piece.place.column, piece.place.column + piece.segment.width)
+
+
+def _runs(pieces: Sequence[Piece], word: int, column: int, chunk_words: int) -> Iterator[Run]:
     """Runs of segments that lie one after the other from `column` and `word` on; each begins a chunk or a segment."""
     start = 0
-    for place in places:
+    for piece in pieces:
+        place, kind = piece.place, _kind(piece)
         end = start + place.segment.width
-        for piece in range(start // CHUNK, -(-end // CHUNK), LONGEST_RUN):
-            last = min(piece + LONGEST_RUN, -(-end // CHUNK))
-            high = min(end, last * CHUNK) - piece * CHUNK
+        for chunk in range(start // CHUNK, -(-end // CHUNK), LONGEST_RUN):
+            last = min(chunk + LONGEST_RUN, -(-end // CHUNK))
+            high = min(end, last * CHUNK) - chunk * CHUNK
             yield Run(
-                *_kind(place),
-                words=(word + piece * chunk_words) // WORDS,
-                chunks=last - piece,
-                column=column + piece * CHUNK,
-                low=max(start - piece * CHUNK, 0),
+                groups=kind.groups,
+                terms=kind.terms,
+                words=(word + chunk * chunk_words) // WORDS,
+                chunks=last - chunk,
+                column=column + chunk * CHUNK,
+                low=max(start - chunk * CHUNK, 0),
                 high=high,
                 row_scale=place.row_scale,
                 row_mean=place.row_mean,
-                factor=place.column_scale + piece * CHUNK - start,
+                factor=place.column_scale + chunk * CHUNK - start,
                 width=place.segment.width,
                 tile=0,
-                stop=(last - piece) * CHUNK if place is places[-1] and end <= last * CHUNK else high,
+                stop=(last - chunk) * CHUNK if piece is pieces[-1] and end <= last * CHUNK else high,
+                part=kind.part,
             )
         start = end
 
 
-def _repack(matrix: BinaryMatrix, places: Sequence[Place], chunks: int) -> Iterator[Tensor]:
+def _repack(matrix: BinaryMatrix, kind: Kind, pieces: Sequence[Piece], chunks: int) -> Iterator[Tensor]:
     """The words of one kind, a few chunks at a time, flat."""
-    groups, terms = _kind(places[0])
-    sources = [("signs", "column"), ("second_signs", "second")][:terms]
-    sources += [("group_bitmap", "low"), ("group_bitmap_high", "high")][: groups.bit_length() - 1]
+    signs = list(zip(("signs", *FURTHER_SIGNS), ("column", "second", "third", "fourth"), strict=True))
+    groups = [("group_bitmap", "low"), ("group_bitmap_high", "high")]
+    sources = signs[: kind.planes] if kind.part else signs[: kind.terms] + groups[: kind.groups.bit_length() - 1]
     device = matrix.signs.device
     where = [
-        torch.cat([torch.arange(place.segment.width, device=device) + getattr(place, field) for place in places])
+        torch.cat([torch.arange(p.segment.width, device=device) + getattr(p.source, field) for p in pieces])
         for _, field in sources
     ]
     for start in range(0, chunks * CHUNK, PIECE):
         size = min(PIECE, chunks * CHUNK - start)
         planes = [
-            _words(_bits(getattr(matrix, name), index[start : start + size]), size // CHUNK)
+            _words(_bits(getattr(matrix, name), index[start : start + size]), size // CHUNK, _quarter(matrix.layout))
             for (name, _), index in zip(sources, where, strict=True)
         ]
         yield torch.stack(planes, 1).flatten()
@@ -288,9 +327,8 @@ def _bits(packed: Tensor, columns: Tensor) -> Tensor:
     return packed[:, columns // 8].int() >> (columns % 8).int() & 1
 
 
-def _words(bits: Tensor, chunks: int) -> Tensor:
+def _words(bits: Tensor, chunks: int, quarter: int) -> Tensor:
     """Words (chunks, quarter, WORDS), int16, from bits (rows, columns)."""
-    quarter = -(-bits.shape[0] // ROWS_OF_A_WORD)
     bits = _padded(_padded(bits.T, chunks * CHUNK).T, ROWS_OF_A_WORD * quarter)
     places = bits.view(ROWS_OF_A_WORD, quarter, chunks, CHUNK // WORDS, WORDS)
     shifts = torch.arange(16, dtype=torch.int32, device=bits.device).view(ROWS_OF_A_WORD, 1, 1, CHUNK // WORDS, 1)
@@ -303,13 +341,14 @@ def _padded(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, missing]) if len(missing) else values
 
 
-def _singles(matrix: BinaryMatrix, places: Sequence[Place], natural: Tensor) -> tuple[Tensor, Tensor]:
+def _singles(matrix: BinaryMatrix, plain: Expanded, pieces: Sequence[Piece], natural: Tensor) -> tuple[Tensor, Tensor]:
     device = natural.device
     columns, slots, factors = (
-        torch.tensor([getattr(place, field) for place in places], dtype=torch.int64, device=device)
+        torch.tensor([getattr(piece.place, field) for piece in pieces], dtype=torch.int64, device=device)
         for field in ("column", "row_scale", "column_scale")
     )
-    scales = matrix.row_scales[:, slots]
-    signs = 2 * _bits(matrix.signs, columns) - 1
+    stored = torch.tensor([piece.source.column for piece in pieces], dtype=torch.int64, device=device)
+    scales = plain.row_scales[:, slots]
+    signs = 2 * _bits(matrix.signs, stored) - 1
     values = signs.to(torch.int16) * scales if matrix.layout.scale_bits == 8 else signs.half() * scales
     return values.T.contiguous(), torch.stack([natural[columns], slots, factors]).int()

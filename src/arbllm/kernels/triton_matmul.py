@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_parts import FIELDS, INTERPRETED, add_up, scale_values, store_tokens, zeros
+from arbllm.kernels.triton_parts import (
+    FIELDS,
+    INTERPRETED,
+    add_up,
+    plain_planes,
+    planes_of,
+    scale_values,
+    store_tokens,
+    zeros,
+)
 
 
 @triton.jit
@@ -46,16 +55,6 @@ def _column_factors(
         if CODES:
             factor *= tl.load(steps + tl.load(fields + 7) + slot).to(tl.float32)
         found = found + (factor,)
-    return found
-
-
-@triton.jit
-def _stored_planes(words, valid, stride, GROUPS: tl.constexpr, TERMS: tl.constexpr):
-    """A tuple of words: first signs, second signs, low and high bits of the group number, as far as there are any."""
-    planes: tl.constexpr = TERMS + (1 if GROUPS > 1 else 0) + (1 if GROUPS > 2 else 0)
-    found = ()
-    for plane in tl.static_range(planes):
-        found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
     return found
 
 
@@ -129,11 +128,12 @@ def _product(weights, inputs, total, PRECISION: tl.constexpr):
 @triton.jit
 def _products_of_kind(
     sums, source, words, row_scales, row_means, run_table, column_scales, steps, first, last, wanted, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
     PRECISION: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`sums`, a tuple of four (M, TOKENS) for the rows of a word, with the runs [first, last) of one kind added."""
-    BITS: tl.constexpr = TERMS + (1 if GROUPS > 1 else 0) + (1 if GROUPS > 2 else 0)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
     w = tl.arange(0, WORDS)
     stride = quarter * 16
     for run in range(first, last):
@@ -149,7 +149,8 @@ def _products_of_kind(
         inputs = source + (tl.load(fields + 4) + w // 16 * 64 + w % 16)[None, :]
         for chunk in range(0, chunks, WORDS // 16):
             valid = ((chunk + w // 16) < chunks)[None, :]
-            planes = _stored_planes(own + chunk * stride * BITS, valid & (m < quarter)[:, None], stride, GROUPS, TERMS)
+            there = valid & (m < quarter)[:, None]
+            planes = plain_planes(own + chunk * stride * BITS, there, stride, m, quarter, GROUPS, TERMS, PART)
             for bit in tl.static_range(4):
                 k = (chunk + w // 16) * 64 + bit * 16 + w % 16
                 inside = (k >= low) & (k < high)
@@ -203,7 +204,8 @@ def many_tokens(
         if kind == number:
             sums = _products_of_kind(
                 zeros(4, M, TOKENS), source, words, row_scales, row_means, run_table, column_scales, steps, first, last,
-                wanted, rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS, PRECISION, WORDS,
+                wanted, rows, quarter, m, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES, MEANS,
+                PRECISION, WORDS,
             )  # fmt: skip
             for q in tl.static_range(4):
                 store_tokens(sums[q], into, q, token, tokens, rows, quarter, m)
@@ -221,9 +223,10 @@ def many_tokens(
 @triton.jit
 def _write_run(
     fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    BITS: tl.constexpr = TERMS + (1 if GROUPS > 1 else 0) + (1 if GROUPS > 2 else 0)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
     w = tl.arange(0, 16)
     stride = quarter * 16
     low, high, stop = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 12)
@@ -232,7 +235,7 @@ def _write_run(
     into = dense + tl.load(fields + 4) + w[None, :]
     for chunk in range(tl.load(fields + 3)):
         valid = (m < quarter)[:, None] & (w < 16)[None, :]
-        planes = _stored_planes(own + chunk * stride * BITS, valid, stride, GROUPS, TERMS)
+        planes = plain_planes(own + chunk * stride * BITS, valid, stride, m, quarter, GROUPS, TERMS, PART)
         for bit in tl.static_range(4):
             k = chunk * 64 + bit * 16 + w
             inside = (k >= low) & (k < high)
@@ -259,12 +262,12 @@ def dequantize(
     m, kept = start + local, local < piece
     if run < runs:
         fields = run_table + run * FIELDS
-        groups, terms = tl.load(fields), tl.load(fields + 1)
+        groups, terms, part = tl.load(fields), tl.load(fields + 1), tl.load(fields + 13)
         for number in tl.static_range(len(KINDS)):
-            if (groups == KINDS[number][0]) & (terms == KINDS[number][1]):
+            if (groups == KINDS[number][0]) & (terms == KINDS[number][1]) & (part == KINDS[number][2]):
                 _write_run(
                     fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns,
-                    rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
+                    rows, quarter, m, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES, MEANS,
                 )  # fmt: skip
     else:
         column = (run - runs) * 16 + tl.arange(0, 16)

@@ -16,7 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_parts import FIELDS, INTERPRETED, add_up, scale_values, store_tokens, zeros
+from arbllm.kernels.triton_parts import (
+    FIELDS,
+    INTERPRETED,
+    add_up,
+    exclusive_or,
+    plain_planes,
+    planes_of,
+    scale_values,
+    store_tokens,
+    zeros,
+)
 
 LARGEST = tl.constexpr(32768.0)
 """Inputs of a run are scaled to this, so that float16 holds them to 11 bits, down to 2^-26 of the largest."""
@@ -35,14 +45,6 @@ def masked(words, BIT: tl.constexpr):
         return (words & (1 << BIT)).to(tl.int16).to(tl.float16, bitcast=True)
     else:
         return tl.inline_asm_elementwise(_mask_assembly(BIT), "=r,r", [words], tl.float16, True, 2)
-
-
-@triton.jit
-def exclusive_or(first, second):
-    if INTERPRETED:
-        return first ^ second
-    else:
-        return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [first, second], tl.int16, True, 2)
 
 
 @triton.jit
@@ -154,20 +156,20 @@ def scale_inputs(
 
 
 @triton.jit
-def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr):
     """Words of sign chi_h(g), term-major, then those of chi_h(g) alone for h of 1 and above: a tuple."""
-    rows = (m < quarter)[:, None]
-    first = tl.load(words, mask=valid & rows, other=0)
+    stored = plain_planes(words, valid & (m < quarter)[:, None], stride, m, quarter, GROUPS, TERMS, PART)
+    first = stored[0]
     found = (first,)
     if GROUPS > 1:
-        low = tl.load(words + TERMS * stride, mask=valid & rows, other=0)
+        low = stored[TERMS]
         found = found + (exclusive_or(first, low),)
     if GROUPS > 2:
-        high = tl.load(words + (TERMS + 1) * stride, mask=valid & rows, other=0)
+        high = stored[TERMS + 1]
         both = exclusive_or(low, high)
         found = found + (exclusive_or(first, high), exclusive_or(first, both))
     if TERMS > 1:
-        second = tl.load(words + stride, mask=valid & rows, other=0)
+        second = stored[1]
         found = found + (second,)
         if GROUPS > 1:
             found = found + (exclusive_or(second, low),)
@@ -230,6 +232,7 @@ def _one_run(
     outputs,
     GROUPS: tl.constexpr,
     TERMS: tl.constexpr,
+    PART: tl.constexpr,
     SCALED: tl.constexpr,
     CODES: tl.constexpr,
     MEANS: tl.constexpr,
@@ -243,7 +246,7 @@ def _one_run(
     PLANES: tl.constexpr = GROUPS * TERMS
     OTHERS: tl.constexpr = GROUPS - 1 if MEANS else 0
     USED: tl.constexpr = TERMS + MEANS if SCALED else 1
-    BITS: tl.constexpr = TERMS + (1 if GROUPS > 1 else 0) + (1 if GROUPS > 2 else 0)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
     chunks = tl.load(fields + 3)
     first_tile = block * tiles + tl.load(fields + 11)
     w, n = tl.arange(0, WORDS), tl.arange(0, N)
@@ -255,7 +258,7 @@ def _one_run(
     products = zeros(4 * (PLANES + OTHERS), M, N)
     for chunk in range(0, chunks, WORDS // 16):
         valid = (chunk + w // 16) < chunks
-        planes = _planes(own + chunk * stride * BITS, valid[None, :], stride, m, quarter, GROUPS, TERMS)
+        planes = _planes(own + chunk * stride * BITS, valid[None, :], stride, m, quarter, GROUPS, TERMS, PART)
         for tile in tl.static_range(USED):
             tokens = ()
             for bit in tl.static_range(4):
@@ -362,8 +365,8 @@ def few_tokens(
             for run in range(first, last):
                 outputs = _one_run(
                     run_table + run * FIELDS, words, z, norms, sums, row_scales, row_means, block, run, runs, tiles,
-                    rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
-                    PARTS * TOKENS, MOST_TILES, M, N, WORDS,
+                    rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES,
+                    MEANS, PARTS * TOKENS, MOST_TILES, M, N, WORDS,
                 )  # fmt: skip
             for q in tl.static_range(4):
                 values = tl.sum(tl.reshape(outputs[q], (M, N // TOKENS, TOKENS)), 1)

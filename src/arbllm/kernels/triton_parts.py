@@ -7,8 +7,66 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter knows no inline assembly and no products of bfloat16."""
-FIELDS = tl.constexpr(13)
+FIELDS = tl.constexpr(14)
 """Fields of a `triton_layout.Run`."""
+
+
+@triton.constexpr_function
+def planes_of(groups: int, terms: int, part: int) -> int:
+    """Planes of bits of a kind, see `triton_layout.Kind.planes`."""
+    return min(part, 4) if part else terms + groups.bit_length() - 1
+
+
+@triton.jit
+def exclusive_or(first, second):
+    if INTERPRETED:
+        return first ^ second
+    else:
+        return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [first, second], tl.int16, True, 2)
+
+
+@triton.jit
+def _rows_above(words, valid, m, quarter, DISTANCE: tl.constexpr):
+    """Words with so many rows above in each of their four rows; zeros above the matrix."""
+    crossing = (m < DISTANCE)[:, None]  # to the word's row before
+    found = tl.load(words + tl.where(crossing, quarter - DISTANCE, -DISTANCE) * 16, mask=valid, other=0)
+    return tl.where(crossing, found << 4, found)
+
+
+@triton.jit
+def plain_planes(
+    words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """A tuple of words: first signs, second signs, low and high bits of the group number, as far as there are any.
+
+    `words` are the addresses (M, words) of those of the first plane, planes being `stride` apart; `m` is (M), rows of
+    words, of which there are `quarter`.
+    """
+    now = tl.load(words, mask=valid, other=0)
+    if PART == 0:
+        found = (now,)
+        for plane in tl.static_range(1, planes_of(GROUPS, TERMS, PART)):
+            found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
+    else:  # what `expand.PARTS` says, from the outputs of the code in arbllm/binarize/code.py
+        z1 = exclusive_or(now, _rows_above(words, valid, m, quarter, 16))
+        z1 = exclusive_or(z1, _rows_above(words, valid, m, quarter, 40))
+        z0 = _rows_above(words, valid, m, quarter, 24)
+        if PART > 1:
+            second = tl.load(words + stride, mask=valid, other=0)
+        if PART > 2:
+            third = tl.load(words + 2 * stride, mask=valid, other=0)
+        if PART == 1:
+            found = (z1, z0)
+        elif PART == 2:
+            found = (second, z0, exclusive_or(second, z1))
+        elif PART == 3:
+            found = (second, z0, exclusive_or(second, third), exclusive_or(second, z1))
+        elif PART == 4:
+            fourth = tl.load(words + 3 * stride, mask=valid, other=0)
+            found = (second, z1, exclusive_or(second, third), exclusive_or(second, fourth))
+        else:
+            found = (z0, exclusive_or(second, third))
+    return found
 
 
 @triton.jit

@@ -27,7 +27,7 @@
 // row factors [tile][pass][block][accumulator][row] and dense columns [tile][block][column][row], so that a thread
 // which computes a tile reads each of them from front to back. Lane 2 i of a block is its row i, lane 2 i + 1 its row
 // 32 + i: sums of even and odd lanes come apart, and each half is in order. In a pass with a trellis, lanes are rows, so
-// that what lies 8 rows above is a word of 64 bits away, codes are [tile][pass][stretch][block of the tile][plane][byte]
+// that what lies 8 rows above is a word of 64 bits away, codes are [tile][pass][stretch][block of the tile][byte][plane]
 // [lane], so that the stretch of the block above has just been read, and row factors are those of the even rows, then of
 // the odd.
 #pragma once

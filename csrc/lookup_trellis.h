@@ -16,13 +16,14 @@ namespace {
 
 constexpr int LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
 constexpr int LAG = 24;  // the row above whose first sign z0 is
+constexpr int FETCHED_AHEAD = 96;  // bytes of a row's codes that are fetched before they are needed
 constexpr int WORD = 8;  // bytes of a vector's words: lags are multiples
 constexpr int BATCH = 4;  // summands that are added up at once, as many as registers hold
 
-// The codes of a stretch of one block, [plane][byte][lane], and the first signs of the block above, [byte][lane].
+// The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
     const uint8_t *codes, *above;
-    int bytes, above_step;  // the step is 0 where there is no block above
+    int bytes, step, above_step;  // from one byte to the next; 0 where there is no block above
 
     StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number) {
         static const uint8_t nothing[LANES + 2 * WORD] = {};
@@ -30,7 +31,8 @@ struct StretchCodes {
         bytes = stretch_bytes(pass, number);
         codes = prepared.stretch_of(tile, block, pass, number);
         above = before < 0 ? nothing : prepared.stretch_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass, number);
-        above_step = before < 0 ? 0 : LANES;
+        step = LANES * pass.planes;
+        above_step = before < 0 ? 0 : step;
     }
 };
 
@@ -53,10 +55,10 @@ struct Signs {
     typename V::Bytes planes[TERMS + 1];
 
     Signs(const StretchCodes& stretch, int byte) {
-        const uint8_t* now = stretch.codes + LANES * byte;
+        const uint8_t* now = stretch.codes + LANES * TERMS * byte;
         const uint8_t* above = stretch.above + stretch.above_step * byte;
         for (int term = 1; term < TERMS; ++term) {
-            planes[term - 1] = V::load(now + LANES * stretch.bytes * term + V::lanes * PART);
+            planes[term - 1] = V::load(now + LANES * term + V::lanes * PART);
         }
         planes[TERMS - 1] = V::differ(V::load(now + V::lanes * PART),
                                       V::differ(lanes_above<V, PART, LAGS[0]>(now, above),
@@ -112,7 +114,7 @@ template <class V, int TERMS, int FIRST, int PART>
 void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tables, const int32_t* shares, float scale,
               float* sums) {
     using Found = TrellisSums<V, TERMS, FIRST, PART>;
-    constexpr int FETCHED = FIRST == 0 && PART * V::lanes % LANES == 0 ? TERMS : 0;  // planes of the next stretch
+    constexpr int FETCHED = FIRST == 0 && PART == 0 ? TERMS : 0;  // planes that this part asks for
     typename V::Bytes totals[Found::COUNT][2];
     std::fill_n(totals[0], 2 * Found::COUNT, V::zero());
     for (int first = 0; first < stretch.bytes; first += BLOCK_BYTES) {
@@ -120,7 +122,7 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
         const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
         for (int byte = first; byte < end; ++byte) {
             for (int plane = 0; plane < FETCHED; ++plane) {
-                __builtin_prefetch(stretch.codes + LANES * ((TERMS + plane) * stretch.bytes + byte), 0, 2);
+                __builtin_prefetch(stretch.codes + LANES * (TERMS * (byte + FETCHED_AHEAD) + plane));
             }
             found.add(stretch, byte, tables + 32 * byte);
         }
@@ -219,7 +221,7 @@ void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, in
     for (int j = 0; j < pass.width; ++j) {
         const StretchCodes stretch(prepared, pass, tile, block, j / 8 / STRETCH_BYTES);
         const int byte = j / 8 % STRETCH_BYTES, bit = j % 8;
-        const uint8_t* now = stretch.codes + LANES * byte;
+        const uint8_t* now = stretch.codes + stretch.step * byte;
         uint8_t first[LAGS[1] + LANES];  // signs of rows above, then of the block
         std::memcpy(first, stretch.above + stretch.above_step * byte + LANES - LAGS[1], LAGS[1]);
         std::memcpy(first + LAGS[1], now, LANES);
@@ -230,7 +232,7 @@ void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, in
             int number = ((own[0] ^ own[-LAGS[0]] ^ own[-LAGS[1]]) >> bit & 1) << (pass.planes - 1);
             number |= (own[-LAG] >> bit & 1) << pass.planes;
             for (int term = 1; term < pass.planes; ++term) {
-                number |= (now[LANES * stretch.bytes * term + r] >> bit & 1) << (term - 1);
+                number |= (now[LANES * term + r] >> bit & 1) << (term - 1);
             }
             row[r] = scales[r] * factor * levels[number];
         }

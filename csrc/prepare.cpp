@@ -166,7 +166,7 @@ int nibble(const Packed& packed, const Place& place, int term, int per, int64_t 
     return bits;
 }
 
-// A pass with a trellis: eight signs of a plane to a byte, rows in order, planes beside each other in each stretch.
+// A pass with a trellis: eight signs of a plane to a byte, rows in order, planes of a byte beside each other.
 void write_trellis(const Packed& packed, const Plan& plan, size_t p, int64_t tile, int64_t block, const Prepared& to) {
     const Pass& pass = plan.passes[p];
     const Place& place = *plan.places[p];
@@ -178,10 +178,10 @@ void write_trellis(const Packed& packed, const Plan& plan, size_t p, int64_t til
         }
         factors[LANES / 2 * (r % 2) + r / 2] = packed.row_scales[row * packed.row_scale_slots + place.row_scale];
         for (int64_t j = 0; j < place.width; ++j) {
-            const int number = static_cast<int>(j / 8 / STRETCH_BYTES), bytes = stretch_bytes(pass, number);
-            auto* codes = const_cast<uint8_t*>(to.stretch_of(tile, block, pass, number)) + j / 8 % STRETCH_BYTES * LANES;
+            const auto* stretch = to.stretch_of(tile, block, pass, static_cast<int>(j / 8 / STRETCH_BYTES));
+            auto* codes = const_cast<uint8_t*>(stretch) + LANES * pass.planes * (j / 8 % STRETCH_BYTES);
             for (int term = 0; term < pass.planes; ++term) {
-                codes[LANES * bytes * term + r] |=
+                codes[LANES * term + r] |=
                     static_cast<uint8_t>(sign_of(packed, place, term, row, j) << (j % 8));
             }
         }

@@ -12,13 +12,23 @@ from tests.tiny import save_tiny
 def test_the_studies_of_the_paper_are_there():
     rows = variants()
     studies = {row.study for row in rows}
-    assert len(studies) == 9
+    assert len(studies) == 10
     for study in studies:
         own = [row for row in rows if row.study == study]
         assert len({row.label for row in own}) == len(own) >= 2
-    jobs = {row.name: (row.config, row.windows) for row in rows}
-    assert all(jobs[row.name] == (row.config, row.windows) for row in rows)
+    jobs = {row.name: (row.config, row.windows, row.tune) for row in rows}
+    assert all(jobs[row.name] == (row.config, row.windows, row.tune) for row in rows)
     assert len(jobs) < len(rows)  # studies share jobs
+
+
+def test_what_arb_rcx_adds(tmp_path):
+    model = save_tiny(tmp_path / "dense")
+    protocol = Protocol(str(model), Calibration("builtin", 4, 64, 0, "cpu"), ("builtin",), 64, 2)
+    rows = ablate(protocol, tmp_path / "out", studies=["arb-rcx"], isolate=False)["rows"]
+    errors = {row["variant"]: row["output_error"] for row in rows}
+    assert len(errors) == 4
+    assert len(set(errors.values())) == 4  # each is a job of its own
+    assert all(row["true_bits"] <= 2.25 and row["published"] is None for row in rows)
 
 
 def test_ablations_on_a_tiny_model(tmp_path):

@@ -31,7 +31,7 @@ def ablate(
         str | None,
         typer.Option(
             help="With commas: method, column-group bitmap, bitmaps, calibration windows, iterations, groups, block "
-            "size, compensation, split on; or how these begin.",
+            "size, compensation, split on, arb-rcx; or how these begin.",
             show_default="all",
         ),
     ] = None,
@@ -48,7 +48,7 @@ def ablate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Vary the paper's methods on MODEL one choice at a time, as in its Table 4.
+    """Vary the paper's methods on MODEL one choice at a time, as in its Table 4, and arb-rcx likewise.
 
     OUT receives ablation.json and ablation.md.
 

@@ -1,4 +1,4 @@
-"""The ablations of the paper's Table 4, on any model."""
+"""The ablations of the paper's Table 4, on any model, and of what `arb-rcx` adds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from arbllm.config import BinarizationConfig
+from arbllm.config import DEFAULT_BITS, BinarizationConfig
 from arbllm.errors import ConfigError
 from arbllm.evaluation.compare import (
     MODELS,
@@ -26,7 +26,7 @@ from arbllm.evaluation.compare import (
     write_json,
 )
 from arbllm.evaluation.frontier import score, shown
-from arbllm.evaluation.methods import FULL, Recipe
+from arbllm.evaluation.methods import FULL, JOINT, Recipe
 
 RESULTS, PAGE = "ablation.json", "ablation.md"
 
@@ -41,6 +41,7 @@ class Variant:
         config: method and options.
         windows: calibration windows, as a multiple of the protocol's.
         published: the label of the paper's row for LLaMA-7B, where it has one.
+        tune: steps of tuning each block; None for the default.
     """
 
     study: str
@@ -48,11 +49,16 @@ class Variant:
     config: BinarizationConfig
     windows: float = 1.0
     published: str | None = None
+    tune: int | None = None
 
     @property
     def name(self) -> str:
         """Of its file: variants of several studies that are the same job share one."""
         c = self.config
+        if c.method == JOINT:
+            return "-".join(
+                (c.method, "trellis" if c.trellis else "groups", "tuned" if self.tune is None else "untuned")
+            )
         words = (c.method, c.partition, f"g{c.groups}", f"k{c.block_size}", f"t{c.iterations}", c.split_on)
         return "-".join((*words, c.compensation, f"w{self.windows:g}"))
 
@@ -91,6 +97,10 @@ def variants() -> list[Variant]:
         rows.append(Variant("compensation, arb-rc", way, replace(rc, compensation=way)))
     for split in ("weight", "saliency"):
         rows.append(Variant("split on, arb-rc", split, replace(rc, split_on=split)))
+    for trellis, label in ((False, "columns with groups"), (True, "trellis")):
+        joint = BinarizationConfig(JOINT, trellis=trellis)
+        rows.append(Variant(f"{JOINT}, {DEFAULT_BITS} bits", f"{label}, untuned", joint, tune=0))
+        rows.append(Variant(f"{JOINT}, {DEFAULT_BITS} bits", f"{label}, tuned", joint))
     return rows
 
 
@@ -127,7 +137,7 @@ def ablate(
     for variant in chosen:
         windows = max(1, round(variant.windows * protocol.calibration.windows))
         own = replace(protocol, calibration=replace(protocol.calibration, windows=windows))
-        steps = run_row(Recipe(variant.name, variant.config), own, pieces, out, **options)
+        steps = run_row(Recipe(variant.name, variant.config, variant.tune), own, pieces, out, **options)
         shutil.rmtree(out / MODELS / variant.name, ignore_errors=True)
         facts = {"study": variant.study, "variant": variant.label, "windows": windows}
         facts |= {"config": variant.config.to_dict(), "published": _published(variant)}

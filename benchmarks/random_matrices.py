@@ -14,7 +14,7 @@ SCALE_BLOCK = 512
 OUTLIERS_PER_COLUMN = 0.002
 
 
-def random_matrix(rows: int, columns: int, bits: float, device: torch.device, trellis: bool = False) -> BinaryMatrix:
+def random_matrix(rows: int, columns: int, bits: float, device: torch.device, trellis: bool = True) -> BinaryMatrix:
     """A matrix as arb-rcx would store it at so many true bits a weight, with a few outlying columns."""
     layout = joint_layout(rows, columns, bits, SCALE_BLOCK, round(OUTLIERS_PER_COLUMN * columns), trellis)
     tensors = {name: _random(name, dtype, shape, layout, device) for name, (dtype, shape) in layout.tensors().items()}

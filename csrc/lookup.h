@@ -14,9 +14,8 @@
 // A second sign makes a second pass, with tables and codes of its own. A segment with a trellis code
 // (arbllm/binarize/code.py) is one pass: each weight's level is a sum of signs and products of signs, the planes of bits
 // of which look up in the same tables, and only stored signs are kept: what follows from the rows above is put together
-// for a stretch of columns at a time, in the cache. Row means double the accumulators: the sums of x
-// over the columns of each group. The bytes of the tables are rounded to 1/127 of the largest entry of BLOCK_BYTES
-// bytes of codes; this is the only error, as sums are exact.
+// in registers. Row means double the accumulators: the sums of x over the columns of each group. The bytes of the tables
+// are rounded to 1/127 of the largest entry of BLOCK_BYTES bytes of codes; this is the only error, as sums are exact.
 //
 // Column order, codes, scales and widths are prepared once (prepare.h) as one array of bytes, which these structures
 // describe:
@@ -46,6 +45,9 @@ constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bi
 constexpr int STRETCH_BYTES = STRETCH * BLOCK_BYTES;
 constexpr int MOST_ACCUMULATORS = 8;
 constexpr int MOST_TOKENS = 16;
+
+constexpr int LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
+constexpr int LAG = 24;  // the row above whose first sign z0 is
 
 // Summands of the levels of weights of 1 to 4 stored signs: products of the signs of some planes, bit t standing for
 // plane t: the stored signs but the first, then z1 and z0.
@@ -83,9 +85,9 @@ struct Pass {
     float coefficients[MOST_SUMMANDS];  // with a trellis: of the products of MASKS
 };
 
-inline int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
-inline int stretches_of(const Pass& pass) { return (pass.bytes + STRETCH_BYTES - 1) / STRETCH_BYTES; }
-inline int stretch_bytes(const Pass& pass, int number) {
+static inline int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
+static inline int stretches_of(const Pass& pass) { return (pass.bytes + STRETCH_BYTES - 1) / STRETCH_BYTES; }
+static inline int stretch_bytes(const Pass& pass, int number) {
     return std::min(STRETCH_BYTES, pass.bytes - STRETCH_BYTES * number);
 }
 
@@ -121,13 +123,14 @@ struct Prepared {
     int64_t at(int64_t tile, int64_t block, int64_t items, int64_t before, int64_t own) const {
         return LANES * (tile * TILE_BLOCKS * items + tile_blocks(tile) * before + block * own);
     }
+    // Codes of a block, in a pass without a trellis.
     const uint8_t* codes_of(int64_t tile, int64_t block, const Pass& pass) const {
         return codes + at(tile, block, header->lane_bytes, pass.codes_before, pass.planes * pass.bytes);
     }
-    // Codes of a stretch of a pass with a trellis.
+    // Codes of a stretch of a block, in a pass with a trellis.
     const uint8_t* stretch_of(int64_t tile, int64_t block, const Pass& pass, int number) const {
         const int64_t before = tile_blocks(tile) * STRETCH_BYTES * number + block * stretch_bytes(pass, number);
-        return codes_of(tile, 0, pass) + LANES * pass.planes * before;
+        return codes + at(tile, 0, header->lane_bytes, pass.codes_before, 0) + LANES * pass.planes * before;
     }
     const float* factors_of(int64_t tile, int64_t block, const Pass& pass) const {
         return row_factors + at(tile, block, header->row_factors, pass.factors_before, pass.accumulators);

@@ -15,7 +15,7 @@ struct Avx2 {
     static Bytes zero() { return _mm256_setzero_si256(); }
     static Bytes load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
     static Bytes table(const uint8_t* from) {
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(words_at(from)));
     }
     static Bytes low(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
     static Bytes high(Bytes a) { return low(_mm256_srli_epi16(a, 4)); }
@@ -23,11 +23,11 @@ struct Avx2 {
     static Bytes differ(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
     template <int words>
     static Bytes join(const uint8_t* end, const uint8_t* next) {
-        const auto word = [](const uint8_t* from) { return _mm256_broadcastq_epi64(_mm_loadl_epi64(at<__m128i>(from))); };
+        const auto word = [](const uint8_t* from) { return _mm256_broadcastq_epi64(_mm_loadl_epi64(words_at(from))); };
         if constexpr (words == 1) {
             return _mm256_blend_epi32(load(next - 8), word(end - 8), 0x03);
         } else if constexpr (words == 2) {
-            return _mm256_loadu2_m128i(at<__m128i>(next), at<__m128i>(end - 16));
+            return _mm256_loadu2_m128i(words_at(next), words_at(end - 16));
         } else {
             return _mm256_blend_epi32(load(end - 24), word(next), 0xc0);
         }
@@ -43,10 +43,7 @@ struct Avx2 {
     }
 
   private:
-    template <class T>
-    static const T* at(const uint8_t* from) {
-        return reinterpret_cast<const T*>(from);
-    }
+    static const __m128i* words_at(const uint8_t* from) { return reinterpret_cast<const __m128i*>(from); }
     static void add_eight(float* to, __m128i numbers, float scale) {
         const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(numbers));
         _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_set1_ps(scale), wide, _mm256_loadu_ps(to)));

@@ -128,7 +128,10 @@ class Product {
         const Header& header = *prepared_.header;
         const int64_t tile = first / TILE_BLOCKS, skipped = first % TILE_BLOCKS, tokens = activations_.tokens;
         const int64_t blocks = std::min(piece_, prepared_.tile_blocks(tile) - skipped);
-        alignas(64) float y[MOST_TOKENS][TILE_ROWS] = {};
+        alignas(64) float y[MOST_TOKENS][TILE_ROWS];
+        for (int64_t token = 0; token < tokens; ++token) {
+            std::fill_n(y[token], LANES * blocks, 0.0f);
+        }
         for (int64_t p = 0; p < header.passes; ++p) {
             Tables found[MOST_TOKENS];
             for (int64_t token = 0; token < tokens; ++token) {

@@ -14,19 +14,16 @@
 namespace arbllm {
 namespace {
 
-constexpr int LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
-constexpr int LAG = 24;  // the row above whose first sign z0 is
-constexpr int FETCHED_AHEAD = 96;  // bytes of a row's codes that are fetched before they are needed
 constexpr int WORD = 8;  // bytes of a vector's words: lags are multiples
 constexpr int BATCH = 4;  // summands that are added up at once, as many as registers hold
 
 // The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
-    const uint8_t *codes, *above;
+    const uint8_t *codes, *above, *next = nullptr;  // the codes that are read after these
     int bytes, step, above_step;  // from one byte to the next; 0 where there is no block above
 
     StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number) {
-        static const uint8_t nothing[LANES + 2 * WORD] = {};
+        static const uint8_t nothing[LANES + WORD] = {};
         const int64_t before = tile * TILE_BLOCKS + block - 1;
         bytes = stretch_bytes(pass, number);
         codes = prepared.stretch_of(tile, block, pass, number);
@@ -36,10 +33,10 @@ struct StretchCodes {
     }
 };
 
-// Lanes from V::lanes * PART - LAG on, of which those before 0 are in the block above.
-template <class V, int PART, int LAG>
+// Lanes from V::lanes * PART - DISTANCE on, of which those before 0 are in the block above.
+template <class V, int PART, int DISTANCE>
 typename V::Bytes lanes_above(const uint8_t* now, const uint8_t* above) {
-    constexpr int START = V::lanes * PART - LAG;
+    constexpr int START = V::lanes * PART - DISTANCE;
     if constexpr (START >= 0) {
         return V::load(now + START);
     } else if constexpr (START + V::lanes <= 0) {
@@ -84,7 +81,10 @@ struct TrellisSums {
     static constexpr int COUNT = std::min(BATCH, SUMMANDS[TERMS - 1] - FIRST);
     typename V::Bytes all[COUNT], odd[COUNT];
 
-    TrellisSums() { std::fill_n(all, COUNT, V::zero()), std::fill_n(odd, COUNT, V::zero()); }
+    TrellisSums() {
+        std::fill_n(all, COUNT, V::zero());
+        std::fill_n(odd, COUNT, V::zero());
+    }
 
     void add(const StretchCodes& stretch, int byte, const uint8_t* tables) {
         const Signs<V, TERMS, PART> signs(stretch, byte);
@@ -116,13 +116,15 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
     using Found = TrellisSums<V, TERMS, FIRST, PART>;
     constexpr int FETCHED = FIRST == 0 && PART == 0 ? TERMS : 0;  // planes that this part asks for
     typename V::Bytes totals[Found::COUNT][2];
-    std::fill_n(totals[0], 2 * Found::COUNT, V::zero());
+    for (auto& halves : totals) {
+        halves[0] = halves[1] = V::zero();
+    }
     for (int first = 0; first < stretch.bytes; first += BLOCK_BYTES) {
         Found found;
         const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
         for (int byte = first; byte < end; ++byte) {
             for (int plane = 0; plane < FETCHED; ++plane) {
-                __builtin_prefetch(stretch.codes + LANES * (TERMS * (byte + FETCHED_AHEAD) + plane));
+                __builtin_prefetch(stretch.next + LANES * (TERMS * byte + plane));
             }
             found.add(stretch, byte, tables + 32 * byte);
         }
@@ -157,14 +159,19 @@ void add_parts(const StretchCodes& stretch, const Pass& pass, const uint8_t* tab
 template <class V, int TERMS>
 void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables, int64_t tokens, int64_t tile,
                int64_t first, int64_t blocks, float (*y)[TILE_ROWS]) {
-    alignas(64) float sums[MOST_TOKENS][TILE_ROWS] = {};
+    alignas(64) float sums[MOST_TOKENS][TILE_ROWS];
+    for (int64_t token = 0; token < tokens; ++token) {
+        std::fill_n(sums[token], LANES * blocks, 0.0f);
+    }
     float coefficients = 0.0f;
     for (int s = 0; s < SUMMANDS[TERMS - 1]; ++s) {
         coefficients += pass.coefficients[s];
     }
     for (int number = 0; number < stretches_of(pass); ++number) {
         for (int64_t block = 0; block < blocks; ++block) {
-            const StretchCodes stretch(prepared, pass, tile, first + block, number);
+            StretchCodes stretch(prepared, pass, tile, first + block, number);
+            stretch.next = block + 1 < blocks ? prepared.stretch_of(tile, first + block + 1, pass, number)
+                                              : prepared.stretch_of(tile, first, pass, number + 1);
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables& own = tables[token];
                 const float zero = coefficients * own.zeros[number];
@@ -210,7 +217,7 @@ void find_levels(const Pass& pass, float* levels) {
     }
 }
 
-// Adds one pass with a trellis to W^T: rows of `stride` floats.
+// Writes one pass with a trellis to W^T: rows of `stride` floats.
 void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
                     int64_t stride) {
     float levels[2 << MOST_TERMS], scales[LANES];

@@ -27,9 +27,6 @@ struct Plan {
     std::vector<const Place*> dense;
 };
 
-constexpr int64_t LAGS[] = {16, 40};  // rows above whose first signs z1 depends on, besides its own
-constexpr int64_t LAG = 24;  // the row above whose first sign z0 is
-
 int per_nibble(const Place& place) { return place.groups == 1 ? 4 : place.groups == 2 ? 2 : 1; }
 
 int64_t pass_bytes(const Place& place) {

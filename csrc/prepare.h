@@ -16,7 +16,7 @@ struct Place {
     int64_t slots() const { return trellis ? 1 : groups * terms; }
 };
 
-// One summand of the levels of a trellis: see Pass in lookup.h.
+// One summand of the levels of a trellis: see MASKS in lookup.h.
 struct Summand {
     int32_t mask;
     float coefficient;

@@ -3,13 +3,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "aligned.h"
 #include "bindings.h"
 #include "processor.h"
 
@@ -22,11 +20,7 @@ using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::c
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void run(const Sweep& task) {
-    constexpr size_t ALIGNMENT = 64;
-    const size_t bytes = task.columns * MOST_LANES * sizeof(float);
-    std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float*>(std::aligned_alloc(ALIGNMENT, bytes)), &std::free);
-    if (!memory) throw std::bad_alloc();
+    const Floats memory = aligned_floats(task.columns * MOST_LANES);
 #if defined(__x86_64__)
     static const std::string best = instruction_sets().front();
     if (best == "avx512") return sweep_avx512(task, memory.get());

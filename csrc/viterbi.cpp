@@ -4,14 +4,12 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "aligned.h"
 #include "bindings.h"
 #include "processor.h"
 
@@ -24,11 +22,7 @@ using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::c
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void run(const Trellis& task) {
-    constexpr size_t ALIGNMENT = 64;
-    const size_t bytes = (viterbi_memory(task.rows) * sizeof(float) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float*>(std::aligned_alloc(ALIGNMENT, bytes)), &std::free);
-    if (!memory) throw std::bad_alloc();
+    const Floats memory = aligned_floats(viterbi_memory(task.rows));
 #if defined(__x86_64__)
     static const std::vector<std::string> known = instruction_sets();
     static const bool avx2 = std::find(known.begin(), known.end(), "avx2") != known.end();

@@ -56,7 +56,8 @@ def test_units_divide_the_work(name, chunks):
 def test_memory_is_that_of_the_packed_tensors(name):
     """Up to what rounds each kind of columns up to a chunk and rows to four, tables, and scales of plain segments."""
     matrix = MATRICES[name]()
-    ready, rows = prepare(matrix), 4 * prepare(matrix).quarter
+    ready = prepare(matrix)
+    rows = 4 * ready.quarter
     padding = sum(CHUNK * kind.planes for kind in ready.kinds) * rows // 8
     tables = ready.order.nbytes + ready.single_columns.nbytes + ready.run_table.nbytes + ready.singles.nbytes
     scales = ready.row_scales.nbytes + ready.column_scales.nbytes + ready.steps.nbytes

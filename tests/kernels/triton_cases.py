@@ -113,6 +113,7 @@ def test_written_out_in_pieces(monkeypatch):
     tiny = replace(chosen, dense=replace(chosen.dense, scratch_megabytes=0))
     monkeypatch.setattr(kernel, "configuration_of", lambda device: tiny)
     check(in_segments(11, (40, 2, 1), (24, 1, 2)), inputs(2, 64, torch.float32))
+    check(in_segments(53, (9, 1, 4, True)), inputs(2, 9, torch.float32))
 
 
 def test_inputs_of_all_sizes_and_zeros():

@@ -56,9 +56,8 @@ class Variant:
         """Of its file: variants of several studies that are the same job share one."""
         c = self.config
         if c.method == JOINT:
-            return "-".join(
-                (c.method, "trellis" if c.trellis else "groups", "tuned" if self.tune is None else "untuned")
-            )
+            tune = "tuned" if self.tune is None else f"tune{self.tune}"
+            return "-".join((c.method, "trellis" if c.trellis else "groups", tune, f"w{self.windows:g}"))
         words = (c.method, c.partition, f"g{c.groups}", f"k{c.block_size}", f"t{c.iterations}", c.split_on)
         return "-".join((*words, c.compensation, f"w{self.windows:g}"))
 
@@ -140,7 +139,7 @@ def ablate(
         steps = run_row(Recipe(variant.name, variant.config, variant.tune), own, pieces, out, **options)
         shutil.rmtree(out / MODELS / variant.name, ignore_errors=True)
         facts = {"study": variant.study, "variant": variant.label, "windows": windows}
-        facts |= {"config": variant.config.to_dict(), "published": _published(variant)}
+        facts |= {"config": variant.config.to_dict(), "tune": variant.tune, "published": _published(variant)}
         rows.append(facts | _figures(protocol, pieces, steps))
         results = {"settings": shown_settings(protocol), FULL: full, "rows": rows}
         write_json(out / RESULTS, results)

@@ -77,16 +77,15 @@ class Expanded:
 
     Attributes:
         pieces: all segments, in the order of those that they come from.
-        columns: of all segments together.
-        order: int32 or int64 (columns), the natural column of each; a column of four stored signs is there twice, and
-            its weight is the sum. None if it is the same.
+        order: int32 or int64 (columns of all segments), the natural column of each; a column of four stored signs is
+            there twice, and its weight is the sum. None if it is the same.
         row_scales: uint8 codes or float16 (n, slots); float32 with a trellis and no codes.
         scale_steps: (slots), what codes are multiplied by: float16, with a trellis float32, so that nothing is rounded.
+            None without codes.
         column_scales: as stored, flat; None without any.
     """
 
     pieces: tuple[Piece, ...]
-    columns: int
     order: Tensor | None
     row_scales: Tensor
     scale_steps: Tensor | None
@@ -101,11 +100,10 @@ def expanded(matrix: BinaryMatrix) -> Expanded:
     """
     layout = matrix.layout
     pieces = _pieces(layout)
-    columns = sum(piece.segment.width for piece in pieces)
     order = matrix.column_order()
     if not layout.has_trellis:
-        return Expanded(pieces, columns, order, matrix.row_scales, matrix.scale_steps, matrix.column_scales)
-    return Expanded(pieces, columns, _order(matrix, order, pieces), *_scales(matrix, pieces))
+        return Expanded(pieces, order, matrix.row_scales, matrix.scale_steps, matrix.column_scales)
+    return Expanded(pieces, _order(matrix, order, pieces), *_scales(matrix, pieces))
 
 
 def part_scales(part: LevelPart) -> list[float]:

@@ -136,7 +136,7 @@ class Prepared:
     run_table: Tensor
     _units: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def quarter(self) -> int:
         """Rows of words."""
         return _quarter(self.layout)
@@ -208,7 +208,7 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
     words, columns, runs = [torch.empty(0, dtype=torch.int16, device=device)], [], []
     starts: dict[Kind, int] = {}
     column = end = tile = 0
-    for kind, members in groupby(sorted(regular, key=_order), _kind):
+    for kind, members in groupby(sorted(regular, key=_kind), _kind):
         pieces = list(members)
         chunks = -(-sum(piece.segment.width for piece in pieces) // CHUNK)
         size = kind.planes * _quarter(layout) * WORDS
@@ -260,10 +260,6 @@ def _slots(pieces: Sequence[Piece]) -> int:
 
 def _kind(piece: Piece) -> Kind:
     return Kind(piece.segment.groups, piece.segment.terms, piece.part)
-
-
-def _order(piece: Piece) -> tuple[int, Kind]:
-    return piece.part, _kind(piece)
 
 
 def _shares_words(kind: Kind, other: Kind) -> bool:

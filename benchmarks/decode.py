@@ -49,7 +49,7 @@ _SECTION = """\
 ## Writing tokens on a CPU
 
 One text, one token at a time, greedily, with a static cache, {threads} threads; linears of the blocks dense or packed
-at {bits:g} bits a weight in columns with groups, embedding and head dense. All models run the code of transformers,
+at {bits:g} bits a weight with a trellis code, embedding and head dense. All models run the code of transformers,
 *eager* as it is or *compiled* by `torch.compile`. Medians of {repeats} runs of {tokens} tokens in which the contestants
 take turns; the spread is from the least to the greatest. Weights are random. Of LLaMA-7B one block and four are
 measured, and a third of the difference is added for each of the other 28.

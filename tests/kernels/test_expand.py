@@ -43,9 +43,11 @@ def test_other_segments_stay_as_they_are_in_their_order():
 
 
 def test_tensors_are_of_the_sizes_of_the_segments():
-    plain = expanded(in_segments(9, (5, 2, 1), (3, 1, 4, True), (1, 1, 1), (6, 1, 2, True)))
+    matrix = in_segments(9, (5, 2, 1), (3, 1, 4, True), (1, 1, 1), (6, 1, 2, True))
+    plain = expanded(matrix)
+    assert plain.row_scales is matrix.row_scales
+    assert [(piece.row, piece.row_step) for piece in plain.pieces] == [(0, 1), (2, 0), (2, 0), (3, 1), (4, 0)]
     slots = sum(piece.segment.slots for piece in plain.pieces)
-    assert plain.row_scales.shape == (9, slots)
     assert plain.scale_steps.shape == (slots,)
     assert plain.column_scales.shape == (sum(piece.segment.slots * piece.segment.width for piece in plain.pieces),)
     assert plain.order.shape == (5 + 3 + 3 + 1 + 6,)

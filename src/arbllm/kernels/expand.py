@@ -59,11 +59,15 @@ class Piece(NamedTuple):
         place: of the segment among plain ones: of its scales.
         source: of the segment that it comes from in the stored matrix: of its bits.
         part: which of `PARTS` it is; 0 if it is stored as it is.
+        row: the row scales of group 0, term 0, in `Expanded.row_scales`.
+        row_step: from there to those of the next slot; 0 if all slots have the same, with steps of their own.
     """
 
     place: Place
     source: Place
     part: int
+    row: int
+    row_step: int
 
     @property
     def segment(self) -> Segment:
@@ -79,7 +83,7 @@ class Expanded:
         pieces: all segments, in the order of those that they come from.
         order: int32 or int64 (columns of all segments), the natural column of each; a column of four stored signs is
             there twice, and its weight is the sum. None if it is the same.
-        row_scales: uint8 codes or float16 (n, slots); float32 with a trellis and no codes.
+        row_scales: uint8 codes or float16, as stored; with a trellis and no codes, float32 (n, slots).
         scale_steps: (slots), what codes are multiplied by: float16, with a trellis float32, so that nothing is rounded.
             None without codes.
         column_scales: as stored, flat; None without any.
@@ -125,7 +129,11 @@ def _pieces(layout: Layout) -> tuple[Piece, ...]:
     segments = [PARTS[part].segment(place.segment.width) if part else place.segment for place, part in found]
     columns = sum(segment.width for segment in segments)
     plain = replace(layout, columns=columns, segments=tuple(segments), ordering="explicit", block_size=0)
-    return tuple(Piece(place, *origin) for place, origin in zip(plain.places, found, strict=True))
+    shared = layout.scale_bits == 8
+    return tuple(
+        Piece(place, source, part, (source if shared else place).row_scale, 0 if part and shared else 1)
+        for place, (source, part) in zip(plain.places, found, strict=True)
+    )
 
 
 def _parts(segment: Segment) -> list[int]:
@@ -140,12 +148,15 @@ def _order(matrix: BinaryMatrix, order: Tensor | None, pieces: Sequence[Piece]) 
 
 
 def _scales(matrix: BinaryMatrix, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Row scales, steps and column scales: those of a trellis for each slot of its pieces, times the slot's scale."""
+    """Row scales, steps and column scales: of a trellis for each slot of its pieces, and times the slot's scale.
+
+    That scale goes into the steps where there are some, so that codes of rows stay as they are.
+    """
     device = matrix.signs.device
     slots: list[int] = []
     numbers: list[float] = []
     columns = []
-    for place, source, part in pieces:
+    for place, source, part, *_ in pieces:
         own = source.segment.slots
         repeats = place.segment.slots // own
         slots += [*range(source.row_scale, source.row_scale + own)] * repeats
@@ -153,7 +164,6 @@ def _scales(matrix: BinaryMatrix, pieces: Sequence[Piece]) -> tuple[Tensor, Tens
         columns.append(torch.arange(own * place.segment.width).repeat(repeats) + source.column_scale)
     assert matrix.column_scales is not None, "a trellis has column scales"
     column_scales, factors = matrix.column_scales[torch.cat(columns).to(device)], torch.tensor(numbers, device=device)
-    row_scales = matrix.row_scales[:, slots]
     if matrix.scale_steps is None:
-        return row_scales.float() * factors, None, column_scales
-    return row_scales, matrix.scale_steps[slots].float() * factors, column_scales
+        return matrix.row_scales[:, slots].float() * factors, None, column_scales
+    return matrix.row_scales, matrix.scale_steps[slots].float() * factors, column_scales

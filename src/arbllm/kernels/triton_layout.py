@@ -67,7 +67,7 @@ class Run(NamedTuple):
         column: where its first chunk begins in `Prepared.order`.
         low: its first column, from there.
         high: its end, from there.
-        row_scale: row of `Prepared.row_scales` that holds group 0, term 0.
+        step: of `Prepared.steps` that is of group 0, term 0.
         row_mean: row of `Prepared.row_means` that holds group 0.
         factor: place of the first chunk's first column in the column scales of group 0, term 0; columns before `low`
             are another segment's.
@@ -75,6 +75,8 @@ class Run(NamedTuple):
         tile: tiles of activations before it, see `Prepared.tiles`.
         stop: `high`, or in the last run of a kind the end of its last chunk, padding included.
         part: of the kind.
+        row_scale: row of `Prepared.row_scales` that holds group 0, term 0.
+        row_step: from there to the row of the next slot; 0 if there is one for all.
     """
 
     groups: int
@@ -84,13 +86,15 @@ class Run(NamedTuple):
     column: int
     low: int
     high: int
-    row_scale: int
+    step: int
     row_mean: int
     factor: int
     width: int
     tile: int
     stop: int
     part: int
+    row_scale: int
+    row_step: int
 
     @property
     def kind(self) -> Kind:
@@ -255,7 +259,7 @@ def _divide(layout: Layout, pieces: Sequence[Piece]) -> tuple[list[Piece], list[
 
 def _slots(pieces: Sequence[Piece]) -> int:
     """Row scale slots up to the last of these segments; single columns, which keep their own scales, come last."""
-    return max((piece.place.row_scale + piece.segment.slots for piece in pieces), default=0)
+    return max((piece.row + piece.row_step * (piece.segment.slots - 1) + 1 for piece in pieces), default=0)
 
 
 def _kind(piece: Piece) -> Kind:
@@ -288,13 +292,15 @@ def _runs(pieces: Sequence[Piece], word: int, column: int, chunk_words: int) -> 
                 column=column + chunk * CHUNK,
                 low=max(start - chunk * CHUNK, 0),
                 high=high,
-                row_scale=place.row_scale,
+                step=place.row_scale,
                 row_mean=place.row_mean,
                 factor=place.column_scale + chunk * CHUNK - start,
                 width=place.segment.width,
                 tile=0,
                 stop=(last - chunk) * CHUNK if piece is pieces[-1] and end <= last * CHUNK else high,
                 part=kind.part,
+                row_scale=piece.row,
+                row_step=piece.row_step,
             )
         start = end
 
@@ -344,7 +350,7 @@ def _singles(matrix: BinaryMatrix, plain: Expanded, pieces: Sequence[Piece], nat
         for field in ("column", "row_scale", "column_scale")
     )
     stored = torch.tensor([piece.source.column for piece in pieces], dtype=torch.int64, device=device)
-    scales = plain.row_scales[:, slots]
+    scales = plain.row_scales[:, [piece.row for piece in pieces]]
     signs = 2 * _bits(matrix.signs, stored) - 1
     values = signs.to(torch.int16) * scales if matrix.layout.scale_bits == 8 else signs.half() * scales
     return values.T.contiguous(), torch.stack([natural[columns], slots, factors]).int()

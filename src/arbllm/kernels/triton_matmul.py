@@ -30,9 +30,10 @@ def _row_parameters(
     for q in tl.static_range(4):
         row = q * quarter + m
         inside = (m < quarter) & (row < rows)
-        slot = row_scales + tl.load(fields + 7).to(tl.int64) * rows + row
+        slot = row_scales + tl.load(fields + 14).to(tl.int64) * rows + row
+        next_slot = tl.load(fields + 15).to(tl.int64) * rows
         for place in tl.static_range(GROUPS * TERMS):
-            found = found + (scale_values(tl.load(slot + place * rows, mask=inside, other=0), CODES),)
+            found = found + (scale_values(tl.load(slot + place * next_slot, mask=inside, other=0), CODES),)
         if MEANS:
             slot = row_means + tl.load(fields + 8).to(tl.int64) * rows + row
             for group in tl.static_range(GROUPS):

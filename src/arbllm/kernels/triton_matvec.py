@@ -275,21 +275,22 @@ def _one_run(
         row = place * quarter + m
         inside = (m < quarter) & (row < rows)
         output = outputs[place]
+        next_slot = tl.load(fields + 15).to(tl.int64) * rows
         for term in tl.static_range(TERMS):
             where = ((block * runs + run) * MOST_TILES + (term if SCALED else 0)) * N + n
             norm, total = tl.load(norms + where), tl.load(sums + where)
-            slot = row_scales + (tl.load(fields + 7) + term).to(tl.int64) * rows + row
+            slot = row_scales + tl.load(fields + 14).to(tl.int64) * rows + term * next_slot + row
             if SCALED:
                 group = n // COLUMNS
                 scales = tl.zeros((M, N), tl.float32)
                 for g in tl.static_range(GROUPS):
-                    scale = scale_values(tl.load(slot + g * TERMS * rows, mask=inside, other=0), CODES)
+                    scale = scale_values(tl.load(slot + g * TERMS * next_slot, mask=inside, other=0), CODES)
                     scales = tl.where((group == g)[None, :], scale[:, None], scales)
                 value = _transformed(products, term * GROUPS, 0, GROUPS, place, group[None, :])
                 output += scales * norm[None, :] * (value - tl.where(group == 0, total, 0.0)[None, :])
             else:
                 for g in tl.static_range(GROUPS):
-                    scale = scale_values(tl.load(slot + g * TERMS * rows, mask=inside, other=0), CODES)
+                    scale = scale_values(tl.load(slot + g * TERMS * next_slot, mask=inside, other=0), CODES)
                     value = _transformed(products, term * GROUPS, 0, GROUPS, place, tl.full((1, N), g, tl.int32))
                     if g == 0:
                         value -= total[None, :]

@@ -7,7 +7,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter knows no inline assembly and no products of bfloat16."""
-FIELDS = tl.constexpr(14)
+FIELDS = tl.constexpr(16)
 """Fields of a `triton_layout.Run`."""
 
 

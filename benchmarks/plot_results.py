@@ -1,4 +1,4 @@
-"""The picture in the README, docs/results.svg: perplexity against true bits, from the rows that results.py left.
+"""The picture docs/results.svg: perplexity of the paper's methods against true bits, from the rows of results.py.
 
 python benchmarks/plot_results.py [--max-windows N]
 """
@@ -9,7 +9,7 @@ import argparse
 
 import matplotlib as mpl
 
-from results import FULL, ROOT, TEXT_WINDOWS, compared_rows, load_rows
+from results import FULL, ROOT, TEXT_WINDOWS, load_rows
 
 mpl.use("svg")
 from matplotlib import pyplot
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-windows", type=int, default=TEXT_WINDOWS, help="rows over so many windows of the text")
     windows = parser.parse_args().max_windows
-    rows = load_rows(windows) | compared_rows(windows)
+    rows = load_rows(windows)
     mpl.rcParams.update({"svg.hashsalt": "arbllm", "font.family": "sans-serif", "font.size": 11})
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     for row, figures in rows.items():

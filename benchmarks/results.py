@@ -55,6 +55,8 @@ groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 
 {table}
 
+![Perplexity against true bits per weight](results.svg)
+
 {joint}Bits are those of the linear layers: *nominal* counts signs alone, as papers do; *true* counts everything stored
 (signs, bitmaps, second signs, scales). Megabytes are those of the whole checkpoint: embeddings, which are also the
 head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
@@ -76,6 +78,8 @@ text as well, *untuned* ones neither.
 name, with groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their
 megabytes are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples
 of text: [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
+The text that methods are calibrated on is of the kind that they are tested on, and distillation makes the most of it;
+what *QA* can tell is in the [notes](notes.md).
 
 {table}
 """

@@ -14,8 +14,7 @@ from results import FULL, ROOT, TEXT_WINDOWS, load_rows
 mpl.use("svg")
 from matplotlib import pyplot
 
-COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
-           "gptq": "#2a9134", "rtn": "#9e7b5a"}  # fmt: skip
+COLOURS = {"billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93"}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""Peak resident memory: of the first blocks of a streamed job, and of loading a packed checkpoint.
+"""Resident memory: of the first blocks of a streamed job, of loading a packed checkpoint, and of a model that runs.
 
 python benchmarks/memory.py stream MODEL --blocks 2 --windows 8 --window-length 2048
 python benchmarks/memory.py stream smollm2 --windows 32 --window-length 2048
 python benchmarks/memory.py load CHECKPOINT
+python benchmarks/memory.py run CHECKPOINT
 
 `smollm2` is the demonstration model. Without --blocks the job runs to its end. --page writes what is printed to
 docs/reliability.md.
@@ -11,6 +12,7 @@ docs/reliability.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import tempfile
 import textwrap
@@ -25,6 +27,7 @@ import arbllm.integrations.transformers  # what is imported once is no matter of
 from arbllm.device import peak_memory_bytes, reset_peak_memory
 from arbllm.format.checkpoint import bytes_on_disk
 from arbllm.model.events import BlockFinished, Event
+from arbllm.nn import BinaryLinear
 from arbllm.pipeline import quantize
 from arbllm.plan import plan
 from commands import demonstration_model
@@ -94,6 +97,38 @@ def peak_of_loading(checkpoint: Path) -> tuple[int, int]:
     return after - before, bytes_on_disk(checkpoint)
 
 
+def resident(checkpoint: Path) -> tuple[int, int]:
+    """Bytes of this process's own memory that are in use now, and of the checkpoint's files that it has in memory."""
+    own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    mapped, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split(maxsplit=5)
+        if not name.endswith(":"):
+            ours = bool(values) and Path(values[-1]).parent == checkpoint.resolve()
+        elif ours and name == "Rss:":
+            mapped += 1024 * int(values[0])
+    return 1024 * int(own.split()[1]), mapped
+
+
+@torch.inference_mode()
+def while_it_runs(checkpoint: Path) -> str:
+    """What a model takes before and after it has read a few tokens, in one sentence."""
+    before, _ = resident(checkpoint)
+    model = arbllm.load(checkpoint)
+    packed = sum(module.matrix.nbytes for module in model.modules() if isinstance(module, BinaryLinear))
+    loaded = resident(checkpoint)
+    model(torch.arange(8)[None])
+    gc.collect()
+    ran = resident(checkpoint)
+    after = [
+        f"{(own - before) / 1e6:.1f} MB of its own, {mapped / 1e6:.1f} MB of files" for own, mapped in (loaded, ran)
+    ]
+    return (
+        f"files of {bytes_on_disk(checkpoint) / 1e6:.1f} MB, packed linears {packed / 1e6:.1f} MB of it; in memory "
+        f"after loading: {after[0]}; after 8 tokens: {after[1]}"
+    )
+
+
 def streamed(model: Path, blocks: int | None, windows: int, window_length: int) -> str:
     """What the first blocks of a streamed job took, and what `--dry-run` says, in one sentence."""
     foretold = plan(
@@ -118,7 +153,7 @@ def streamed(model: Path, blocks: int | None, windows: int, window_length: int) 
 def main() -> None:
     """Print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stream", "load"))
+    parser.add_argument("what", choices=("stream", "load", "run"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--windows", type=int, default=8)
@@ -129,6 +164,8 @@ def main() -> None:
     if options.what == "load":
         growth, size = peak_of_loading(options.path)
         text = f"files of {size / 1e9:.3f} GB; loading them took {growth / 1e9:.3f} GB of memory at most"
+    elif options.what == "run":
+        text = while_it_runs(options.path)
     elif str(options.path) == DEMONSTRATION:
         with tempfile.TemporaryDirectory() as directory:
             dense = Path(directory) / DEMONSTRATION

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "memory.h"
 #include "prepare.h"
 #include "processor.h"
 
@@ -118,4 +119,9 @@ void bind_lookup(nb::module_& module) {
     module.def(
         "order", [](uintptr_t prepared) { return reinterpret_cast<uintptr_t>(opened(prepared).order); },
         nb::arg("prepared"), "Address of the natural column, int32, of each prepared one.");
+
+    module.def(
+        "give_back", [](uintptr_t start, int64_t bytes) { return give_back(at<uint8_t>(start), bytes); },
+        nb::arg("start"), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>(),
+        "Give back memory that is as a mapped file has it; the bytes that were.");
 }

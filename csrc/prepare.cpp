@@ -1,20 +1,15 @@
 #include "prepare.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace arbllm {
 
 namespace {
-
-constexpr uintptr_t LARGE_PAGE = 1 << 21;
 
 int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -267,17 +262,6 @@ struct Writing {
         }
     }
 };
-
-// Codes are read once a token, from memory that is not in the cache, and then neither are the tables of small pages.
-void ask_for_large_pages(uint8_t* start, int64_t bytes) {
-#ifdef __linux__
-    const auto first = (reinterpret_cast<uintptr_t>(start) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-    const auto last = (reinterpret_cast<uintptr_t>(start) + bytes) / LARGE_PAGE * LARGE_PAGE;
-    if (first < last) {
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a system without them says no
-    }
-#endif
-}
 
 }  // namespace
 

@@ -45,6 +45,9 @@ def unpack(prepared: int, first: int, last: int, to: int, instruction_set: int, 
 def order(prepared: int) -> int:
     """Address of the natural column, int32, of each prepared one."""
 
+def give_back(start: int, bytes: int) -> int:
+    """Give back memory that is as a mapped file has it; the bytes that were."""
+
 def sweep(
     terms: int,
     rows: Any,

@@ -116,8 +116,9 @@ class BinaryLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., m) to y (..., n), in the dtype of x.
 
-        On a CPU the first call prepares the weight, which takes as much memory again; so does the first call after a
-        packed tensor was replaced or written to. In a compiled model the weight stays as it was when it was compiled.
+        On a CPU the first call prepares the weight, as does the first call after a packed tensor was replaced or
+        written to. That takes as much memory again, but for tensors that come from a checkpoint on Linux: those are
+        left to the file. In a compiled model the weight stays as it was when it was compiled.
         """
         if takes_prepared(x):
             y = cpu.multiply(x, self._weight(), self.layout.rows, exact=self.exact)
@@ -140,7 +141,9 @@ class BinaryLinear(PackedModule):
             known, watched, versions, prepared = self._prepared
             if all(map(is_, self._buffers.values(), known)) and list(map(_version, watched)) == versions:
                 return prepared
-        prepared = cpu.prepare(self.matrix)
+        matrix = self.matrix
+        prepared = cpu.prepare(matrix)
+        cpu.give_back(matrix)
         known = list(self._buffers.values())
         watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
         self._prepared = known, watched, list(map(_version, watched)), prepared

@@ -86,6 +86,18 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
     return memory[start : start + size]
 
 
+def give_back(matrix: BinaryMatrix) -> int:
+    """Leave the tensors of a matrix to the file that they are mapped from, to be read again when they are next used.
+
+    What is prepared needs them no more, and so the matrix is in memory once. On Linux alone; tensors that were not
+    mapped from a file, or were written to since, stay as they are.
+
+    Returns:
+        Bytes of memory that became free.
+    """
+    return sum(_native().give_back(tensor.data_ptr(), tensor.nbytes) for tensor in matrix.tensors().values())
+
+
 def _summands(terms: int) -> list[tuple[int, float]]:
     """Of the levels of weights of so many stored signs: which signs are multiplied, as bits, and the coefficient."""
     alone = [(1 << place, coefficient) for place, coefficient in enumerate(COEFFICIENTS[terms])]

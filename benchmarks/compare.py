@@ -4,6 +4,7 @@
     python benchmarks/compare.py --methods fp16,gptq-3   some methods; others that are there already stay in the report
     python benchmarks/compare.py --max-windows 50        the first 50 windows of the text alone
     python benchmarks/compare.py --skip tasks speed      perplexity alone; the report waits for the other steps
+    python benchmarks/compare.py --budgets               perplexity of arb-rcx at all budgets, tuned and untuned
     python benchmarks/compare.py --report                only the report, from the rows that are whole
 
 Perplexity on the whole of WikiText-2 test, accuracy on 200 items of each of seven tasks, calibrated on 32 windows of
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from arbllm.evaluation.compare import ROWS, Protocol, collect, run_row, text_pie
 from arbllm.evaluation.methods import Calibration, find_recipe
 from arbllm.evaluation.tasks import TASKS
 from arbllm.evaluation.write_report import write_report
+from budgets import budget_methods
 from commands import demonstration_model
 from results import CONTEXT, DATA, DISTILL_WINDOWS, JOINT_WINDOWS, ROOT
 
@@ -44,9 +46,11 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, help="only so many windows of the text; the report says so")
     parser.add_argument("--calibration", choices=CALIBRATIONS, default="wikitext2", help="text to calibrate on")
     parser.add_argument("--skip", nargs="*", choices=("tasks", "speed"), default=(), help="steps left for another time")
+    parser.add_argument("--budgets", action="store_true", help="the methods of the table of budgets, perplexity alone")
     parser.add_argument("--report", action="store_true", help="only write the report from the rows that are whole")
     options = parser.parse_args()
-    methods = options.methods.split(",")
+    methods = budget_methods() if options.budgets else options.methods.split(",")
+    skip = {"tasks", "speed"} if options.budgets else set(options.skip)
     protocol = comparison(options.calibration, options.max_windows)
     kept, out = folders(options.calibration)
     (out / ROWS).mkdir(parents=True, exist_ok=True)
@@ -54,12 +58,12 @@ def main() -> None:
         if not (out / ROWS / file.name).exists():
             shutil.copy(file, out / ROWS)
     try:
-        run(protocol, [] if options.report else methods, out, kept, options.skip)
+        run(protocol, [] if options.report else methods, out, kept, skip)
     except ArbllmError as error:
         sys.exit(str(error))
 
 
-def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip: Sequence[str] = ()) -> None:
+def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip: Collection[str] = ()) -> None:
     """Run the missing steps of some methods, then write the report from all rows that are whole."""
     pieces = text_pieces(protocol)
     wanted = replace(protocol, tasks=()) if "tasks" in skip else protocol

@@ -29,6 +29,7 @@ from arbllm.evaluation.frontier import shown
 from arbllm.evaluation.methods import DISTILLATION_STEPS
 from arbllm.evaluation.methods import FULL as FP16
 from arbllm.evaluation.write_report import markdown
+from budgets import JOINT, budget_table
 from commands import arbllm, demonstration_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,10 @@ what *QA* can tell is in the [notes](notes.md).
 
 {table}
 """
+
+_BUDGETS = """\
+`arb-rcx` by its budget, perplexity on the first {windows} windows and how many times full precision's that is; GPTQ
+on the same calibration (`python benchmarks/compare.py --budgets --max-windows {windows}`):"""
 
 
 def main() -> None:
@@ -240,7 +245,12 @@ def joint_section(max_windows: int, dense: int) -> str:
         tables = [f"On {f'the first {windows}' if windows else 'all'} windows, and {results['settings']['limit']} "
                   "questions of each of seven tasks:", markdown(results).rstrip()]  # fmt: skip
         shown_already = {row["method"] for row in results["rows"]}
-    for windows, found in ((max_windows, compared_rows(max_windows)), (PIECE, compared_rows(PIECE))):
+    budgets = compared_rows(PIECE)
+    if tables and budgets:
+        full = evaluation(FULL, PIECE)["perplexity"]
+        tables += [_BUDGETS.format(windows=PIECE), budget_table(budgets, full)]
+        shown_already |= {method for method in budgets if method.startswith(JOINT)}
+    for windows, found in ((max_windows, compared_rows(max_windows)), (PIECE, budgets)):
         rest = {row: figures for row, figures in found.items() if row not in shown_already}
         if rest:
             tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]

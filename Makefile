@@ -48,7 +48,7 @@ format: develop
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-results: develop  ## docs/results.md and docs/comparison: hours on two cores, resumable
+results: develop  ## docs/results.md and docs/comparison: two days on two cores, resumable
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/plot_results.py

@@ -93,7 +93,7 @@ def main() -> None:
 def machine() -> str:
     """The GPU and the versions, or that there was none."""
     if not torch.cuda.is_available():
-        return "Not measured yet, for want of a GPU."
+        return "Not measured yet."
     versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}"
     return f"{torch.cuda.get_device_name()}, {versions}."
 

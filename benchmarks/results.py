@@ -49,10 +49,11 @@ PATHS = ("model", "path", "text", "texts")
 _PAGE = """\
 # Results
 
-SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} of {context} tokens:
-the text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of
-{context} tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two
-groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
+SmolLM2-135M-Instruct (float16 weights from its Q4_1 GGUF file), WikiText-2 test, {windows} of {context} tokens: the
+text joined, tokenised once, cut into windows that do not overlap. Calibrated on {calibration} windows of {context}
+tokens of the validation text, seed 0. Every method with the column-group bitmap (`--partition cgb`), two groups,
+blocks of 128 columns, 15 iterations, and otherwise the defaults: `billm` has the paper's bitmap here, too, which as
+published it has not.
 
 {table}
 
@@ -63,16 +64,16 @@ groups, blocks of 128 columns, 15 iterations, and otherwise the defaults.
 head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
 linears of tr(D H Dᵀ) / tr(W H Wᵀ). Peak memory is that of `arbllm quantize` on {machine}, the model's loading included.
 
-`python benchmarks/results.py{option}` writes this page ([figures](results)); `make results` does so for the whole test
-text. It needs `wiki.valid.raw` and `wiki.test.raw` of WikiText-2 in
-`$ARBLLM_DATA/wikitext2`.
-Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
+`python benchmarks/results.py{option}` writes this page ([figures](results)); `make results` runs what is missing and
+extends all tables to the whole test text, in two days on two cores. `$ARBLLM_DATA` must hold
+`wikitext2/wiki.valid.raw`, `wikitext2/wiki.test.raw`, and the questions under `qa/`, named as in
+[commands](commands.md). Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 """
 
 
 _JOINT = """\
 `arb-rcx` with its budget of true bits over the linears, and its peers, calibrated on {windows} windows: of the
-validation text of WikiText-2, or, where the row says so, of C4. Rows named by a budget alone had each block's scales
+validation text of WikiText-2, or of C4 where that is said. Rows named by a budget alone had each block's scales
 and norms tuned after it was solved, *distilled* ones {steps} steps of distillation on {lessons} windows of the same
 text as well, *untuned* ones neither.
 `rtn` and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that

@@ -56,8 +56,8 @@ HESSIANS, TOLD, GRADIENTS = "Hessians, summed", "packed linears, told", "gradien
 _PAGE = """\
 # Scaling
 
-What several processes spend on a decoder block, and a **prediction** of what LLaMA-2-70B would take by it. No GPU was
-at hand: nothing below was measured on one, and the path by which GPUs sum Hessians (NCCL) has not been run.
+What several processes spend on a decoder block, and a **prediction** of what LLaMA-2-70B would take by it. Nothing
+below was measured on a GPU, and the path by which GPUs sum Hessians (NCCL) has not been run.
 
 ## What a block takes to compute
 
@@ -101,9 +101,9 @@ Solving is the least certain part. From the smaller width to the greater its sha
 of it is not products of matrices; should that go on, it takes less than predicted.
 
 Forward passes and Hessians shrink with the number of GPUs. Solving shrinks as far as linears can be divided: a block
-has seven, of which three (gate, up, down) are most of the work, so more than a few owners do not help. Tuning does not
-shrink at all, since steps follow one another. Both are the same for 8 GPUs as for 64: beyond one machine the gain is
-in windows, not in time.
+has seven, of which three (gate, up, down) are most of the work, so more than a few owners do not help. Tuning hardly
+shrinks, since steps follow one another: only the windows that check it are divided. Both are nearly the same for 8
+GPUs as for 64: beyond one machine the gain is in windows, not in time.
 
 `python benchmarks/scaling.py --page` writes this page.
 """

@@ -56,7 +56,8 @@ accumulated once (the accumulation is counted). The last column is what the theo
 
 {theorem}
 
-`python benchmarks/solver.py --page` writes this page.
+`python benchmarks/solver.py --page` writes this page. It needs the matrices, their Hessians and the reference's figures
+in `$ARBLLM_DATA/reference`, which are not part of this repository.
 """
 
 CASES = {

@@ -1,4 +1,4 @@
-"""Large language models at one to two true bits per weight.
+"""Large language models at one to three true bits per weight.
 
 >>> import arbllm
 >>> arbllm.quantize("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-packed")

@@ -21,7 +21,7 @@ from arbllm.cli.verify import verify
 
 app = typer.Typer(
     name="arbllm",
-    help="Large language models at one to two true bits per weight.",
+    help="Large language models at one to three true bits per weight.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -42,7 +42,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Large language models at one to two true bits per weight."""
+    """Large language models at one to three true bits per weight."""
 
 
 app.command("quantize")(quantize)

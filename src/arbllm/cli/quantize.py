@@ -42,7 +42,7 @@ def quantize(
     allocation: Annotated[
         str, typer.Option(help="How linears share the bits: measured (by what the model gains) or uniform.")
     ] = "measured",
-    trellis: Annotated[bool, typer.Option(help="Signs of a trellis code: a third less error with arb-rcx.")] = True,
+    trellis: Annotated[bool, typer.Option(help="Signs of a trellis code: less error with arb-rcx.")] = True,
     tune: Annotated[
         int | None,
         typer.Option(help="Steps of tuning each block's scales, 0 for none.", show_default="40 with arb-rcx, else 0"),

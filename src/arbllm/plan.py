@@ -169,9 +169,10 @@ def _at_blocks(
     windows, length = text
     numbers, stored = _numbers(block), sum(linear.weight.nbytes for linear in block.linears)
     passing = PASSING * FLOAT_BYTES * length * max(sum(linear.weight.shape) for linear in block.linears)
-    tuning = _trainer([block]) + _kept(block, min(length, Tuning().length)) if tuned else 0
+    begin = min(length, Tuning().length) if tuned else 0  # of each window, what tuning uses
+    tuning = _trainer([block]) + _kept(block, begin) if tuned else 0
     return {
-        "activations": windows * length * _width(model) * FLOAT_BYTES * (2 if tuned else 1),
+        "activations": windows * (length + begin) * _width(model) * FLOAT_BYTES,
         "block": stored,
         "hessians": _hessian_bytes(model, block),
         # Passes take the block in float32; the tuner takes its place.

@@ -36,7 +36,7 @@ from arbllm.model.resume import FinishedBlock, Progress
 from arbllm.model.sensitivity import linear_configs
 from arbllm.model.spill import spill
 from arbllm.model.training import Tuning
-from arbllm.model.tune import tune_block
+from arbllm.model.tune import Goal, tune_block
 from arbllm.model.walk import DecoderBlock, Linear, check_weights, find_blocks, replace_module
 from arbllm.model.workers import Solvers, solver_memory, solvers
 from arbllm.nn import BinaryLinear
@@ -64,8 +64,9 @@ def quantize_model(
 
     Blocks are taken in order. Each is calibrated on what the quantized blocks before it produce, so later blocks can
     make up for the errors of earlier ones; one block's activations and Hessians are in memory at a time. Tuning draws
-    each block's output to what the dense model has there, so a second stream of activations is kept for it. On a CPU, a
-    block stored in half precision is computed in float32. Embeddings are to be rounded before, if at all (see
+    each block's output to what the dense model has there, so a second stream of activations is kept for it: of the
+    first tokens of each window, where a causal model's do not depend on later ones. On a CPU, a block stored in half
+    precision is computed in float32. Embeddings are to be rounded before, if at all (see
     `quantize_embeddings`), so that blocks make up for that, too.
 
     Args:
@@ -107,18 +108,22 @@ def quantize_model(
     last = ranks.told(partial(_last_unfinished, blocks, progress))  # activations are needed as far as there
     windows = ranks.share(windows)
     hidden, calls = capture_inputs(model, blocks, windows, device)
-    shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1] if tuning else [None] * len(calls)
-    dense = (spill(hidden, offload) if offload else hidden.clone()) if tuning else None
+    goals: list[Goal | None] = [None] * len(calls)
+    if tuning:
+        begin = hidden[:, : tuning.length]
+        dense = spill(begin, offload) if offload else begin.clone()
+        shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1]
+        goals = [Goal(dense, call) for call in shorter]
     hidden = spill(hidden, offload) if offload else hidden
     results: list[LinearQuantized] = []
     total = len(blocks)
     with solvers(blocks, frugal=load_block is not None) as pool:
-        for call, short in zip(calls, shorter, strict=True):
+        for call, goal in zip(calls, goals, strict=True):
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:
                 load_block(blocks[0])
             job = _BlockJob(model, blocks.pop(0), total, last, device, configs, tuning, emit, pool, ranks, progress)
-            results += job.run(call, short, hidden, dense)
+            results += job.run(call, hidden, goal)
     return results
 
 
@@ -139,28 +144,24 @@ class _BlockJob:
     progress: Progress | None = None
     events: list[Event] = field(default_factory=list)
 
-    def run(
-        self, call: BlockCall, short: BlockCall | None, hidden: Tensor, dense: Tensor | None
-    ) -> list[LinearQuantized]:
+    def run(self, call: BlockCall, hidden: Tensor, goal: Goal | None) -> list[LinearQuantized]:
         """Quantize the block, or take what was made of it before, and turn its inputs into its outputs in place.
 
-        The inputs are `hidden` (N, L, d); they stay as they are where no later block needs them.
-
-        Where there is tuning, `dense` (N, L, d) is what the block reads in the dense model; it becomes what it puts out
-        there. `short` calls the block with the first `tuning.length` tokens of a window.
+        The inputs are `hidden` (N, L, d); they stay as they are where no later block needs them. Tuned by the `goal`,
+        which moves on to the next block as well.
         """
         home = self.block.linears[0].weight.device
         stored = {linear: linear.weight.dtype for linear in self.block.linears}
         call = call.to(self.device)
         done = self.ranks.told(lambda: self.progress.block(self.block.index) if self.progress else None)
         if done is not None:
-            return self._repeat(done, home, call, hidden, dense)
+            return self._repeat(done, home, call, hidden, goal)
         self.emit(BlockStarted(self.block.index, self.blocks))
         laps = [self._now()]
         with resident(self.block.module, self.device):
             others = self._other_parameters()
-            if dense is not None:
-                propagate(self.block, call, dense)
+            if goal:
+                goal.propagate(self.block, self.device)
             groups = gather_hessians(self.block, call, hidden)
             for linear, dtype in stored.items():  # the solver takes one after the other to float32
                 linear.set_weight(linear.weight.to(dtype))
@@ -168,8 +169,8 @@ class _BlockJob:
             solved = self._solve(groups)
             self._drop_weights()
             laps.append(self._lap())
-            if dense is not None and short is not None:
-                solved = self._tune(solved, short.to(self.device), hidden, dense)
+            if goal:
+                solved = self._tune(solved, hidden, goal)
             laps.append(self._lap())
             matrices = {linear: matrix for linear, matrix, _ in solved}
             self._advance(matrices, call, hidden)
@@ -200,14 +201,14 @@ class _BlockJob:
         self.on_event(event)
 
     def _repeat(
-        self, done: FinishedBlock, home: torch.device, call: BlockCall, hidden: Tensor, dense: Tensor | None
+        self, done: FinishedBlock, home: torch.device, call: BlockCall, hidden: Tensor, goal: Goal | None
     ) -> list[LinearQuantized]:
         """`run` for a block that is finished: forward alone, by the same steps."""
         for event in done.events:
             self.emit(event)
         with resident(self.block.module, self.device), torch.no_grad():
-            if dense is not None and self.block.index < self.last:
-                propagate(self.block, call, dense)
+            if goal and self.block.index < self.last:
+                goal.propagate(self.block, self.device)
             for name, parameter in self._other_parameters().items():
                 parameter.copy_(done.others[name])
             matrices = {
@@ -277,12 +278,12 @@ class _BlockJob:
             solved.append((linear, matrix, record))
         return solved
 
-    def _tune(self, solved: list[Solved], call: BlockCall, hidden: Tensor, targets: Tensor) -> list[Solved]:
+    def _tune(self, solved: list[Solved], hidden: Tensor, goal: Goal) -> list[Solved]:
         assert self.tuning
         start = self._now()
         matrices = {linear: matrix for linear, matrix, _ in solved}
-        begin = slice(self.tuning.length)
-        tuned = tune_block(self.block, call, hidden[:, begin], targets[:, begin], matrices, self.tuning, self.ranks)
+        call, begin = goal.call.to(self.device), hidden[:, : self.tuning.length]
+        tuned = tune_block(self.block, call, begin, goal.states, matrices, self.tuning, self.ranks)
         seconds = self._now() - start
         self.emit(BlockTuned(self.block.index, self.blocks, tuned.before, tuned.after, tuned.steps, seconds))
         return [(linear, tuned.matrices[linear], record) for linear, _, record in solved]

@@ -9,13 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.model.capture import BlockCall
+from arbllm.model.capture import BlockCall, propagate
 from arbllm.model.ranks import Ranks
 from arbllm.model.training import Trainer, Tuning
 from arbllm.model.walk import DecoderBlock, Linear
 from arbllm.tunable import TunableLinear
 
 HELD_OUT_SHARE = 8
+
+
+class Goal(NamedTuple):
+    """What a block is tuned toward.
+
+    Attributes:
+        states: what the block reads in the dense model, of the first tokens of each window, (N, l, d); once the block
+            was run, what it puts out there.
+        call: calls the block with so many tokens.
+    """
+
+    states: Tensor
+    call: BlockCall
+
+    def propagate(self, block: DecoderBlock, device: torch.device) -> None:
+        """Run a block, which is dense and on `device`."""
+        propagate(block, self.call.to(device), self.states)
 
 
 class Tuned(NamedTuple):

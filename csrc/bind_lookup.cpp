@@ -7,6 +7,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "bindings.h"
@@ -39,12 +40,22 @@ const Kernel& chosen(int number) {
     return *kernels[number];
 }
 
-Prepared opened(uintptr_t address) {
-    const auto* start = at<const uint8_t>(address);
-    if (at<const Header>(address)->magic != MAGIC) {
+Prepared opened(uintptr_t address, int64_t columns) {
+    const auto* header = at<const Header>(address);
+    if (header->magic != MAGIC) {
         throw std::invalid_argument("not a prepared matrix");
     }
-    return Prepared(start);
+    if (header->columns != columns) {
+        throw std::invalid_argument("inputs have " + std::to_string(columns) + " columns, the packed weight has " +
+                                    std::to_string(header->columns));
+    }
+    return Prepared(at<const uint8_t>(address));
+}
+
+void check(bool fits) {
+    if (!fits) {
+        throw std::invalid_argument("outputs do not fit the packed weight");
+    }
 }
 
 Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<int64_t, 13>>& places,
@@ -96,29 +107,36 @@ void bind_lookup(nb::module_& module) {
 
     module.def(
         "multiply",
-        [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t stride, bool bfloat16, int set,
-           int threads) {
+        [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t columns, int64_t rows, int64_t stride,
+           bool bfloat16, int set, int threads) {
             const Kernel& kernel = chosen(set);
+            const Prepared matrix = opened(prepared, columns);
+            check(matrix.header->rows == rows && tokens <= MOST_TOKENS);
             const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
                                           bfloat16 ? Number::bfloat16 : Number::float32};
-            kernel.multiply(opened(prepared), activations, threads);
+            kernel.multiply(matrix, activations, threads);
         },
-        nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("stride"), nb::arg("bfloat16"),
-        nb::arg("instruction_set"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
-        "y = x W^T for at most MOST_TOKENS tokens.");
+        nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("rows"),
+        nb::arg("stride"), nb::arg("bfloat16"), nb::arg("instruction_set"), nb::arg("threads"),
+        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most MOST_TOKENS tokens.");
 
     module.def(
         "unpack",
-        [](uintptr_t prepared, int64_t first, int64_t last, uintptr_t to, int set, int threads) {
-            chosen(set).unpack(opened(prepared), first, last, at<float>(to), threads);
+        [](uintptr_t prepared, int64_t columns, int64_t first, int64_t last, uintptr_t to, int set, int threads) {
+            const Prepared matrix = opened(prepared, columns);
+            check(0 <= first && first <= last && last <= matrix.blocks());
+            chosen(set).unpack(matrix, first, last, at<float>(to), threads);
         },
-        nb::arg("prepared"), nb::arg("first"), nb::arg("last"), nb::arg("to"), nb::arg("instruction_set"),
+        nb::arg("prepared"), nb::arg("columns"), nb::arg("first"), nb::arg("last"), nb::arg("to"), nb::arg("instruction_set"),
         nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
         "Blocks of LANES rows of W, transposed, in the prepared order: float32 (columns, LANES * (last - first)).");
 
     module.def(
-        "order", [](uintptr_t prepared) { return reinterpret_cast<uintptr_t>(opened(prepared).order); },
-        nb::arg("prepared"), "Address of the natural column, int32, of each prepared one.");
+        "order",
+        [](uintptr_t prepared, int64_t columns) {
+            return reinterpret_cast<uintptr_t>(opened(prepared, columns).order);
+        },
+        nb::arg("prepared"), nb::arg("columns"), "Address of the natural column, int32, of each prepared one.");
 
     module.def(
         "give_back", [](uintptr_t start, int64_t bytes) { return give_back(at<uint8_t>(start), bytes); },

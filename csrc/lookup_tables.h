@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "lookup.h"
@@ -107,7 +108,7 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
     auto* entries = const_cast<uint8_t*>(tables.entries) + 16 * (int64_t{count} * BLOCK_NIBBLES * first + a);
     auto* shares = const_cast<int32_t*>(tables.shares) + count * first + a;
     const auto& pattern = patterns.of[a];
-    float largest[STRETCH] = {}, most = 0.0f;
+    float largest[STRETCH] = {}, most = 0.0f, total = 0.0f;
     for (int block = 0; block < blocks; ++block) {
         const int end = std::min(BLOCK_NIBBLES * (block + 1), nibbles);
         for (int n = BLOCK_NIBBLES * block; n < end; ++n) {
@@ -116,8 +117,18 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
                 sum += std::fabs(values[PER * n + c]);
             }
             largest[block] = std::max(largest[block], sum);
+            total += sum;
         }
         most = std::max(most, largest[block]);
+    }
+    float& scale = const_cast<float*>(tables.scales)[stretch * count + a];
+    float& offset = const_cast<float*>(tables.zeros)[stretch * count + a];
+    if (!std::isfinite(total)) {  // tables cannot say so, but all that they are for is not a number
+        for (int block = 0; block < blocks; ++block) {
+            shares[block * count] = 0;
+        }
+        scale = offset = std::numeric_limits<float>::quiet_NaN();
+        return;
     }
     int zero = 0;
     for (int block = 0; block < blocks; ++block) {
@@ -141,9 +152,8 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
             std::memcpy(entries + 16 * count * (begin + n), &rounded, 16);
         }
     }
-    const float scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
-    const_cast<float*>(tables.scales)[stretch * count + a] = scale;
-    const_cast<float*>(tables.zeros)[stretch * count + a] = scale * static_cast<float>(zero);
+    scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
+    offset = scale * static_cast<float>(zero);
 }
 
 // The tables of one stretch of a pass; x are the inputs of the whole pass.

@@ -53,9 +53,10 @@ void ask_for_large_pages(uint8_t* start, int64_t bytes) {
 
 int64_t give_back(uint8_t* start, int64_t bytes) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto address = reinterpret_cast<uintptr_t>(start), first = address / page * page;
-    const auto pages = static_cast<int64_t>((address + bytes + page - 1 - first) / page);
-    const int64_t present = bytes > 0 ? unchanged_pages(first, pages, page) : -1;
+    const auto address = reinterpret_cast<uintptr_t>(start), first = (address + page - 1) / page * page;
+    const auto last = (address + bytes) / page * page;  // what shares a page with others is theirs as well
+    const int64_t pages = last > first ? static_cast<int64_t>((last - first) / page) : 0;
+    const int64_t present = pages > 0 ? unchanged_pages(first, pages, page) : -1;
     if (present <= 0 || madvise(reinterpret_cast<void*>(first), pages * page, MADV_DONTNEED)) {
         return 0;
     }

@@ -12,13 +12,13 @@ namespace INSTRUCTION_SET {
 typedef float Vector __attribute__((vector_size(4 * SEQUENCES)));
 typedef int32_t Mask __attribute__((vector_size(4 * SEQUENCES)));
 
-constexpr int MEMORY = 5, STATES = 1 << MEMORY;  // first signs of the last three rows of a sequence, the latest in bit 0
+constexpr int MEMORY = 5, STATES = 1 << MEMORY;  // first signs of the last five rows of a sequence, the latest in bit 0
 constexpr float FAR = 1e30f;
 
 INLINE Vector select(Mask mask, Vector yes, Vector no) { return (Vector)(((Mask)yes & mask) | ((Mask)no & ~mask)); }
 INLINE Vector lesser(Vector a, Vector b) { return select(a < b, a, b); }
 
-// 2 z1 + z0 of the code, for first signs in bits 0 (the row's own) to 3.
+// 2 z1 + z0 of the code, for first signs in bits 0 (the row's own) to 5.
 constexpr int label(int window) {
     return 2 * ((window ^ window >> 2 ^ window >> 5) & 1) + (window >> 3 & 1);
 }

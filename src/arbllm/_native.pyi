@@ -21,6 +21,7 @@ class Packed:
         places: Sequence[Sequence[int]],
         planes: Sequence[int],
         plane_bytes: Sequence[int],
+        levels: Sequence[Sequence[tuple[int, float]]],
         row_scales: int,
         row_means: int,
         column_scales: int,
@@ -35,18 +36,65 @@ class Packed:
         """Write the matrix as the kernels want it, to an address divisible by 64."""
 
 def multiply(
-    prepared: int, x: int, y: int, tokens: int, stride: int, bfloat16: bool, instruction_set: int, threads: int
+    prepared: int,
+    x: int,
+    y: int,
+    tokens: int,
+    columns: int,
+    rows: int,
+    stride: int,
+    bfloat16: bool,
+    instruction_set: int,
+    threads: int,
 ) -> None:
     """y = x W^T for at most MOST_TOKENS tokens."""
 
-def unpack(prepared: int, first: int, last: int, to: int, instruction_set: int, threads: int) -> None:
+def unpack(prepared: int, columns: int, first: int, last: int, to: int, instruction_set: int, threads: int) -> None:
     """Blocks of LANES rows of W, transposed, in the prepared order: float32 (columns, LANES * (last - first))."""
 
-def order(prepared: int) -> int:
+def order(prepared: int, columns: int) -> int:
     """Address of the natural column, int32, of each prepared one."""
 
 def give_back(start: int, bytes: int) -> int:
     """Give back memory that is as a mapped file has it; the bytes that were."""
+
+def rebuild(
+    places: Sequence[Sequence[int]],
+    codes: Any,
+    levels: Any,
+    order: Any,
+    rows: Any,
+    columns: Any,
+    weight: Any,
+    threads: int,
+) -> None:
+    """Write the weight: see `arbllm.rebuild`."""
+
+def contract(
+    places: Sequence[Sequence[int]],
+    codes: Any,
+    levels: Any,
+    order: Any,
+    rows: Any,
+    columns: Any,
+    gradient: Any,
+    row_gradients: Any,
+    column_gradients: Any,
+) -> None:
+    """Write the gradients of the scales; those of the column scales as a row for each thread, to be added up."""
+
+def viterbi(
+    state: Any,
+    values: Any | None,
+    influence: Any,
+    steps: Any,
+    columns: Any,
+    rows: Any,
+    levels: Any,
+    choices: Any,
+    changes: Any,
+) -> None:
+    """Signs of a trellis, a few columns: see `arbllm.binarize.viterbi`."""
 
 def sweep(
     terms: int,

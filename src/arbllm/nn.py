@@ -149,6 +149,12 @@ class BinaryLinear(PackedModule):
         self._prepared = known, watched, list(map(_version, watched)), prepared
         return prepared
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._prepared and not all(map(is_, self._buffers.values(), self._prepared[0])):
+            self._prepared = None  # which would keep the memory that the tensors left
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_prepared": None}
 

@@ -1,12 +1,15 @@
 import copy
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import arbllm
 from arbllm.errors import ConfigError
 from arbllm.format.layout import Segment
 from arbllm.kernels import cpu, reference
@@ -355,3 +358,48 @@ def test_without_the_extension_layers_compute_all_the_same(layer, monkeypatch):
         assert cpu.instruction_sets() == []
     finally:
         cpu.native.cache_clear()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 32), (2, 400), (20, 32), (20, 400)])
+def test_inputs_of_another_width_are_refused(layer, tokens, columns, exact):
+    layer.exact = exact
+    with pytest.raises(ValueError, match=f"inputs have {columns} columns, the packed weight has 320"):
+        layer(torch.randn(tokens, columns))
+    with pytest.raises(ValueError, match=f"inputs have {columns} columns, the packed weight has 320"):
+        layer(torch.randn(tokens, columns, requires_grad=True))
+
+
+def test_a_weight_on_another_device_is_refused(layer):
+    layer.to("meta")
+    with pytest.raises(ValueError, match="the packed weight is on meta, its input on the CPU"):
+        layer(torch.randn(1, 320))
+
+
+def test_a_layer_that_moves_lets_go_of_what_it_prepared(layer):
+    layer(torch.randn(1, 320))
+    prepared = layer._prepared
+    assert layer.to("cpu")._prepared is prepared
+    assert layer.to("meta")._prepared is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["groups", "trellis"])
+@pytest.mark.parametrize("instruction_set", KNOWN_SETS)
+def test_inputs_that_are_no_numbers_show(instruction_set, kind, value):
+    if instruction_set not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {instruction_set}")
+    segments = (Segment(700, 1, 2, True),)
+    matrix = random_matrix(70, 320, salient=20) if kind == "groups" else in_segments(70, *segments)
+    x = torch.randn(3, matrix.layout.columns)
+    x[1, 5] = value
+    y = cpu.multiply(x, cpu.prepare(matrix), 70, instruction_set=instruction_set)
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_the_stub_names_what_the_extension_has():
+    native = cpu.native()
+    stub = Path(arbllm.__file__).with_name("_native.pyi")
+    declared = re.findall(r"^(?:def |class )?([A-Za-z_]+)(?:\(|:)", stub.read_text(), re.MULTILINE)
+    assert {name for name in dir(native) if not name.startswith("_")} == set(declared)

@@ -147,6 +147,19 @@ def test_new_contents_are_seen():
     check(matrix, x)
 
 
+def test_other_scales_of_the_same_signs_are_seen():
+    matrix, x = in_segments(48, (64, 2, 1)), inputs(2, 64, torch.float32)
+    check(matrix, x)
+    rows, columns = matrix.scales()
+    check(matrix.with_scales(3 * rows, columns), x)
+    check(matrix, x)
+
+
+def test_inputs_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="inputs have 63 columns, the packed weight has 64"):
+        kernel.matmul(torch.randn(2, 63, device=DEVICE), in_segments(48, (64, 2, 1)))
+
+
 def test_operator():
     matrix = in_segments(9, (64, 2, 1), (20, 1, 4, True)).map(lambda tensor: tensor.to(DEVICE))
     stored, numbers = list(matrix.tensors().values()), kernel._numbers(matrix.layout)

@@ -64,8 +64,13 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
 
     Args:
         matrix: its tensors are on the CPU.
+
+    Raises:
+        ValueError: they are not.
     """
     layout, stored = matrix.layout, {name: tensor.contiguous() for name, tensor in matrix.tensors().items()}
+    if not all(tensor.is_cpu for tensor in stored.values()):
+        raise ValueError(f"the packed weight is on {matrix.signs.device}, its input on the CPU; move one to the other")
     row_scales, column_scales = (None if scales is None else scales.contiguous() for scales in matrix.scales())
     row_means = stored["row_means"].float() if layout.row_means else None
     order = matrix.column_order()
@@ -121,6 +126,7 @@ def multiply(
 
     Raises:
         ConfigError: this processor does not have the instruction set.
+        ValueError: x has another number of columns than the weight.
     """
     chosen = 0 if instruction_set is None else _number(instruction_set)
     # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes.
@@ -129,7 +135,7 @@ def multiply(
         *before, columns = x.shape
         tokens = x.numel() // columns
         if 0 < tokens <= MOST_LOOKUP_TOKENS:
-            return _look_up(x, x.new_empty((*before, rows)), prepared, tokens, columns, chosen)
+            return _look_up(x, x.new_empty((*before, rows)), prepared, (tokens, columns, rows), columns, chosen)
     rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
@@ -170,16 +176,19 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
-    return _look_up(x, y, prepared, tokens, x.stride(0), instruction_set) if tokens else y
+    sizes = (tokens, x.shape[1], rows)
+    return _look_up(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
 
 
-def _look_up(x: Tensor, y: Tensor, prepared: Tensor, tokens: int, stride: int, instruction_set: int) -> Tensor:
-    """Put x W^T into y by tables: x of `tokens` rows that begin `stride` elements apart, y contiguous."""
+def _look_up(
+    x: Tensor, y: Tensor, prepared: Tensor, sizes: tuple[int, int, int], stride: int, instruction_set: int
+) -> Tensor:
+    """Put x W^T into y by tables; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
     _native().multiply(
         prepared.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
-        tokens,
+        *sizes,
         stride,
         x.dtype == torch.bfloat16,
         instruction_set,
@@ -203,7 +212,7 @@ def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> T
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
         tile = memory[: columns * lanes * (last - first)].view(columns, -1)
-        module.unpack(address, first, last, tile.data_ptr(), instruction_set, torch.get_num_threads())
+        module.unpack(address, columns, first, last, tile.data_ptr(), instruction_set, torch.get_num_threads())
         start, stop = lanes * first, min(lanes * last, rows)
         y[:, start:stop] = (ordered @ tile)[:, : stop - start]
     return y
@@ -211,5 +220,5 @@ def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> T
 
 def order(prepared: Tensor, columns: int) -> Tensor:
     """The natural column of each prepared one, int32 (m); shares memory with `prepared`."""
-    start = _native().order(prepared.data_ptr()) - prepared.data_ptr()
+    start = _native().order(prepared.data_ptr(), columns) - prepared.data_ptr()
     return prepared[start : start + 4 * columns].view(torch.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 
 
@@ -20,7 +21,11 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
 
     Returns:
         (..., n) in the dtype of x. Of the dense W, `format.matrix.TILE_WEIGHTS` weights exist at a time.
+
+    Raises:
+        ValueError: x has another number of columns than the weight.
     """
+    check_width(x, matrix.layout)
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     order = matrix.column_order()
@@ -30,3 +35,13 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     for tile, weight in matrix.stored_tiles(dtype):
         y[:, tile] = rows @ weight.T
     return y.view(*x.shape[:-1], matrix.layout.rows)
+
+
+def check_width(x: Tensor, layout: Layout) -> None:
+    """Refuse inputs of another width than a weight's, which kernels would read beyond.
+
+    Raises:
+        ValueError: they are.
+    """
+    if x.shape[-1] != layout.columns:
+        raise ValueError(f"inputs have {x.shape[-1]} columns, the packed weight has {layout.columns}")

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 in the environment before the first import everything runs on
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -29,7 +30,8 @@ LEAST_CHUNKS = 8
 """Chunks of columns that are worth a program."""
 THREADS_OF_A_WARP = 32
 
-_prepared = WeakTensorKeyDictionary()  # signs -> versions of all stored tensors, and what was prepared from them
+# Signs -> all stored tensors, weakly, with their versions, and what was prepared from them.
+_prepared = WeakTensorKeyDictionary()
 
 
 def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
@@ -45,7 +47,11 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
 
     Returns:
         (..., n) in the dtype of x.
+
+    Raises:
+        ValueError: x has another number of columns than the weight.
     """
+    reference.check_width(x, matrix.layout)
     if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or not x.numel():
         return reference.matmul(x, matrix)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -60,12 +66,13 @@ def prepared(layout: Callable[[], Layout], stored: Sequence[Tensor]) -> Prepared
         layout: gives the layout, where it is needed.
         stored: the tensors of `Layout.tensors`, in its order.
     """
-    versions = [tensor._version for tensor in stored if not tensor.is_inference()]
-    known, found = _prepared.get(stored[0], (None, None))
-    if found is None or known != versions:
+    versions = [None if tensor.is_inference() else tensor._version for tensor in stored]
+    references, known, found = _prepared.get(stored[0], ((), None, None))
+    same = len(references) == len(stored) and all(ref() is each for ref, each in zip(references, stored, strict=True))
+    if found is None or not same or known != versions:
         sizes = layout()
         found = prepare(BinaryMatrix.from_tensors(sizes, dict(zip(sizes.tensors(), stored, strict=True))))
-        _prepared[stored[0]] = versions, found
+        _prepared[stored[0]] = [weakref.ref(tensor) for tensor in stored], versions, found
     return found
 
 

@@ -63,11 +63,6 @@ def walsh(H: tl.constexpr, group):
     return 1.0 - 2.0 * ((shared ^ (shared >> 1)) & 1).to(tl.float32)
 
 
-@triton.constexpr_function
-def walsh_constant(h: int, group: int) -> float:
-    return 1.0 - 2.0 * ((h & group).bit_count() % 2)
-
-
 @triton.jit
 def scale_inputs(
     x,

@@ -5,7 +5,7 @@ import pytest
 from safetensors import SafetensorError
 
 from arbllm.errors import ArbllmError
-from arbllm.format.output import output_directory
+from arbllm.format.output import output_directory, put_back
 
 
 def names(directory: Path) -> list[str]:
@@ -100,3 +100,15 @@ def test_a_full_disk_is_told(tmp_path, full_disk):
     ):
         raise full_disk
     assert names(tmp_path) == []
+
+
+def test_what_made_way_for_a_killed_job_is_put_back(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "work.old").mkdir()
+    (tmp_path / "work.old" / "config.json").write_text("old")
+    put_back(out, work)
+    assert (out / "config.json").read_text() == "old"
+    (tmp_path / "work.old").mkdir()
+    put_back(out, work)
+    assert (tmp_path / "work.old").exists()

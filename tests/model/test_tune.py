@@ -250,3 +250,14 @@ def test_blocks_are_tuned_toward_what_whole_windows_have_at_their_beginning(name
     monkeypatch.setattr("arbllm.model.quantize.tune_block", look)
     quantize_model(model, windows, CONFIG, tuning=Tuning(length=16))
     assert seen == list(range(len(blocks)))
+
+
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_the_first_state_is_kept_whatever_its_loss(first):
+    parameter = nn.Parameter(torch.ones(2))
+    best = Best([parameter], first)
+    parameter.data.zero_()
+    best.restore()
+    assert parameter.tolist() == [1, 1]
+    assert best.offer(0.5, 1)
+    assert (best.loss, best.step) == (0.5, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,19 +66,47 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
         raise ArbllmError(f"{out} holds files, but no model: --overwrite does not replace it; choose another directory")
 
 
+def put_back(out: Path, work: Path) -> None:
+    """Restore an `out` that had made way for `work` when the process was killed."""
+    if not out.exists() and _old(work).exists():
+        _old(work).rename(out)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring a rename to the disk, where the system lets directories be opened."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _replace(out: Path, work: Path) -> None:
     """Put `work` in the place of `out`; should that fail, the old `out` stays."""
-    if not out.exists():
-        work.rename(out)
-        return
-    old = work.with_suffix(".old")
-    out.rename(old)
+    for path in (*work.rglob("*"), work):
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if out.exists():
+        out.rename(_old(work))
     try:
         work.rename(out)
     except OSError:
-        old.rename(out)
+        put_back(out, work)
         raise
-    shutil.rmtree(old)
+    sync_directory(out.parent)
+    if _old(work).exists():
+        shutil.rmtree(_old(work))
+
+
+def _old(work: Path) -> Path:
+    """Where what `work` replaces is kept until that is done."""
+    return work.with_suffix(".old")
 
 
 def _disk_is_full(error: BaseException) -> bool:

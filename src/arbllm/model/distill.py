@@ -60,11 +60,11 @@ def distill_model(
     start, home, dtype = time.perf_counter(), model.device, model.dtype
     lessons = choose_lessons(windows, tuning)
     dense = open_teacher()
-    dense.to(device, compute_dtype(dense.dtype, device)).eval()
+    _move(dense, device, compute_dtype(dense.dtype, device))
     teacher = read_lessons(dense, lessons, lambda *count: emit(TeacherRead(*count)))
     del dense
     kept = _plain_buffers(model)
-    model.to(device, compute_dtype(dtype, device)).eval()
+    _move(model, device, compute_dtype(dtype, device))
     result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)), keeper)
     model.to(home, dtype)
     for name, buffer in kept.items():
@@ -183,6 +183,16 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean over tokens of KL(wanted || found), in nats; of logits (L, vocabulary) both."""
     targets, predictions = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
     return nn.functional.kl_div(predictions, targets, log_target=True, reduction="batchmean")
+
+
+def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """To a device, in evaluation mode, in a dtype; but buffers of float32, such as rotary frequencies, stay that."""
+    kept = _plain_buffers(model)
+    model.to(device, dtype).eval()
+    for name, buffer in kept.items():
+        if buffer.dtype == torch.float32:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = buffer.to(device)
 
 
 def _plain_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

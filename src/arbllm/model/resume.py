@@ -34,7 +34,7 @@ from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.format.output import check_replaceable, output_directory
+from arbllm.format.output import check_replaceable, output_directory, put_back, sync_directory
 from arbllm.model.events import Event, read_event
 from arbllm.model.training import Training
 from arbllm.nn import BinaryLinear
@@ -211,6 +211,8 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
         raise ArbllmError(f"{out}: cannot be made ({error.strerror}); choose another output directory") from error
     with lock:
         _lock(lock.fileno(), out)
+        put_back(out, directory / CHECKPOINT_DIRECTORY)
+        check_replaceable(out, overwrite)
         _clear(directory, everything=overwrite)
         try:
             with output_directory(out, overwrite, directory / CHECKPOINT_DIRECTORY) as work:
@@ -247,7 +249,7 @@ def write_whole(file: Path, octets: bytes) -> None:
         with suppress(OSError):
             part.unlink()
         raise OSError(error.errno, error.strerror, str(file)) from error
-    _sync_directory(file.parent)
+    sync_directory(file.parent)
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -314,15 +316,5 @@ def _lock(descriptor: int, out: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ArbllmError(f"{out}: another job is writing to it; wait for it, or choose another directory") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    """Bring a rename to the disk, where the system lets directories be opened."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise ArbllmError(f"{out}: its file system has no locks ({error.strerror}); choose another one") from error

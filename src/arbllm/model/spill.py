@@ -32,7 +32,10 @@ def spill(tensor: Tensor, directory: Path) -> Tensor:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, max(tensor.nbytes, 1))  # a full disk shows now rather than later
+            if hasattr(os, "posix_fallocate"):  # a full disk shows now rather than later
+                os.posix_fallocate(stream.fileno(), 0, max(tensor.nbytes, 1))
+            else:
+                stream.truncate(max(tensor.nbytes, 1))
         mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):

@@ -195,8 +195,8 @@ class Best:
     def offer(self, loss: float, step: int) -> bool:
         """Keep the present state if its loss is the least; returns whether it is worth going on."""
         self.misses += 1
-        if loss < self.loss:
-            self.loss, self.step, self.misses = loss, step, 0
+        if loss < self.loss or not self.state:
+            self.loss, self.step, self.misses = loss if math.isfinite(loss) else math.inf, step, 0
             self.state = [parameter.detach().clone() for parameter in self._parameters]
         return self.misses < PATIENCE
 

@@ -49,7 +49,7 @@ VALUES: tuple[Any, ...] = (
     "16",
     [],
     {},
-    [[1, 2, 1]],
+    [[1, 2, 1, False]],
     [1] * 9,
 )
 HOSTILE_TEXTS = (b"", b"null", b"[]", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"9" * 5000, b'{"a": NaN}')
@@ -210,7 +210,12 @@ def forge(files: dict[str, Octets], chance: random.Random) -> None:
     layout[key] = chance.choice([*VALUES, "explicit", "segments", "bitmap", False, 8])
     if key == "segments" and chance.random() < 0.7:
         layout[key] = [
-            [chance.choice([0, 1, 8, layout["columns"], 2**40]), chance.choice([1, 2, 4]), chance.choice([1, 2])]
+            [
+                chance.choice([0, 1, 8, layout["columns"], 2**40]),
+                chance.choice([1, 2, 4]),
+                chance.choice([1, 2, 3, 4]),
+                chance.choice([False, True]),
+            ]
         ]
     files["config.json"][:] = json.dumps(config).encode()
     for name, octets in files.items():

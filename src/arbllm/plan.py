@@ -263,11 +263,14 @@ def _hessian_bytes(model: PreTrainedModel, block: DecoderBlock) -> int:
 
 def _seconds(directory: Path, blocks: int) -> float | None:
     """Time of all blocks by the mean of those that an unfinished job has done."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     measured = []
     for file in sorted(directory.glob("block-*.safetensors")):
-        with safe_open(file, framework="pt") as reader:
-            events = json.loads(reader.metadata()["values"])["events"]
+        try:
+            with safe_open(file, framework="pt") as reader:
+                events = json.loads(reader.metadata()["values"])["events"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # damaged: the job will make it anew
+            continue
         measured += [event["seconds"] for event in events if event["event"] == "block_finished"]
     return blocks * sum(measured) / len(measured) if measured else None

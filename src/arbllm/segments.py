@@ -63,7 +63,7 @@ def fit_segments(weight: Tensor, factor: Factor, segments: Sequence[Segment], ro
     for _ in range(rounds):
         refined = problem.refine(levels, bounds)
         error = problem.error()
-        if error >= errors[-1]:  # rounding of scales is all that is left
+        if not error < errors[-1]:  # rounding of scales is all that is left
             break
         levels = refined
         errors.append(error)

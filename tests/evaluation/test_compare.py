@@ -159,6 +159,18 @@ def test_tasks_are_kept_one_by_one(protocol, tmp_path):
     assert collect(replace(asked, limit=5), pieces, tmp_path, ["fp16"])["rows"] == []
 
 
+def test_rows_of_ablations_are_left_out(protocol, finished):
+    out, results = finished
+    row = out / ROWS / "fp16.json"
+    stranger = row.with_name("arb-rc-cgb-g4.json")
+    stranger.write_text(row.read_text())
+    try:
+        found = collect(protocol, text_pieces(protocol), out, METHODS)["rows"]
+    finally:
+        stranger.unlink()
+    assert [each["method"] for each in found] == [each["method"] for each in results["rows"]]
+
+
 def test_other_settings_are_refused(protocol, finished):
     with pytest.raises(ConfigError, match=r"context was 64, not 32"):
         compare(replace(protocol, context=32), ["fp16"], finished[0], isolate=False)

@@ -143,3 +143,17 @@ def test_a_collapsed_row_is_marked_at_the_edge(results):
     assert 10.0 * figures.COLLAPSED < high < 10.0 * figures.COLLAPSED * 3
     labels = {text.get_text() for text in axes.texts}
     assert {"hqq-2: 1,000,000", "gptq-3"} <= labels
+
+
+def test_texts_of_like_names_keep_their_captions(results, tmp_path):
+    for each in results["rows"]:
+        each["perplexity"] = {"wiki.test.raw": 10.0, "wiki.valid.raw": 11.0}
+    text = write_report(results, tmp_path).read_text()
+    for name in ("wiki.test.raw", "wiki.valid.raw"):
+        assert text.count(f"against perplexity on {name}") == 4  # two pictures, each with a caption and a label
+
+
+def test_a_report_of_nothing_but_collapsed_models(results, tmp_path):
+    for each in results["rows"]:
+        each["perplexity"] = dict.fromkeys(each["perplexity"], None)
+    assert "not finite" in write_report(results, tmp_path).read_text()

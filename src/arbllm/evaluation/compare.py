@@ -17,7 +17,7 @@ from typing import Any
 from arbllm.device import choose_device, evaluation_dtype
 from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation.evaluate import evaluate
-from arbllm.evaluation.methods import FULL, Calibration, Recipe, find_recipe, make
+from arbllm.evaluation.methods import FULL, Calibration, Recipe, find_recipe, is_known, make
 from arbllm.evaluation.speed import tokens_per_second, write_samples
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
 from arbllm.model.source import open_model, open_tokenizer
@@ -118,7 +118,8 @@ def text_pieces(protocol: Protocol) -> Pieces:
 def collect(protocol: Protocol, pieces: Pieces, out: Path, methods: Sequence[str]) -> dict[str, Any]:
     """The rows that are whole; of methods not asked for now as well, behind the others."""
     files = {file.stem: file for file in sorted((out / ROWS).glob("*.json"))}
-    order = [name for name in methods if name in files] + [name for name in files if name not in methods]
+    order = [name for name in methods if name in files]
+    order += [name for name in files if name not in methods and is_known(name)]  # ablations may lie there as well
     rows = []
     for name in order:
         recipe, done = find_recipe(name), read_row(files[name])

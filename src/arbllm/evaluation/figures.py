@@ -45,7 +45,7 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
         {"font.size": 11, "font.family": "sans-serif", "svg.hashsalt": "arbllm", "svg.fonttype": "path"}
     ):
         for text in rows[0]["perplexity"] if rows else ():
-            stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+            stem = stem_of(text)
             figures[f"pareto-bits-{stem}"] = pareto(rows, text, "true_bits")
             figures[f"pareto-bytes-{stem}"] = pareto(rows, text, "bytes")
         if any(row.get("output_errors") for row in rows):
@@ -53,6 +53,11 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
             figures["error-by-kind"] = error_by_kind(rows)
         figures["storage"] = storage(rows)
     return figures
+
+
+def stem_of(text: str) -> str:
+    """The name of a text as it stands in names of figures."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def save_png(figure: Any, path: Path) -> None:
@@ -68,7 +73,7 @@ def as_svg(figure: Any) -> str:
     return re.sub(
         r'(<svg [^>]*?) width="[^"]*"',
         r"\1",
-        re.sub(r'(<svg [^>]*?height=")[^"]*"', r"\1auto\"", svg[svg.index("<svg") :]),
+        re.sub(r'(<svg [^>]*?height=")[^"]*"', r'\1auto"', svg[svg.index("<svg") :]),
     )
 
 
@@ -85,8 +90,9 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
     best = [row for row in frontier(finite, text, size) if score(row, text) < edge]
     axes.plot([row[size] / unit for row in best], [score(row, text) for row in best], color="#bbbbbb", zorder=1,
               label="frontier", drawstyle="steps-post")  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    if points:  # else there is nothing that a logarithm could be taken of
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     names = []
     for row, (x, y) in zip(finite, points, strict=True):
         beyond, winner, family = score(row, text) > edge, row in best, row["family"]
@@ -248,7 +254,10 @@ def _legend(figure: Any, axes: Any) -> None:
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks at round numbers, written out, on a logarithmic axis."""
-    low, high = min(values), max(values)
+    positive = [value for value in values if 0 < value < math.inf]
+    if not positive:
+        return
+    low, high = min(positive), max(positive)
     steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     ticks = [step * 10.0**power for power in range(-6, 8) for step in steps]
     ticks = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]

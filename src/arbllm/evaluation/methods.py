@@ -104,6 +104,15 @@ class Recipe:
         return self.name if self.name == FULL else self.name.rpartition("-")[0]
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a method of this name."""
+    try:
+        find_recipe(name)
+    except ConfigError:
+        return False
+    return True
+
+
 def find_recipe(name: str) -> Recipe:
     """The method of this name.
 

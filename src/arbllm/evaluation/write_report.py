@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png
+from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png, stem_of
 from arbllm.evaluation.frontier import Row, frontier, score, shown, verdict
 from arbllm.evaluation.methods import FULL
 
@@ -137,7 +137,7 @@ def _cell(value: str, text: str) -> str:
 def _figure(name: str, svg: str, texts: Sequence[str]) -> str:
     kind = next(kind for kind in CAPTIONS if name.startswith(kind))
     stem = name.removeprefix(kind).strip("-")
-    text = next((text for text in texts if stem and text.lower().startswith(stem.split("-")[0])), stem)
+    text = next((text for text in texts if stem_of(text) == stem), stem)
     caption = escape(CAPTIONS[kind].format(text=text))
     return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
 

@@ -1,6 +1,6 @@
 """Bytes and bits of packed matrices, counted from their layouts alone.
 
-*Nominal* bits count the stored signs, one a weight, two in salient columns: what papers quote. *True* bits count all
+*Nominal* bits count the stored signs, one a weight, more in salient columns: what papers quote. *True* bits count all
 that is stored, bitmaps and scales included, down to the bits that pad each packed row to whole bytes. Both are per
 weight of the linears that were packed; embeddings and other dense tensors are counted apart, in bytes. A file may hold
 the group bitmap coded (see `arbllm.format.coding`): then it takes other bits on disk than in memory.
@@ -22,7 +22,7 @@ class StorageSize:
 
     Attributes:
         weights: number of weights.
-        further: number of signs after each weight's first: one for each weight in a salient column.
+        further: number of stored signs after each weight's first, which weights of salient columns have.
         signs: bytes of first signs.
         group_bitmap: bytes of the group bitmap, low and high bits together.
         column_bitmap: bytes of the column bitmap.

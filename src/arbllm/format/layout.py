@@ -34,7 +34,7 @@ class Segment(NamedTuple):
     Attributes:
         width: number of columns, at least 1.
         groups: zones of a row, each with its own scales: 1, 2 or 4.
-        terms: signs of a weight: 1, or 2 for salient columns.
+        terms: signs of a weight that are stored: 1, or 2 for salient columns; with a trellis 1 to 4.
         trellis: whether signs are those of a trellis code (see `arbllm.format.trellis`): a weight of 1 to 4 signs then
             has one of 2^(terms + 1) levels, times the one scale of its row and the one scale of its column.
     """

@@ -170,8 +170,9 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
     for (int number = 0; number < stretches_of(pass); ++number) {
         for (int64_t block = 0; block < blocks; ++block) {
             StretchCodes stretch(prepared, pass, tile, first + block, number);
-            stretch.next = block + 1 < blocks ? prepared.stretch_of(tile, first + block + 1, pass, number)
-                                              : prepared.stretch_of(tile, first, pass, number + 1);
+            stretch.next = block + 1 < blocks               ? prepared.stretch_of(tile, first + block + 1, pass, number)
+                           : number + 1 < stretches_of(pass) ? prepared.stretch_of(tile, first, pass, number + 1)
+                                                             : stretch.codes;
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables& own = tables[token];
                 const float zero = coefficients * own.zeros[number];

@@ -83,6 +83,12 @@ def test_in_memory(packed):
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
 
 
+def test_rotary_frequencies_stay_precise(packed):
+    model = dense_model(arbllm.load(packed), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
 def test_a_dense_model_is_not_a_packed_checkpoint(packed, tmp_path):
     with pytest.raises(CheckpointError, match="not a packed checkpoint"):
         export(packed.parent / "dense", tmp_path / "dense")

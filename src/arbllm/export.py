@@ -33,7 +33,8 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
     dense_embeddings(model, dtype)
-    model.to(dtype)
+    for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+        parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

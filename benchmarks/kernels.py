@@ -191,7 +191,7 @@ def overheads(calls: int = 50, loops: int = 200) -> tuple[float, float]:
 
     with torch.inference_mode():
         whole = min(seconds(lambda: layer(x)) for _ in range(loops))
-        product = min(seconds(lambda: module.multiply(*addresses, 1, 64, False, 0, 1)) for _ in range(loops))
+        product = min(seconds(lambda: module.multiply(*addresses, 1, 64, 64, 64, False, 0, 1)) for _ in range(loops))
     return 1e6 * whole, 1e6 * product
 
 

@@ -21,7 +21,7 @@ from arbllm.evaluation.report import CheckpointReport, report
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.job import choose_tuning, shown, versions
-from arbllm.model.distill import DISTILLATION_RATE, distill_model
+from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
 from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_model, open_model_only
@@ -149,7 +149,7 @@ class _Job:
         progress = Progress(kept, self._manifest(teacher[0], tokens))
         events: list[Event] = []
         with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
-            emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, DISTILLATION_RATE)
+            emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, distillation_rate(self.steps))
             distill_model(packed, teacher.pop, tokens, tuning, self.device, emit, progress)  # popped: to be let go
         save_packed(packed, tokenizer, work, _facts(self.checkpoint, self.text, self.steps))
         if (self.checkpoint / LOG_FILE).exists():

@@ -25,7 +25,7 @@ from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.header import order_metadata
 from arbllm.integrations.transformers import mark_packed
 from arbllm.job import Job, choose_tuning, shown, streamable
-from arbllm.model.distill import DISTILLATION_RATE, distill_model
+from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.ranks import joined, own_device
@@ -202,7 +202,7 @@ def _distill(
         return
     events: list[Event] = []
     open_teacher = partial(open_model_only, job.model, trust_remote_code=job.trust_remote_code)
-    tuning = Tuning(job.distill, DISTILLATION_RATE)
+    tuning = Tuning(job.distill, distillation_rate(job.distill))
     distill_model(model, open_teacher, tokens, tuning, job.device, both(events.append, emit), progress)
     progress.keep_distilled(model, events[-1])
 

@@ -23,7 +23,7 @@ from arbllm.tunable import TunableLinear
 FEWEST_STEPS = 8  # between two measurements of the held-out loss
 HELD_OUT = 2
 LENGTH = 512
-DISTILLATION_RATE = 4e-3
+DISTILLATION_RATE, ENOUGH_STEPS = 4e-3, 32
 
 Teacher = Callable[[int], Tensor]
 OnCount = Callable[[int, int], None]
@@ -71,6 +71,11 @@ def distill_model(
         owner, _, key = name.rpartition(".")
         model.get_submodule(owner)._buffers[key] = buffer
     emit(DistillationFinished(*result, seconds=time.perf_counter() - start))
+
+
+def distillation_rate(steps: int) -> float:
+    """The learning rate for so many steps: fewer than ENOUGH_STEPS cannot make up for what the first ones spoil."""
+    return DISTILLATION_RATE * min(1.0, steps / ENOUGH_STEPS)
 
 
 class Lessons(NamedTuple):

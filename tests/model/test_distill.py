@@ -5,7 +5,7 @@ import torch
 
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ModelError
-from arbllm.model.distill import _move, choose_lessons, distill, distill_model, read_lessons
+from arbllm.model.distill import _move, choose_lessons, distill, distill_model, distillation_rate, read_lessons
 from arbllm.model.events import DistillationFinished, DistillationStep, Event, TeacherRead
 from arbllm.model.quantize import quantize_model
 from arbllm.model.training import Tuning
@@ -78,3 +78,8 @@ def test_lessons_go_through_all_pieces_before_they_repeat():
 def test_too_little_text_is_refused():
     with pytest.raises(ModelError, match="more windows"):
         choose_lessons(random_windows()[:2], Tuning(2))
+
+
+def test_few_steps_learn_more_slowly():
+    assert distillation_rate(8) == distillation_rate(384) / 4
+    assert distillation_rate(32) == distillation_rate(384)

@@ -67,9 +67,7 @@ def distill_model(
     _move(model, device, compute_dtype(dtype, device))
     result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)), keeper)
     model.to(home, dtype)
-    for name, buffer in kept.items():
-        owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._buffers[key] = buffer
+    _put_back(model, kept)
     emit(DistillationFinished(*result, seconds=time.perf_counter() - start))
 
 
@@ -194,10 +192,14 @@ def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> N
     """To a device, in evaluation mode, in a dtype; but buffers of float32, such as rotary frequencies, stay that."""
     kept = _plain_buffers(model)
     model.to(device, dtype).eval()
-    for name, buffer in kept.items():
-        if buffer.dtype == torch.float32:
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(device)
+    _put_back(model, {name: each.to(device) for name, each in kept.items() if each.dtype == torch.float32})
+
+
+def _put_back(model: PreTrainedModel, buffers: dict[str, Tensor]) -> None:
+    """Make these the model's buffers again, by their names."""
+    for name, buffer in buffers.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = buffer
 
 
 def _plain_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

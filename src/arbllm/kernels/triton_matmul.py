@@ -11,11 +11,26 @@ import triton.language as tl
 from arbllm.kernels.triton_parts import (
     FIELDS,
     INTERPRETED,
+    RUN_CHUNKS,
+    RUN_COLUMN,
+    RUN_FACTOR,
+    RUN_GROUPS,
+    RUN_HIGH,
+    RUN_LOW,
+    RUN_PART,
+    RUN_ROW_MEAN,
+    RUN_ROW_SCALE,
+    RUN_ROW_STEP,
+    RUN_STEP,
+    RUN_STOP,
+    RUN_TERMS,
+    RUN_WIDTH,
     add_up,
     plain_planes,
     planes_of,
     scale_values,
     store_tokens,
+    words_of_run,
     zeros,
 )
 
@@ -30,12 +45,12 @@ def _row_parameters(
     for q in tl.static_range(4):
         row = q * quarter + m
         inside = (m < quarter) & (row < rows)
-        slot = row_scales + tl.load(fields + 14).to(tl.int64) * rows + row
-        next_slot = tl.load(fields + 15).to(tl.int64) * rows
+        slot = row_scales + tl.load(fields + RUN_ROW_SCALE).to(tl.int64) * rows + row
+        next_slot = tl.load(fields + RUN_ROW_STEP).to(tl.int64) * rows
         for place in tl.static_range(GROUPS * TERMS):
             found = found + (scale_values(tl.load(slot + place * next_slot, mask=inside, other=0), CODES),)
         if MEANS:
-            slot = row_means + tl.load(fields + 8).to(tl.int64) * rows + row
+            slot = row_means + tl.load(fields + RUN_ROW_MEAN).to(tl.int64) * rows + row
             for group in tl.static_range(GROUPS):
                 found = found + (tl.load(slot + group * rows, mask=inside, other=0).to(tl.float32),)
     return found
@@ -51,10 +66,10 @@ def _column_factors(
     for slot in tl.static_range(GROUPS * TERMS):
         factor = tl.where(inside, 1.0, 0.0)
         if SCALED:
-            place = tl.load(fields + 9) + slot * tl.load(fields + 10) + k
+            place = tl.load(fields + RUN_FACTOR) + slot * tl.load(fields + RUN_WIDTH) + k
             factor = scale_values(tl.load(column_scales + place, mask=inside, other=0), CODES)
         if CODES:
-            factor *= tl.load(steps + tl.load(fields + 7) + slot).to(tl.float32)
+            factor *= tl.load(steps + tl.load(fields + RUN_STEP) + slot).to(tl.float32)
         found = found + (factor,)
     return found
 
@@ -139,15 +154,10 @@ def _products_of_kind(
     stride = quarter * 16
     for run in range(first, last):
         fields = run_table + run * FIELDS
-        chunks, low, high = tl.load(fields + 3), tl.load(fields + 5), tl.load(fields + 6)
+        chunks, low, high = tl.load(fields + RUN_CHUNKS), tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH)
         parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-        own = (
-            words
-            + tl.load(fields + 2).to(tl.int64) * 16
-            + m[:, None] * 16
-            + (w // 16 * (stride * BITS) + w % 16)[None, :]
-        )
-        inputs = source + (tl.load(fields + 4) + w // 16 * 64 + w % 16)[None, :]
+        own = words_of_run(fields, words, m, w, quarter, BITS)
+        inputs = source + (tl.load(fields + RUN_COLUMN) + w // 16 * 64 + w % 16)[None, :]
         for chunk in range(0, chunks, WORDS // 16):
             valid = ((chunk + w // 16) < chunks)[None, :]
             there = valid & (m < quarter)[:, None]
@@ -230,11 +240,11 @@ def _write_run(
     BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
     w = tl.arange(0, 16)
     stride = quarter * 16
-    low, high, stop = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 12)
+    low, high, stop = tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH), tl.load(fields + RUN_STOP)
     parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-    own = words + tl.load(fields + 2).to(tl.int64) * 16 + m[:, None] * 16 + w[None, :]
-    into = dense + tl.load(fields + 4) + w[None, :]
-    for chunk in range(tl.load(fields + 3)):
+    own = words_of_run(fields, words, m, w, quarter, BITS)
+    into = dense + tl.load(fields + RUN_COLUMN) + w[None, :]
+    for chunk in range(tl.load(fields + RUN_CHUNKS)):
         valid = (m < quarter)[:, None] & (w < 16)[None, :]
         planes = plain_planes(own + chunk * stride * BITS, valid, stride, m, quarter, GROUPS, TERMS, PART)
         for bit in tl.static_range(4):
@@ -263,7 +273,7 @@ def dequantize(
     m, kept = start + local, local < piece
     if run < runs:
         fields = run_table + run * FIELDS
-        groups, terms, part = tl.load(fields), tl.load(fields + 1), tl.load(fields + 13)
+        groups, terms, part = tl.load(fields + RUN_GROUPS), tl.load(fields + RUN_TERMS), tl.load(fields + RUN_PART)
         for number in tl.static_range(len(KINDS)):
             if (groups == KINDS[number][0]) & (terms == KINDS[number][1]) & (part == KINDS[number][2]):
                 _write_run(

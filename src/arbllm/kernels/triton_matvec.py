@@ -19,12 +19,26 @@ import triton.language as tl
 from arbllm.kernels.triton_parts import (
     FIELDS,
     INTERPRETED,
+    RUN_CHUNKS,
+    RUN_COLUMN,
+    RUN_FACTOR,
+    RUN_GROUPS,
+    RUN_HIGH,
+    RUN_LOW,
+    RUN_ROW_MEAN,
+    RUN_ROW_SCALE,
+    RUN_ROW_STEP,
+    RUN_STEP,
+    RUN_TERMS,
+    RUN_TILE,
+    RUN_WIDTH,
     add_up,
     exclusive_or,
     plain_planes,
     planes_of,
     scale_values,
     store_tokens,
+    words_of_run,
     zeros,
 )
 
@@ -103,11 +117,11 @@ def scale_inputs(
             tl.store(counters + block * counts + places, tl.zeros((128,), tl.int32), mask=places < counts)
     fields = run_table + run * FIELDS
     if run < runs:
-        groups, terms = tl.load(fields), tl.load(fields + 1)
+        groups, terms = tl.load(fields + RUN_GROUPS), tl.load(fields + RUN_TERMS)
         used = terms + MEANS if SCALED else 1
         if tile < used:
-            chunks, start = tl.load(fields + 3), tl.load(fields + 4)
-            low, high = tl.load(fields + 5), tl.load(fields + 6)
+            chunks, start = tl.load(fields + RUN_CHUNKS), tl.load(fields + RUN_COLUMN)
+            low, high = tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH)
             k = tl.arange(0, SPAN * 64)
             inside = (k >= low) & (k < high)
             part, group = n // TOKENS % PARTS, n // (PARTS * TOKENS)
@@ -123,10 +137,12 @@ def scale_inputs(
             value = value.to(tl.float32)
             if SCALED:
                 slot = group * terms + tile
-                place = tl.load(fields + 9) + slot[None, :] * tl.load(fields + 10) + k[:, None]
+                place = tl.load(fields + RUN_FACTOR) + slot[None, :] * tl.load(fields + RUN_WIDTH) + k[:, None]
                 factor = scale_values(tl.load(column_scales + place, mask=wanted & (tile < terms), other=0), CODES)
                 if CODES:
-                    step = tl.load(steps + tl.load(fields + 7) + slot, mask=(group < groups) & (tile < terms), other=0)
+                    step = tl.load(
+                        steps + tl.load(fields + RUN_STEP) + slot, mask=(group < groups) & (tile < terms), other=0
+                    )
                     factor *= step.to(tl.float32)[None, :]
                 value = tl.where(plain, value, value * factor)
             largest = tl.max(tl.abs(value), 0)
@@ -141,7 +157,7 @@ def scale_inputs(
             where = (block * runs + run) * MOST_TILES + tile
             tl.store(norms + where * N + n, norm)
             tl.store(sums + where * N + n, tl.sum(rounded, 0))
-            first = block * tiles + tl.load(fields + 11)
+            first = block * tiles + tl.load(fields + RUN_TILE)
             row = (first + k // 64 * used + tile).to(tl.int64) * 64 + k % 64
             bit = k % 64 // 16
             scaled = (
@@ -209,51 +225,26 @@ def _transformed(sums, FIRST: tl.constexpr, START: tl.constexpr, GROUPS: tl.cons
 
 
 @triton.jit
-def _one_run(
-    fields,
-    words,
-    z,
-    norms,
-    sums,
-    row_scales,
-    row_means,
-    block,
-    run,
-    runs,
-    tiles,
-    rows,
-    quarter,
-    m,
-    outputs,
-    GROUPS: tl.constexpr,
-    TERMS: tl.constexpr,
-    PART: tl.constexpr,
-    SCALED: tl.constexpr,
-    CODES: tl.constexpr,
-    MEANS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MOST_TILES: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """`outputs`, a tuple of four (M, N) for the rows of a word, with one run of columns added."""
+def _products_of_run(
+    fields, words, z, block, tiles, quarter, m,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr, SCALED: tl.constexpr, MEANS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The products of one run's planes with its inputs: a tuple of (M, N), four a plane for the words' rows."""
     PLANES: tl.constexpr = GROUPS * TERMS
     OTHERS: tl.constexpr = GROUPS - 1 if MEANS else 0
     USED: tl.constexpr = TERMS + MEANS if SCALED else 1
     BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
-    chunks = tl.load(fields + 3)
-    first_tile = block * tiles + tl.load(fields + 11)
+    chunks = tl.load(fields + RUN_CHUNKS)
+    first_tile = block * tiles + tl.load(fields + RUN_TILE)
     w, n = tl.arange(0, WORDS), tl.arange(0, N)
-    stride = quarter * 16
-    own = (
-        words + tl.load(fields + 2).to(tl.int64) * 16 + m[:, None] * 16 + (w // 16 * (stride * BITS) + w % 16)[None, :]
-    )
+    own = words_of_run(fields, words, m, w, quarter, BITS)
     inputs = z + (first_tile.to(tl.int64) + w // 16 * USED)[:, None] * (64 * N) + (w % 16)[:, None] * N + n[None, :]
     products = zeros(4 * (PLANES + OTHERS), M, N)
     for chunk in range(0, chunks, WORDS // 16):
         valid = (chunk + w // 16) < chunks
-        planes = _planes(own + chunk * stride * BITS, valid[None, :], stride, m, quarter, GROUPS, TERMS, PART)
+        first = own + chunk * quarter * 16 * BITS
+        planes = _planes(first, valid[None, :], quarter * 16, m, quarter, GROUPS, TERMS, PART)
         for tile in tl.static_range(USED):
             tokens = ()
             for bit in tl.static_range(4):
@@ -265,16 +256,32 @@ def _one_run(
                 products = _multiply(products, planes, tokens, PLANES, OTHERS)
             else:
                 products = _multiply(products, planes, tokens, 0, PLANES + OTHERS)
+    return products
+
+
+@triton.jit
+def _one_run(
+    fields, words, z, norms, sums, row_scales, row_means, block, run, runs, tiles, rows, quarter, m, outputs,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
+    COLUMNS: tl.constexpr, MOST_TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """`outputs`, a tuple of four (M, N) for the rows of a word, with one run of columns added."""
+    PLANES: tl.constexpr = GROUPS * TERMS
+    n = tl.arange(0, N)
+    products = _products_of_run(
+        fields, words, z, block, tiles, quarter, m, GROUPS, TERMS, PART, SCALED, MEANS, M, N, WORDS
+    )
     result = ()
     for place in tl.static_range(4):
         row = place * quarter + m
         inside = (m < quarter) & (row < rows)
         output = outputs[place]
-        next_slot = tl.load(fields + 15).to(tl.int64) * rows
+        next_slot = tl.load(fields + RUN_ROW_STEP).to(tl.int64) * rows
         for term in tl.static_range(TERMS):
             where = ((block * runs + run) * MOST_TILES + (term if SCALED else 0)) * N + n
             norm, total = tl.load(norms + where), tl.load(sums + where)
-            slot = row_scales + tl.load(fields + 14).to(tl.int64) * rows + term * next_slot + row
+            slot = row_scales + tl.load(fields + RUN_ROW_SCALE).to(tl.int64) * rows + term * next_slot + row
             if SCALED:
                 group = n // COLUMNS
                 scales = tl.zeros((M, N), tl.float32)
@@ -293,7 +300,7 @@ def _one_run(
         if MEANS:
             where = ((block * runs + run) * MOST_TILES + (TERMS if SCALED else 0)) * N + n
             norm, total = tl.load(norms + where), tl.load(sums + where)
-            slot = row_means + tl.load(fields + 8).to(tl.int64) * rows + row
+            slot = row_means + tl.load(fields + RUN_ROW_MEAN).to(tl.int64) * rows + row
             for g in tl.static_range(GROUPS):
                 mean = tl.load(slot + g * rows, mask=inside, other=0).to(tl.float32)
                 value = tl.zeros((M, N), tl.float32)

@@ -5,10 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from arbllm.kernels.triton_layout import Run
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter knows no inline assembly and no products of bfloat16."""
-FIELDS = tl.constexpr(16)
-"""Fields of a `triton_layout.Run`."""
+
+
+def _field(name: str) -> tl.constexpr:
+    """Where a row of `Prepared.run_table` has a field of `Run`."""
+    return tl.constexpr(Run._fields.index(name))
+
+
+FIELDS = tl.constexpr(len(Run._fields))
+RUN_GROUPS = _field("groups")
+RUN_TERMS = _field("terms")
+RUN_WORDS = _field("words")
+RUN_CHUNKS = _field("chunks")
+RUN_COLUMN = _field("column")
+RUN_LOW = _field("low")
+RUN_HIGH = _field("high")
+RUN_STEP = _field("step")
+RUN_ROW_MEAN = _field("row_mean")
+RUN_FACTOR = _field("factor")
+RUN_WIDTH = _field("width")
+RUN_TILE = _field("tile")
+RUN_STOP = _field("stop")
+RUN_PART = _field("part")
+RUN_ROW_SCALE = _field("row_scale")
+RUN_ROW_STEP = _field("row_step")
 
 
 @triton.constexpr_function
@@ -31,6 +55,13 @@ def _rows_above(words, valid, m, quarter, DISTANCE: tl.constexpr):
     crossing = (m < DISTANCE)[:, None]  # to the word's row before
     found = tl.load(words + tl.where(crossing, quarter - DISTANCE, -DISTANCE) * 16, mask=valid, other=0)
     return tl.where(crossing, found << 4, found)
+
+
+@triton.jit
+def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr):
+    """Addresses (M, words) of the first plane of a run's first chunks, `w` counting words over these, 16 in each."""
+    start = words + tl.load(fields + RUN_WORDS).to(tl.int64) * 16
+    return start + m[:, None] * 16 + (w // 16 * (quarter * 16 * PLANES) + w % 16)[None, :]
 
 
 @triton.jit

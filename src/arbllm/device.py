@@ -97,8 +97,13 @@ def reset_peak_memory() -> None:
         return
 
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, in bytes, since the last reset; 0 where the system does not tell."""
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Peak resident memory of this process, in bytes, since the last reset; 0 where the system does not tell.
+
+    On a GPU the peak that tensors took there.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

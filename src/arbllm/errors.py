@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ArbllmError(Exception):
     """Base class: the command line prints its message as one line and exits with code 2."""
@@ -25,3 +28,12 @@ class CheckpointError(ArbllmError):
 
 class RankError(ArbllmError):
     """Another process of the same job has ended, or does not answer."""
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Inside, a `ModelError` gets the module's name before it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{module}: {error}") from error

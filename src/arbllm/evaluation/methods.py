@@ -19,7 +19,7 @@ from arbllm.binarize.methods import METHODS
 from arbllm.config import DEFAULT_BITS, BinarizationConfig
 from arbllm.distillation import distill
 from arbllm.errors import ConfigError
-from arbllm.evaluation.peers import dense_sizes, find_peer, peer_names, quantize_peer
+from arbllm.evaluation.peers import dense_parts, find_peer, peer_names, quantize_peer
 from arbllm.evaluation.report import report
 from arbllm.model.events import OnEvent
 from arbllm.model.source import open_model_only
@@ -197,7 +197,7 @@ def _joint(name: str) -> Recipe:
 
 def _as_it_is(model: str, calibration: Calibration) -> dict[str, Any]:
     opened = open_model_only(model, calibration.dtype, trust_remote_code=calibration.trust_remote_code)
-    everything, linears, embeddings = dense_sizes(opened)
+    everything, linears, embeddings = dense_parts(opened)
     bits = 8.0 * opened.dtype.itemsize
     return {
         "nominal_bits": bits,

@@ -26,7 +26,7 @@ from arbllm.integrations.hqq import hqq_round
 from arbllm.model.events import OnEvent
 from arbllm.model.rounding import RoundLinear, round_model
 from arbllm.model.source import open_model_only, open_tokenizer
-from arbllm.model.walk import find_blocks
+from arbllm.sizes import dense_sizes
 from arbllm.summary import JobSummary
 from arbllm.text import calibration_windows
 
@@ -121,7 +121,7 @@ def quantize_peer(
             tokenizer = open_tokenizer(str(model), trust_remote_code)
             tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)
             opened = open_model_only(str(model), dtype, trust_remote_code=trust_remote_code)
-            dense_bytes, dense_linear_bytes, embedding_bytes = dense_sizes(opened)
+            dense_bytes, dense_linear_bytes, embedding_bytes = dense_parts(opened)
             check_disk_space(dense_bytes, work)
             results = round_model(
                 opened, tokens, round_linear, nominal_bits=bits, device=choose_device(device), on_event=on_event
@@ -150,10 +150,9 @@ def quantize_peer(
     return summary
 
 
-def dense_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
+def dense_parts(model: PreTrainedModel) -> tuple[int, int, int]:
     """Bytes of all tensors of a dense model (shared ones once), of its blocks' linears, and of other matrices."""
-    everything = sum(parameter.nbytes for parameter in model.parameters())
-    linears = sum(linear.weight.nbytes for block in find_blocks(model) for linear in block.linears)
+    everything, linears = dense_sizes(model)
     return everything, linears, sum(p.nbytes for p in model.parameters() if p.ndim > 1) - linears
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arbllm.embedding import Int8Embedding, Int8Linear
-from arbllm.errors import ConfigError, ModelError
+from arbllm.errors import ConfigError, ModelError, naming
 from arbllm.format.rows import ROW_BITS
 from arbllm.integrations.embeddings import put_head, tie_head
 
@@ -57,12 +54,12 @@ def quantize_embeddings(model: PreTrainedModel, bits: int = ROW_BITS) -> None:
     if head is not None:
         _check_kind(head, nn.Linear, names)
     tied = head is not None and head.weight is embedding.weight
-    with _named(names[embedding]):
+    with naming(names[embedding]):
         model.set_submodule(names[embedding], Int8Embedding.from_dense(embedding))
     if tied:
         tie_head(model)
     if isinstance(model.get_output_embeddings(), nn.Linear):
-        with _named(names[head]):
+        with naming(names[head]):
             put_head(model, names[head], Int8Linear.from_dense(head))
 
 
@@ -79,12 +76,3 @@ def _check_kind(module: nn.Module, kind: type[nn.Module], names: dict[nn.Module,
             f"{name}: {type(module).__name__} cannot be rounded to 8 bits, only a {kind.__name__} of floats can; "
             "leave embeddings and head as they are (--embeddings 16)"
         )
-
-
-@contextmanager
-def _named(module: str) -> Iterator[None]:
-    """Put the module's name before an error."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{module}: {error}") from error

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from arbllm.binarize.methods import get_method
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes, release_memory
-from arbllm.errors import ConfigError, ModelError
+from arbllm.errors import ConfigError, ModelError, naming
 from arbllm.factor import Factor, factorize
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.model.capture import (
@@ -187,7 +187,7 @@ class _BlockJob:
             solve_seconds=finished - captured,
             tune_seconds=tuned - finished,
             propagate_seconds=propagated - tuned,
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=peak_memory_bytes(self.device),
         )
         if self.progress:
             named = {linear.name: matrix for linear, matrix in matrices.items()}
@@ -324,9 +324,6 @@ class _BlockJob:
         release_memory()
         return self._now()
 
-    def _peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory_bytes()
-
 
 def _ignore(_: object) -> None:
     pass
@@ -370,9 +367,7 @@ def _named(layer: str) -> Iterator[None]:
     """Put the layer's name before the solver's errors and warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with naming(layer):
             yield
-        except ModelError as error:
-            raise ModelError(f"{layer}: {error}") from error
     for warning in caught:
         warnings.warn(f"{layer}: {warning.message}", warning.category, stacklevel=3)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from arbllm.baselines import Rounded, output_error
 from arbllm.device import peak_memory_bytes
-from arbllm.errors import ModelError
+from arbllm.errors import naming
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import BlockCall, capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.events import BlockFinished, BlockStarted, JobStarted, LinearQuantized, OnEvent
@@ -86,7 +85,7 @@ def _round_block(
         groups = gather_hessians(block, call, hidden)
         laps.append(time.perf_counter())
         for group in groups:
-            with _named(group.linears[0]):
+            with naming(group.linears[0].name):
                 factor = factorize(group.hessian)
             for linear in group.linears:
                 results[linear] = _round_one(linear, block.index, blocks, factor, round_linear, nominal_bits)
@@ -106,7 +105,7 @@ def _round_block(
             solve_seconds=solved - captured,
             tune_seconds=0.0,
             propagate_seconds=propagated - solved,
-            peak_memory_bytes=_peak_memory(hidden.device),
+            peak_memory_bytes=peak_memory_bytes(hidden.device),
         )
     )
     return [results[linear] for linear in block.linears]
@@ -118,7 +117,7 @@ def _round_one(
     start = time.perf_counter()
     weight = linear.weight.float()
     rows, columns = weight.shape
-    with _named(linear):
+    with naming(linear.name):
         rounded = round_linear(weight, factor)
     seconds = time.perf_counter() - start
     error = output_error(weight, rounded.weight, factor.hessian)
@@ -138,16 +137,3 @@ def _round_one(
         damping=factor.damping,
         seconds=seconds,
     )
-
-
-def _peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
-
-
-@contextmanager
-def _named(linear: Linear) -> Iterator[None]:
-    """Put the layer's name before errors."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{linear.name}: {error}") from error

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels.triton import matmul
+from arbllm.kernels.cuda import Ready, multiply, prepare
 from random_matrices import random_matrix
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
@@ -105,18 +105,19 @@ def products(shape: tuple[int, int], bits: float, repeats: int, speed: float) ->
     packed = [first] + [random_matrix(*shape, bits, device) for _ in range(CACHE_BYTES // first.nbytes)]
     count = 1 + CACHE_BYTES // (2 * shape[0] * shape[1])
     dense = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(count)]
-    return [one_batch(tokens, packed, dense, repeats, speed) for tokens in BATCHES]
+    ready = [prepare(matrix) for matrix in packed]
+    return [one_batch(tokens, first, ready, dense, repeats, speed) for tokens in BATCHES]
 
 
 def one_batch(
-    tokens: int, packed: list[BinaryMatrix], dense: list[Tensor], repeats: int, speed: float
+    tokens: int, matrix: BinaryMatrix, packed: list[Ready], dense: list[Tensor], repeats: int, speed: float
 ) -> tuple[str, ...]:
     """One row of the table."""
-    rows, columns = packed[0].shape
+    rows, columns = matrix.shape
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    ours = graph_times([partial(matmul, x, matrix) for matrix in packed], repeats)
+    ours = graph_times([partial(multiply, x, ready, rows) for ready in packed], repeats)
     theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
-    share = packed[0].nbytes / speed / ours.middle
+    share = matrix.nbytes / speed / ours.middle
     label = (f"{rows} x {columns}", str(tokens))
     times = (f"{1e6 * theirs.middle:.1f}", f"{1e6 * ours.middle:.1f}", f"{1e6 * ours.least:.1f}-{1e6 * ours.most:.1f}")
     return (*label, *times, f"{theirs.middle / ours.middle:.2f}", f"{share:.0%}")
@@ -128,7 +129,7 @@ def graph_times(calls: list[Callable[[], Tensor]], repeats: int) -> Times:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
-            call()  # compiles kernels and prepares matrices
+            call()  # compiles kernels
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -22,6 +22,7 @@ import triton
 from rich.console import Console
 from torch import Tensor
 
+from arbllm.kernels import cuda
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_configuration import Configuration, file_of, load
 from gpu_kernels import CACHE_BYTES, SHAPES, graph_times
@@ -60,13 +61,14 @@ def main() -> None:
     shapes: list[dict[str, Any]] = []
     for shape in SHAPES:
         first = random_matrix(*shape, options.bits, device)
-        matrices = [first] + [random_matrix(*shape, options.bits, device) for _ in range(CACHE_BYTES // first.nbytes)]
+        count = 1 + CACHE_BYTES // first.nbytes
+        matrices = [kernel.prepare(random_matrix(*shape, options.bits, device)) for _ in range(count)]
         for part, tokens in [("few", tokens) for tokens in FEW] + [("many", tokens) for tokens in MANY]:
             x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
             best, seconds = None, float("inf")
             for candidate in candidates(load("any"), part, tokens):
                 kernel.configuration_of = lambda _, candidate=candidate: candidate  # type: ignore[assignment]
-                taken = attempt(x, matrices, options.repeats)
+                taken = attempt(x, shape[0], matrices, options.repeats)
                 if taken < seconds:
                     best, seconds = getattr(candidate, part), taken
             if best is None:
@@ -88,10 +90,10 @@ def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Confi
         yield replace(base, **{part: replace(getattr(base, part), **dict(zip(choices, values, strict=True)))})
 
 
-def attempt(x: Tensor, matrices: list[Any], repeats: int) -> float:
+def attempt(x: Tensor, rows: int, matrices: list[cuda.Ready], repeats: int) -> float:
     """Median seconds of a product; infinite where the candidate asks for more than the GPU has."""
     try:
-        return graph_times([partial(kernel.matmul, x, matrix) for matrix in matrices], repeats).middle
+        return graph_times([partial(cuda.multiply, x, matrix, rows) for matrix in matrices], repeats).middle
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
         return float("inf")
 

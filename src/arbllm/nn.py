@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter, is_
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import cpu
-from arbllm.kernels.dispatch import matmul, takes_prepared
+from arbllm.kernels import cpu, reference
+from arbllm.kernels.dispatch import preparing_kernel
 
 _version = attrgetter("_version")
 
 
 @torch.compiler.assume_constant_result
-def _prepare_first(layer: BinaryLinear) -> bool:
+def _prepare_first(layer: BinaryLinear, kernel: ModuleType, device: torch.device) -> bool:
     """Prepare a weight as soon as a graph is made of its layer: left to the first run, it would end the graph there."""
-    return layer._prepare() is not None
+    return layer._prepare(kernel, device) is not None
 
 
 class PackedModule(nn.Module):
@@ -81,8 +82,9 @@ class BinaryLinear(PackedModule):
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         empty = nn.Parameter(torch.empty(layout.rows, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", empty if bias else None)
-        # The tensors that were prepared, those of them that count writes, the counts, and what came of it.
-        self._prepared: tuple[list[Tensor | None], list[Tensor], list[int], Tensor] | None = None
+        # The tensors that were prepared, those of them that count writes, the counts, for which device, and what came
+        # of it, as `kernels.dispatch.preparing_kernel` makes it.
+        self._prepared: tuple[list[Tensor | None], list[Tensor], list[int], torch.device, Any] | None = None
 
     @classmethod
     def from_matrix(cls, matrix: BinaryMatrix, bias: Tensor | None = None, transposed: bool = False) -> BinaryLinear:
@@ -116,43 +118,66 @@ class BinaryLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., m) to y (..., n), in the dtype of x.
 
-        On a CPU the first call prepares the weight, as does the first call after a packed tensor was replaced or
-        written to. That takes as much memory again, but for tensors that come from a checkpoint on Linux: those are
-        left to the file. In a compiled model the weight stays as it was when it was compiled.
+        The first call prepares the weight for the device of x, as does the first call after a packed tensor was
+        replaced or written to. The stored form then leaves the memory that the kernel computes from: on a CPU with
+        Linux, tensors that come from a checkpoint are left to the file; on a GPU they go to the host's memory, where
+        `state_dict` finds them. In a compiled model the weight stays as it was when it was compiled.
+
+        Raises:
+            ValueError: x has another number of columns than the weight, or they are on devices that do not go together.
         """
-        if takes_prepared(x):
-            y = cpu.multiply(x, self._weight(), self.layout.rows, exact=self.exact)
+        kernel = preparing_kernel(x)
+        if kernel is None:
+            y = reference.matmul(x, self._matrix_for(x.device))
         else:
-            y = matmul(x, self.matrix)
+            y = kernel.multiply(x, self._weight(kernel, x.device), self.layout.rows, exact=self.exact)
         bias = self._parameters["bias"]  # a microsecond faster than `self.bias`
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _weight(self) -> Tensor:
-        """The weight as the CPU's kernel reads it."""
+    def _weight(self, kernel: ModuleType, device: torch.device) -> Any:
+        """The weight as the kernel reads it."""
         if not torch.compiler.is_compiling():
-            return self._prepare()
-        _prepare_first(self)
+            return self._prepare(kernel, device)
+        _prepare_first(self, kernel, device)
         assert self._prepared is not None
         return self._prepared[-1]
 
-    def _prepare(self) -> Tensor:
+    def _prepare(self, kernel: ModuleType, device: torch.device) -> Any:
         """Prepare the weight, if that has not been done for the tensors as they are."""
         if self._prepared:
-            known, watched, versions, prepared = self._prepared
-            if all(map(is_, self._buffers.values(), known)) and list(map(_version, watched)) == versions:
+            known, watched, versions, place, prepared = self._prepared
+            same = place == device and all(map(is_, self._buffers.values(), known))
+            if same and list(map(_version, watched)) == versions:
                 return prepared
-        matrix = self.matrix
-        prepared = cpu.prepare(matrix)
-        cpu.give_back(matrix)
+        prepared = kernel.prepare(self._matrix_for(device))
+        self._leave_stored()
         known = list(self._buffers.values())
         watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
-        self._prepared = known, watched, list(map(_version, watched)), prepared
+        self._prepared = known, watched, list(map(_version, watched)), device, prepared
         return prepared
+
+    def _matrix_for(self, device: torch.device) -> BinaryMatrix:
+        """The packed weight where it is to be read; what a GPU's layer left to the host is copied."""
+        matrix = self.matrix
+        if matrix.signs.is_cpu and device.type == "cuda":
+            return matrix.map(lambda tensor: tensor.to(device))
+        return matrix
+
+    def _leave_stored(self) -> None:
+        """Keep the stored form, which was prepared, out of the memory that the kernel computes from."""
+        matrix = self.matrix
+        if matrix.signs.is_cpu:
+            cpu.give_back(matrix)
+        else:
+            for name, tensor in matrix.tensors().items():
+                self.register_buffer(name, tensor.cpu())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self._prepared and not all(map(is_, self._buffers.values(), self._prepared[0])):
-            self._prepared = None  # which would keep the memory that the tensors left
+        if self._prepared:
+            known, *_, place, _ = self._prepared
+            if place.type != "cpu" or not all(map(is_, self._buffers.values(), known)):
+                self._prepared = None  # which would keep memory that the layer leaves
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -59,5 +59,5 @@ if __name__ == "__main__":
     few = replace(default.few, most_tokens=1)
     for tokens, most in ((1, 2), (2, 2), (3, 2)):
         launch = replace(default, few=few, many=replace(default.many, most_tokens=most))
-        triton.multiply(torch.zeros(tokens, matrix.layout.columns, dtype=torch.bfloat16), matrix, launch)
+        triton.multiply_prepared(torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16), matrix, launch)
     print(json.dumps(means))

@@ -13,7 +13,7 @@ import arbllm
 from arbllm.errors import ConfigError
 from arbllm.format.layout import Segment
 from arbllm.kernels import cpu, reference
-from arbllm.kernels.dispatch import takes_prepared
+from arbllm.kernels.dispatch import preparing_kernel
 from arbllm.nn import BinaryLinear
 from tests.helpers import in_segments, random_matrix
 from tests.strategies import matrices
@@ -337,11 +337,11 @@ def test_layer_of_inference_tensors(layer):
 
 
 def test_what_the_kernel_leaves_to_others():
-    assert takes_prepared(torch.randn(1, 4))
-    assert not takes_prepared(torch.randn(1, 4, dtype=torch.float64))
-    assert not takes_prepared(torch.randn(1, 4, requires_grad=True))
+    assert preparing_kernel(torch.randn(1, 4)) is cpu
+    assert preparing_kernel(torch.randn(1, 4, dtype=torch.float64)) is None
+    assert preparing_kernel(torch.randn(1, 4, requires_grad=True)) is None
     with torch.no_grad():
-        assert takes_prepared(torch.randn(1, 4, requires_grad=True))
+        assert preparing_kernel(torch.randn(1, 4, requires_grad=True)) is cpu
 
 
 def test_without_the_extension_layers_compute_all_the_same(layer, monkeypatch):

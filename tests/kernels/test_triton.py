@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbllm.kernels import cuda, reference, triton_configuration
+from arbllm.kernels import cuda, triton_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -48,12 +48,12 @@ def test_kernels_compile_for_an_h100():
 
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "triton", None)
-    cuda._kernel.cache_clear()
+    cuda._triton.cache_clear()
     with pytest.warns(UserWarning, match=r"Triton is not installed.*arbllm\[gpu\]"):
-        kernel = cuda._kernel()
-    assert kernel is cuda._kernel() is reference.matmul
+        assert not cuda.available()
+    assert not cuda.available()
     assert not recwarn.list
-    cuda._kernel.cache_clear()
+    cuda._triton.cache_clear()
 
 
 @pytest.mark.parametrize("file", sorted(triton_configuration.FOLDER.glob("*.json")), ids=lambda file: file.stem)

@@ -3,7 +3,8 @@ import torch
 
 from arbllm.format.bitplanes import unpack
 from arbllm.kernels.expand import expanded
-from arbllm.kernels.triton_layout import CHUNK, LONGEST_RUN, WORDS, prepare
+from arbllm.kernels.triton_layout import prepare
+from arbllm.kernels.triton_plan import CHUNK, LONGEST_RUN, WORDS
 from tests.kernels.triton_matrices import MATRICES, in_segments
 
 
@@ -12,10 +13,10 @@ def test_every_column_is_in_one_run_or_alone(name):
     """Of plain segments: a column of a trellis with four signs is in two of them."""
     matrix = MATRICES[name]()
     ready, order = prepare(matrix), expanded(matrix).order
-    columns = [ready.order[run.column + run.low : run.column + run.high] for run in ready.runs]
+    columns = [ready.order[run.column + run.low : run.column + run.high] for run in ready.plan.runs]
     found = torch.cat([*columns, ready.single_columns[0]])
     assert sorted(found.tolist()) == (list(range(matrix.layout.columns)) if order is None else sorted(order.tolist()))
-    assert all(run.chunks <= LONGEST_RUN and run.high <= run.stop <= run.chunks * CHUNK for run in ready.runs)
+    assert all(run.chunks <= LONGEST_RUN and run.high <= run.stop <= run.chunks * CHUNK for run in ready.plan.runs)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -24,13 +25,13 @@ def test_signs_are_where_words_hold_them(name):
     ready, layout, plain = prepare(matrix), matrix.layout, expanded(matrix)
     order = matrix.column_order()
     signs = unpack(matrix.signs, layout.columns)
-    for run in ready.runs:
-        size = run.kind.planes * ready.quarter * WORDS
+    for run in ready.plan.runs:
+        size = run.kind.planes * ready.plan.quarter * WORDS
         piece = next(piece for piece in plain.pieces if piece.place.row_scale == run.step)
         for k in range(run.low, run.high, 7):
             column = piece.source.column + run.factor + k - piece.place.column_scale
             chunk, inside = divmod(k, CHUNK)
-            words = ready.words[run.words * WORDS + chunk * size :][: ready.quarter * WORDS].view(-1, WORDS)
+            words = ready.words[run.words * WORDS + chunk * size :][: ready.plan.quarter * WORDS].view(-1, WORDS)
             bits = [words[:, inside % WORDS] >> (4 * quarter + inside // WORDS) & 1 for quarter in range(4)]
             assert torch.equal(torch.cat(bits)[: layout.rows].bool(), signs[:, column])
             assert ready.order[run.column + k] == (column if order is None else order[column])
@@ -40,15 +41,15 @@ def test_signs_are_where_words_hold_them(name):
 @pytest.mark.parametrize("name", MATRICES)
 def test_units_divide_the_work(name, chunks):
     ready = prepare(MATRICES[name]())
-    units = ready.units(chunks).tolist()
-    runs = [number for kind, first, last in units if kind < len(ready.kinds) for number in range(first, last)]
-    assert runs == list(range(len(ready.runs)))
-    singles = [number for kind, first, last in units if kind == len(ready.kinds) for number in range(first, last)]
+    units = ready.plan.units(chunks, torch.device("cpu")).tolist()
+    runs = [number for kind, first, last in units if kind < len(ready.plan.kinds) for number in range(first, last)]
+    assert runs == list(range(len(ready.plan.runs)))
+    singles = [number for kind, first, last in units if kind == len(ready.plan.kinds) for number in range(first, last)]
     assert singles == list(range(len(ready.singles)))
     for kind, first, last in units:
-        if kind < len(ready.kinds):
-            members = ready.runs[first:last]
-            assert {run.kind for run in members} == {ready.kinds[kind]}
+        if kind < len(ready.plan.kinds):
+            members = ready.plan.runs[first:last]
+            assert {run.kind for run in members} == {ready.plan.kinds[kind]}
             assert len(members) == 1 or sum(run.chunks for run in members) <= chunks
 
 
@@ -57,8 +58,8 @@ def test_memory_is_that_of_the_packed_tensors(name):
     """Up to what rounds each kind of columns up to a chunk and rows to four, tables, and scales of plain segments."""
     matrix = MATRICES[name]()
     ready = prepare(matrix)
-    rows = 4 * ready.quarter
-    padding = sum(CHUNK * kind.planes for kind in ready.kinds) * rows // 8
+    rows = 4 * ready.plan.quarter
+    padding = sum(CHUNK * kind.planes for kind in ready.plan.kinds) * rows // 8
     tables = ready.order.nbytes + ready.single_columns.nbytes + ready.run_table.nbytes + ready.singles.nbytes
     scales = ready.row_scales.nbytes + ready.column_scales.nbytes + ready.steps.nbytes
     assert ready.nbytes <= matrix.nbytes * rows / matrix.layout.rows + padding + tables + scales

@@ -5,17 +5,18 @@ With TRITON_INTERPRET=1 they run on the CPU, else on a GPU.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
+from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels import cuda, dispatch, triton_configuration
 from arbllm.kernels import triton as kernel
-from arbllm.kernels import triton_configuration
-from arbllm.kernels.triton_layout import LONGEST_RUN
+from arbllm.kernels.triton_plan import LONGEST_RUN
 from tests.helpers import random_packed
 from tests.kernels.triton_matrices import MATRICES, in_segments
 
@@ -42,7 +43,9 @@ def use(monkeypatch, few: int, many: int) -> None:
 
 
 def check(matrix: BinaryMatrix, x: torch.Tensor) -> None:
-    y = kernel.matmul(x.to(DEVICE), matrix.map(lambda tensor: tensor.to(DEVICE))).cpu()
+    y = cuda.multiply(
+        x.to(DEVICE), kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE))), matrix.layout.rows
+    ).cpu()
     assert y.dtype == x.dtype
     assert y.shape == (*x.shape[:-1], matrix.layout.rows)
     dense = matrix.dequantize().double()
@@ -131,58 +134,77 @@ def test_any_strides_and_leading_dimensions():
     check(matrix, torch.randn(2, 0, 64))
 
 
-def test_other_dtypes_and_gradients_take_the_reference_kernel():
-    matrix = in_segments(9, (64, 2, 1)).map(lambda tensor: tensor.to(DEVICE))
-    x = torch.randn(2, 64, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    kernel.matmul(x, matrix).sum().backward()
-    torch.testing.assert_close(x.grad, matrix.dequantize(torch.float64).sum(0).expand(2, 64))
-
-
-def test_new_contents_are_seen():
-    matrix, other = in_segments(9, (64, 2, 1)), random_packed(in_segments(9, (64, 2, 1)).layout, seed=1)
-    x = inputs(1, 64, torch.float32)
-    check(matrix, x)
-    for name, tensor in matrix.tensors().items():
-        tensor.copy_(other.tensors()[name])
-    check(matrix, x)
-
-
-def test_other_scales_of_the_same_signs_are_seen():
-    matrix, x = in_segments(48, (64, 2, 1)), inputs(2, 64, torch.float32)
-    check(matrix, x)
-    rows, columns = matrix.scales()
-    check(matrix.with_scales(3 * rows, columns), x)
-    check(matrix, x)
-
-
 def test_inputs_of_another_width_are_refused():
+    ready = kernel.prepare(in_segments(48, (64, 2, 1)).map(lambda tensor: tensor.to(DEVICE)))
     with pytest.raises(ValueError, match="inputs have 63 columns, the packed weight has 64"):
-        kernel.matmul(torch.randn(2, 63, device=DEVICE), in_segments(48, (64, 2, 1)))
+        cuda.multiply(torch.randn(2, 63, device=DEVICE), ready, 48)
 
 
 def test_operator():
-    matrix = in_segments(9, (64, 2, 1), (20, 1, 4, True)).map(lambda tensor: tensor.to(DEVICE))
-    stored, numbers = list(matrix.tensors().values()), kernel._numbers(matrix.layout)
-    arguments = inputs(2, 84, torch.float32).to(DEVICE), stored, numbers
+    ready = kernel.prepare(in_segments(9, (64, 2, 1), (20, 1, 4, True)).map(lambda tensor: tensor.to(DEVICE)))
+    arguments = inputs(2, 84, torch.float32).to(DEVICE), *ready
     torch.library.opcheck(torch.ops.arbllm.triton_matmul.default, arguments)
 
 
-def test_is_traced_whole():
-    matrix = in_segments(9, (40, 2, 1), (24, 1, 2)).map(lambda tensor: tensor.to(DEVICE))
+@pytest.fixture
+def layer(monkeypatch):
+    """A layer that takes the Triton kernel wherever it is."""
+    monkeypatch.setattr(nn, "preparing_kernel", lambda x: dispatch.preparing_kernel(x) and cuda)
+    return nn.BinaryLinear.from_matrix(in_segments(48, (64, 2, 1)), torch.randn(48)).to(DEVICE)
+
+
+def dense(layer, x):
+    return (x.cpu() @ layer.matrix.map(torch.Tensor.cpu).dequantize().T + layer.bias.cpu()).to(x.device)
+
+
+def test_a_layer_has_its_bits_on_the_gpu_once(layer):
+    stored, x = {name: tensor.clone() for name, tensor in layer.state_dict().items()}, torch.randn(2, 64).to(DEVICE)
+    y = layer(x)
+    torch.testing.assert_close(y, dense(layer, x), rtol=1e-4, atol=1e-4)
+    assert all(tensor.is_cpu for tensor in layer.buffers())
+    assert all(torch.equal(layer.state_dict()[name].cpu(), tensor.cpu()) for name, tensor in stored.items())
+    prepared = layer._prepared
+    assert torch.equal(layer(x), y)
+    assert layer._prepared is prepared
+    assert torch.equal(copy.deepcopy(layer)(x), y)  # whose packed tensors are on the CPU, its bias on the GPU
+    assert torch.equal(layer.to(DEVICE)(x), y)
+
+
+def test_a_layer_computes_gradients_after_it_was_prepared(layer):
+    x = torch.randn(2, 64, device=DEVICE)
+    layer(x)
+    y = layer(x.requires_grad_())
+    torch.testing.assert_close(y, dense(layer, x))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.cpu(), layer.matrix.dequantize().sum(0).expand(2, 64), rtol=1e-4, atol=1e-4)
+
+
+def test_new_contents_are_seen(layer):
+    x, other = torch.randn(2, 64, device=DEVICE), random_packed(layer.layout, seed=1)
+    layer(x)
+    for name, tensor in layer.matrix.tensors().items():
+        tensor.copy_(other.tensors()[name])
+    torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-4, atol=1e-4)
+    rows, columns = layer.matrix.scales()
+    layer.row_scales = layer.matrix.with_scales(3 * rows, columns).row_scales
+    torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_is_traced_whole(layer):
     x = inputs(2, 64, torch.float32).to(DEVICE)
-    traced = torch.compile(lambda x: kernel.matmul(x, matrix), backend="eager", fullgraph=True)
-    assert torch.equal(traced(x), kernel.matmul(x, matrix))
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(traced(x), layer(x))
+    assert all(tensor.is_cpu for tensor in layer.buffers())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_in_cuda_graphs_and_compiled():
-    matrix = in_segments(256, (512, 2, 1), (256, 2, 2)).map(lambda tensor: tensor.to(DEVICE))
-    x = inputs(1, 768, torch.bfloat16).to(DEVICE)
-    expected = kernel.matmul(x, matrix)
+def test_in_cuda_graphs_and_compiled(layer):
+    x = inputs(1, 64, torch.bfloat16).to(DEVICE)
+    expected = layer(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = kernel.matmul(x, matrix)
+        y = layer(x)
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
-    assert torch.equal(torch.compile(partial(kernel.matmul, matrix=matrix), fullgraph=True)(x), expected)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)

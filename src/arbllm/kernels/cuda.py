@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,31 +13,79 @@ from torch import Tensor
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import reference
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of inputs that the Triton kernel takes."""
+Ready = tuple[list[Tensor], list[int]]
+"""A prepared weight as the operator takes it: tensors, and the layout in numbers, the second of which are columns."""
 
-def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
-    """Multiply by the packed weight: y = x W^T.
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the Triton kernel can run; says so, once, if not."""
+    return _triton() is not None
+
+
+def prepare(matrix: BinaryMatrix) -> Ready:
+    """The matrix as the Triton kernel reads it, on the same GPU, of about the size of the packed tensors."""
+    module = _triton()
+    assert module is not None, "callers ask whether it is available"
+    ready: Ready = module.prepare(matrix)
+    for tensor in ready[0]:
+        torch._dynamo.mark_static_address(tensor)  # else a compiled model copies it for each CUDA graph that it runs
+    return ready
+
+
+def multiply(x: Tensor, ready: Ready, rows: int, *, exact: bool = False) -> Tensor:
+    """Multiply by a prepared weight: y = x W^T.
+
+    Products of bfloat16 and float16 are exact but for the sums, which are in float32, and inputs times column scales,
+    which have 11 bits; of float32 they are good to some 20 bits.
 
     Args:
-        x: (..., m) of any floating dtype and any strides; on another device than a GPU the plain PyTorch kernel runs.
+        x: (..., m) of one of `DTYPES` and any strides, on the weight's device.
+        ready: from `prepare`.
+        rows: n.
+        exact: makes no difference, as no product is rounded to 8 bits here.
+
+    Returns:
+        (..., n) in the dtype of x.
+
+    Raises:
+        ValueError: x has another number of columns than the weight.
+    """
+    tensors, numbers = ready
+    columns = numbers[1]
+    reference.check_width(x, columns)
+    y: Tensor = torch.ops.arbllm.triton_matmul(x.reshape(-1, columns).contiguous(), tensors, numbers)
+    return y.view(*x.shape[:-1], rows)
+
+
+def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
+    """Multiply by the packed weight, y = x W^T; the matrix is prepared anew each time.
+
+    Args:
+        x: (..., m) of any floating dtype and any strides; on another device than a GPU, where Triton is not, and in
+            other dtypes than `DTYPES` the plain PyTorch kernel runs.
         matrix: the packed W (n, m), on the device of x.
 
     Returns:
         (..., n) in the dtype of x.
     """
-    return (_kernel() if x.is_cuda else reference.matmul)(x, matrix)
+    if not x.is_cuda or x.dtype not in DTYPES or not available():
+        return reference.matmul(x, matrix)
+    return multiply(x, prepare(matrix), matrix.layout.rows)
 
 
-@torch.compiler.assume_constant_result
 @cache
-def _kernel() -> Callable[[Tensor, BinaryMatrix], Tensor]:
+def _triton() -> ModuleType | None:
     if torch.version.hip is None:
         try:
             import_module("triton")
         except ImportError:
             reason = "Triton is not installed (pip install arbllm[gpu])"
         else:
-            return import_module("arbllm.kernels.triton").matmul
+            return import_module("arbllm.kernels.triton")
     else:
         reason = "the Triton kernel is written for NVIDIA's tensor cores"
     warnings.warn(f"{reason}, so packed layers run on the slow PyTorch kernel", stacklevel=2)
-    return reference.matmul
+    return None

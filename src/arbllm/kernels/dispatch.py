@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,24 +29,14 @@ def get_kernel(name: str) -> Kernel:
     return KERNELS[name]
 
 
-def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
-    """Multiply by the packed weight, y = x W^T, with the kernel that suits its device.
+def preparing_kernel(x: Tensor) -> ModuleType | None:
+    """The kernel that multiplies x by a weight that was prepared for it: `cpu` or `cuda`, whose caller keeps that.
 
-    Args:
-        x: (..., m) of any floating dtype and any strides.
-        matrix: the packed W (n, m), on the device of x.
-
-    Returns:
-        (..., n) in the dtype of x.
+    It has `prepare(matrix)` and `multiply(x, prepared, rows, exact=...)`. None where x is multiplied by the packed
+    weight itself (`reference.matmul`): if x is of float64 or needs a gradient, or if the kernel is not installed.
     """
-    return get_kernel("cuda" if x.is_cuda else "reference")(x, matrix)
-
-
-def takes_prepared(x: Tensor) -> bool:
-    """Whether x is multiplied by a weight prepared for the CPU (`cpu.multiply`); a caller keeps what it prepared.
-
-    So is every x on the CPU, except one of float64 and one that needs a gradient.
-    """
-    return (
-        x.is_cpu and x.dtype != torch.float64 and not (x.requires_grad and torch.is_grad_enabled()) and cpu.available()
-    )
+    if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if x.is_cpu:
+        return cpu if cpu.available() else None
+    return cuda if x.is_cuda and x.dtype in cuda.DTYPES and cuda.available() else None

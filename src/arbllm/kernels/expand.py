@@ -103,7 +103,7 @@ def expanded(matrix: BinaryMatrix) -> Expanded:
         matrix: on any device; the result is on the same.
     """
     layout = matrix.layout
-    pieces = _pieces(layout)
+    pieces = pieces_of(layout)
     order = matrix.column_order()
     if not layout.has_trellis:
         return Expanded(pieces, order, matrix.row_scales, matrix.scale_steps, matrix.column_scales)
@@ -124,7 +124,8 @@ def part_scales(part: LevelPart) -> list[float]:
     return [total * groups / (2 << part.terms) for total in sums]
 
 
-def _pieces(layout: Layout) -> tuple[Piece, ...]:
+def pieces_of(layout: Layout) -> tuple[Piece, ...]:
+    """The plain segments of a matrix of this layout."""
     found = [(place, number) for place in layout.places for number in _parts(place.segment)]
     segments = [PARTS[part].segment(place.segment.width) if part else place.segment for place, part in found]
     columns = sum(segment.width for segment in segments)

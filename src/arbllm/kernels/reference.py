@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 
 
@@ -25,7 +24,7 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     Raises:
         ValueError: x has another number of columns than the weight.
     """
-    check_width(x, matrix.layout)
+    check_width(x, matrix.layout.columns)
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     order = matrix.column_order()
@@ -37,11 +36,11 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     return y.view(*x.shape[:-1], matrix.layout.rows)
 
 
-def check_width(x: Tensor, layout: Layout) -> None:
+def check_width(x: Tensor, columns: int) -> None:
     """Refuse inputs of another width than a weight's, which kernels would read beyond.
 
     Raises:
         ValueError: they are.
     """
-    if x.shape[-1] != layout.columns:
-        raise ValueError(f"inputs have {x.shape[-1]} columns, the packed weight has {layout.columns}")
+    if x.shape[-1] != columns:
+        raise ValueError(f"inputs have {x.shape[-1]} columns, the packed weight has {columns}")

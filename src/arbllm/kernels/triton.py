@@ -7,73 +7,31 @@ TRITON_INTERPRET=1 in the environment before the first import everything runs on
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from arbllm.format.layout import ORDERINGS, Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import reference, triton_configuration, triton_matmul, triton_matvec
+from arbllm.kernels import cuda, triton_configuration, triton_layout, triton_matmul, triton_matvec
 from arbllm.kernels.triton_configuration import Configuration, FewTokens
-from arbllm.kernels.triton_layout import CHUNK, ROWS_OF_A_WORD, SINGLES, Prepared, prepare, tiles_of
+from arbllm.kernels.triton_layout import Prepared
+from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, SINGLES, Plan, plan_of, tiles_of
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SLICE = 8
 """Columns of inputs that one program scales; products with fewer are padded to these."""
 LEAST_CHUNKS = 8
 """Chunks of columns that are worth a program."""
 THREADS_OF_A_WARP = 32
 
-# Signs -> all stored tensors, weakly, with their versions, and what was prepared from them.
-_prepared = WeakTensorKeyDictionary()
 
-
-def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
-    """Multiply by the packed weight: y = x W^T.
-
-    The first call with a matrix repacks it (see `triton_layout`); that copy lives as long as the matrix's signs.
-
-    Args:
-        x: (..., m) of any strides. Products of bfloat16 and float16 are exact but for the sums, which are in float32,
-            and inputs times column scales, which have 11 bits; of float32 they are good to some 20 bits. Other dtypes
-            and inputs that need a gradient take the reference kernel.
-        matrix: the packed W (n, m), on the device of x.
-
-    Returns:
-        (..., n) in the dtype of x.
-
-    Raises:
-        ValueError: x has another number of columns than the weight.
-    """
-    reference.check_width(x, matrix.layout)
-    if x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()) or not x.numel():
-        return reference.matmul(x, matrix)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.ops.arbllm.triton_matmul(rows, list(matrix.tensors().values()), _numbers(matrix.layout))
-    return y.view(*x.shape[:-1], matrix.layout.rows)
-
-
-def prepared(layout: Callable[[], Layout], stored: Sequence[Tensor]) -> Prepared:
-    """A matrix as the kernels read it, made at the first call and again after its tensors were written to.
-
-    Args:
-        layout: gives the layout, where it is needed.
-        stored: the tensors of `Layout.tensors`, in its order.
-    """
-    versions = [None if tensor.is_inference() else tensor._version for tensor in stored]
-    references, known, found = _prepared.get(stored[0], ((), None, None))
-    same = len(references) == len(stored) and all(ref() is each for ref, each in zip(references, stored, strict=True))
-    if found is None or not same or known != versions:
-        sizes = layout()
-        found = prepare(BinaryMatrix.from_tensors(sizes, dict(zip(sizes.tensors(), stored, strict=True))))
-        _prepared[stored[0]] = [weakref.ref(tensor) for tensor in stored], versions, found
-    return found
+def prepare(matrix: BinaryMatrix) -> cuda.Ready:
+    """A matrix as the kernels read it, on the same device, of about the size of the packed tensors."""
+    return triton_layout.prepare(matrix).tensors, _numbers(matrix.layout)
 
 
 def _numbers(layout: Layout) -> list[int]:
@@ -98,23 +56,28 @@ def _layout(numbers: Sequence[int]) -> Layout:
     )
 
 
+@cache
+def _plan(numbers: tuple[int, ...]) -> Plan:
+    return plan_of(_layout(numbers))
+
+
 @torch.library.custom_op("arbllm::triton_matmul", mutates_args=())
-def triton_matmul_operator(x: Tensor, stored: list[Tensor], numbers: list[int]) -> Tensor:
+def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int]) -> Tensor:
     """y = x W^T.
 
     Args:
-        x: contiguous, (tokens, m), one of `DTYPES`.
-        stored: the tensors of `Layout.tensors`, in its order; the first are the signs.
+        x: contiguous, (tokens, m), one of `cuda.DTYPES`.
+        tensors: of `Prepared`, in its order.
         numbers: of the layout.
     """
-    ready = prepared(partial(_layout, numbers), stored)
-    configuration = configuration_of(x.device).of(ready.layout.rows, ready.layout.columns, len(x))
+    matrix = Prepared(_plan(tuple(numbers)), *tensors)
+    configuration = configuration_of(x.device).of(numbers[0], numbers[1], len(x))
     with _on(x.device):
-        return multiply(x, ready, configuration)
+        return multiply_prepared(x, matrix, configuration) if len(x) else x.new_empty(0, numbers[0])
 
 
 @triton_matmul_operator.register_fake
-def _(x: Tensor, stored: list[Tensor], numbers: list[int]) -> Tensor:
+def _(x: Tensor, tensors: list[Tensor], numbers: list[int]) -> Tensor:
     return x.new_empty(x.shape[0], numbers[0])
 
 
@@ -128,7 +91,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def multiply(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
+def multiply_prepared(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T by the kernel that suits the number of tokens; x (tokens, m) is contiguous."""
     if len(x) <= configuration.few.most_tokens:
         return multiply_few(x, matrix, configuration)
@@ -138,30 +101,31 @@ def multiply(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tenso
 
 def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T straight from the bits."""
-    layout, launch, tokens = matrix.layout, configuration.few, len(x)
+    plan, launch, tokens = matrix.plan, configuration.few, len(x)
+    layout = plan.layout
     parts = 2 if x.dtype == torch.float32 else 1
-    most = max((groups for groups, *_ in matrix.kinds), default=1) if layout.column_scaled else 1
-    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in matrix.kinds), default=1)
+    most = max((groups for groups, *_ in plan.kinds), default=1) if layout.column_scaled else 1
+    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in plan.kinds), default=1)
     size = _tokens_at_a_time(tokens, most * parts, planes, launch)
     width = max(SLICE, size * most * parts)
-    blocks, places = triton.cdiv(tokens, size), triton.cdiv(matrix.quarter, launch.rows)
-    units = matrix.units(_chunks(matrix, launch.programs, places * blocks))
-    runs, most_tiles = len(matrix.runs), max((tiles_of(layout, kind) for kind in matrix.kinds), default=1)
-    z = x.new_empty(blocks * matrix.tiles * CHUNK * width, dtype=torch.float16)
+    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.quarter, launch.rows)
+    units = plan.units(_chunks(matrix, launch.programs, places * blocks), x.device)
+    runs, most_tiles = len(plan.runs), max((tiles_of(layout, kind) for kind in plan.kinds), default=1)
+    z = x.new_empty(blocks * plan.tiles * CHUNK * width, dtype=torch.float16)
     norms, sums = x.new_empty(2, max(blocks * runs * most_tiles * width, 1), dtype=torch.float32)
     counters = x.new_empty(blocks * places, dtype=torch.int32)
     addends = x.new_empty(len(units) * tokens * layout.rows if len(units) > 1 else 1, dtype=torch.float32)
     y = x.new_empty(tokens, layout.rows)
     flags = {**_flags(matrix), "PARTS": parts, "MOST_TILES": most_tiles, "TOKENS": size, "N": width}
-    span = triton.next_power_of_2(max((run.chunks for run in matrix.runs), default=1))
+    span = triton.next_power_of_2(max((run.chunks for run in plan.runs), default=1))
     triton_matvec.scale_inputs[(max(runs, 1), most_tiles, blocks * (width // SLICE))](
         x, matrix.order, matrix.column_scales, matrix.steps, matrix.run_table, z, norms, sums, counters,
-        runs, matrix.tiles, tokens, layout.columns, places, SLICE=SLICE, SPAN=span, **flags,
+        runs, plan.tiles, tokens, layout.columns, places, SLICE=SLICE, SPAN=span, **flags,
     )  # fmt: skip
     triton_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, z, norms, sums, matrix.row_scales, matrix.row_means, matrix.run_table, units,
         matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
-        runs, matrix.tiles, tokens, layout.columns, layout.rows, matrix.quarter, len(matrix.singles),
+        runs, plan.tiles, tokens, layout.columns, layout.rows, plan.quarter, len(matrix.singles),
         KINDS=_kinds(matrix), SPLIT=len(units) > 1, M=launch.rows, WORDS=launch.words,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, **flags,
     )  # fmt: skip
@@ -170,17 +134,17 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
 
 def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T with weights made in registers; xs (tokens, columns) is in the order of `Prepared.order`."""
-    layout, launch, tokens = matrix.layout, configuration.many, len(xs)
-    blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(matrix.quarter, launch.rows)
-    units = matrix.units(_chunks(matrix, launch.programs, places * blocks))
+    plan, launch, tokens = matrix.plan, configuration.many, len(xs)
+    blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(plan.quarter, launch.rows)
+    units = plan.units(_chunks(matrix, launch.programs, places * blocks), xs.device)
     split = len(units) > 1
     counters = torch.zeros(blocks * places if split else 1, dtype=torch.int32, device=xs.device)
-    addends = xs.new_empty(len(units) * tokens * layout.rows if split else 1, dtype=torch.float32)
-    y = xs.new_empty(tokens, layout.rows)
+    addends = xs.new_empty(len(units) * tokens * plan.layout.rows if split else 1, dtype=torch.float32)
+    y = xs.new_empty(tokens, plan.layout.rows)
     triton_matmul.many_tokens[(places, len(units), blocks)](
         xs, matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table, units,
         matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, addends, counters, y,
-        tokens, xs.shape[1], matrix.single_start, layout.rows, matrix.quarter, len(matrix.singles),
+        tokens, xs.shape[1], plan.single_start, plan.layout.rows, plan.quarter, len(matrix.singles),
         KINDS=_kinds(matrix), SPLIT=split, PRECISION="tf32x3" if xs.dtype == torch.float32 else "tf32",
         TOKENS=launch.tokens, M=launch.rows, WORDS=launch.words,
         num_warps=launch.warps, num_stages=launch.stages, **_flags(matrix),
@@ -190,7 +154,7 @@ def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) ->
 
 def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T with pieces of the weight written out; xs as in `multiply_many`."""
-    layout, launch, quarter = matrix.layout, configuration.dense, matrix.quarter
+    plan, launch, quarter = matrix.plan, configuration.dense, matrix.plan.quarter
     columns = xs.shape[1]
     piece = max(1, min(quarter, launch.scratch_megabytes * 10**6 // (4 * columns * xs.element_size())))
     y = xs.new_empty(len(xs), 4 * quarter)
@@ -198,15 +162,15 @@ def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -
     for start in range(0, quarter, piece):
         piece = min(piece, quarter - start)
         dense = xs.new_empty(4 * piece, columns)
-        grid = triton.cdiv(piece, launch.rows), len(matrix.runs) + triton.cdiv(len(matrix.singles), SINGLES)
+        grid = triton.cdiv(piece, launch.rows), len(plan.runs) + triton.cdiv(len(matrix.singles), SINGLES)
         triton_matmul.dequantize[grid](
             matrix.words, matrix.row_scales, matrix.row_means, matrix.run_table,
             matrix.singles, matrix.single_columns, matrix.column_scales, matrix.steps, dense,
-            start, piece, len(matrix.runs), columns, matrix.single_start, layout.rows, quarter, len(matrix.singles),
+            start, piece, len(plan.runs), columns, plan.single_start, plan.layout.rows, quarter, len(matrix.singles),
             KINDS=_kinds(matrix), M=launch.rows, num_warps=launch.warps, **_flags(matrix),
         )  # fmt: skip
         quarters[:, :, start : start + piece] = (xs @ dense.T).view(len(xs), 4, piece)
-    return y[:, : layout.rows].contiguous()
+    return y[:, : plan.layout.rows].contiguous()
 
 
 def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens) -> int:
@@ -227,9 +191,9 @@ def _chunks(matrix: Prepared, programs: int, others: int) -> int:
 
 def _kinds(matrix: Prepared) -> tuple[tuple[int, ...], ...]:
     """Kinds as Triton takes them."""
-    return tuple(tuple(kind) for kind in matrix.kinds)
+    return tuple(tuple(kind) for kind in matrix.plan.kinds)
 
 
 def _flags(matrix: Prepared) -> dict[str, bool]:
-    layout = matrix.layout
+    layout = matrix.plan.layout
     return {"SCALED": layout.column_scaled, "CODES": layout.scale_bits == 8, "MEANS": layout.row_means}

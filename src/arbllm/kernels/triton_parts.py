@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_layout import Run
+from arbllm.kernels.triton_plan import Run
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter knows no inline assembly and no products of bfloat16."""
@@ -37,7 +37,7 @@ RUN_ROW_STEP = _field("row_step")
 
 @triton.constexpr_function
 def planes_of(groups: int, terms: int, part: int) -> int:
-    """Planes of bits of a kind, see `triton_layout.Kind.planes`."""
+    """Planes of bits of a kind, see `triton_plan.Kind.planes`."""
     return min(part, 4) if part else terms + groups.bit_length() - 1
 
 

@@ -150,7 +150,7 @@ class BinaryLinear(PackedModule):
             if same and list(map(_version, watched)) == versions:
                 return prepared
         prepared = kernel.prepare(self._matrix_for(device))
-        self._leave_stored()
+        self._leave_stored(kernel)
         known = list(self._buffers.values())
         watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
         self._prepared = known, watched, list(map(_version, watched)), device, prepared
@@ -163,14 +163,15 @@ class BinaryLinear(PackedModule):
             return matrix.map(lambda tensor: tensor.to(device))
         return matrix
 
-    def _leave_stored(self) -> None:
+    def _leave_stored(self, kernel: ModuleType) -> None:
         """Keep the stored form, which was prepared, out of the memory that the kernel computes from."""
         matrix = self.matrix
-        if matrix.signs.is_cpu:
+        if kernel is cpu:
             cpu.give_back(matrix)
-        else:
-            for name, tensor in matrix.tensors().items():
-                self.register_buffer(name, tensor.cpu())
+        elif not matrix.signs.is_cpu:
+            with torch.inference_mode(False):  # else they could never be written to again
+                for name, tensor in matrix.tensors().items():
+                    self.register_buffer(name, tensor.cpu())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

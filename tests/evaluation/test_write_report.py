@@ -140,9 +140,19 @@ def test_a_collapsed_row_is_marked_at_the_edge(results):
     axes = figures.pareto(rows, "c4", "true_bits").axes[0]
     low, high = axes.get_ylim()
     assert low < 10.0
-    assert 10.0 * figures.COLLAPSED < high < 10.0 * figures.COLLAPSED * 3
+    assert 10.0 * figures.COLLAPSED < high < 10.0 * figures.COLLAPSED * 5
     labels = {text.get_text() for text in axes.texts}
     assert {"hqq-2: 1,000,000", "gptq-3"} <= labels
+
+
+def test_names_of_collapsed_rows_stay_apart_and_inside_the_picture(results):
+    collapsed = [row(name, "arb", bits, 1e8, 0.5) for name, bits in (("arb", 2.9), ("arb-x", 3.4), ("billm", 2.5))]
+    picture = figures.pareto([*results["rows"], *collapsed], "c4", "true_bits")
+    picture.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in picture.axes[0].texts if "100,000,000" in text.get_text()]
+    assert len(boxes) == 3
+    assert all(box.y1 <= picture.bbox.y1 for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_texts_of_like_names_keep_their_captions(results, tmp_path):

@@ -21,10 +21,12 @@ COLOURS = {
 }  # fmt: skip
 OTHER = "#555555"
 COLLAPSED = 10
+ROOM_ABOVE = 0.45  # for the names of rows that collapsed, in heights of the picture below them
 MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
 LETTER, LINE, MARKER = 6.2, 14.0, 7.0  # a letter's width, a line's height, half a marker's width, in pixels
 CLEARER = 5.0  # pixels by which a name should be nearer to its own point than to any other
 Box = tuple[float, float, float, float]  # left, low, right, high
+Label = tuple[str, tuple[float, float], str]  # name, point, colour
 Spot = tuple[int, int]  # of a label: left, centred or right of its point (-1, 0, 1), and below, beside or above it
 SPOTS: tuple[Spot, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 PART_COLOURS = ("#6c757d", "#6a4c93", "#b39cd0", "#e0a458", "#c8553d", "#a8dadc", "#dee2e6")
@@ -80,7 +82,7 @@ def as_svg(figure: Any) -> str:
 def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
     """Perplexity against true bits or megabytes, both logarithmic, the frontier as a line.
 
-    Rows of more than `COLLAPSED` times the least perplexity are marked at the upper edge with what they have.
+    Rows of more than `COLLAPSED` times the least perplexity are marked at the upper edge, what they have above them.
     """
     figure, axes = _axes()
     unit = 1.0 if size == "true_bits" else 1e6
@@ -93,17 +95,24 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
     if points:  # else there is nothing that a logarithm could be taken of
         axes.set_xscale("log")
         axes.set_yscale("log")
-    names = []
+    labels, beyond = [], []
     for row, (x, y) in zip(finite, points, strict=True):
-        beyond, winner, family = score(row, text) > edge, row in best, row["family"]
-        names.append(f"{row['method']}: {shown(score(row, text))}" if beyond else row["method"])
-        axes.scatter(x, y, color=COLOURS.get(family, OTHER), zorder=3,
-                     marker="^" if beyond else MARKERS.get(family, "o"), s=70 if winner else 36,
-                     edgecolor="black" if winner else "none")  # fmt: skip
+        winner, family, colour = row in best, row["family"], COLOURS.get(row["family"], OTHER)
+        collapsed = score(row, text) > edge
+        value = f": {shown(score(row, text))}" if collapsed else ""
+        (beyond if collapsed else labels).append((row["method"] + value, (x, y), colour))
+        axes.scatter(x, y, color=colour, zorder=3, marker="^" if collapsed else MARKERS.get(family, "o"),
+                     s=70 if winner else 36, edgecolor="black" if winner else "none")  # fmt: skip
     _plain_ticks(axes.xaxis, [x for x, _ in points])
     _plain_ticks(axes.yaxis, [y for _, y in points])
     axes.margins(x=0.32, y=0.12)
-    _label_points(axes, names, points, [COLOURS.get(row["family"], OTHER) for row in finite])
+    if beyond:
+        low = axes.get_ylim()[0]
+        axes.set_ylim(low, edge * (edge / low) ** ROOM_ABOVE)
+    _label_points(axes, labels)
+    for name, point, colour in beyond:
+        axes.annotate(name, point, (0, 7), textcoords="offset points", fontsize=9, color=colour, rotation=90,
+                      ha="center", va="bottom")  # fmt: skip
     axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
     axes.set_ylabel(f"perplexity, {text}")
     axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -183,19 +192,16 @@ def _axes(height: float = SIZE[1]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _label_points(
-    axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], colours: Sequence[str]
-) -> None:
+def _label_points(axes: Any, labels: Sequence[Label]) -> None:
     """Names beside their points, each at the spot where it covers least of the points and of the names before it.
 
     A name that could be taken for another point's counts as covering one letter for each pixel that it is too near.
     """
     axes.autoscale_view()
     frame = axes.get_window_extent()
-    places = [tuple(axes.transData.transform(point)) for point in points]
+    places = [tuple(axes.transData.transform(point)) for _, point, _ in labels]
     boxes: list[Box] = [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in places]
-    longest_first = sorted(zip(names, points, colours, strict=True), key=lambda label: -len(label[0]))
-    for name, point, colour in longest_first:
+    for name, point, colour in sorted(labels, key=lambda label: -len(label[0])):
         x, y = axes.transData.transform(point)
         width = LETTER * len(name)
         spots: list[tuple[Spot, Box]] = []

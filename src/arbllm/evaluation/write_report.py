@@ -17,7 +17,7 @@ from arbllm.evaluation.methods import FULL
 REPORT = "report.html"
 CAPTIONS = {
     "pareto-bits": "True bits a weight of the linears against perplexity on {text}; the line joins the frontier. "
-    f"Rows beyond {COLLAPSED} times the least perplexity are at the upper edge, with what they have.",
+    f"Triangles with a number stand for rows beyond {COLLAPSED} times the least perplexity, which is that number.",
     "pareto-bytes": "Size of the whole file against perplexity on {text}.",
     "error-by-layer": "Output error, tr(D H Dᵀ) / tr(W H Wᵀ), of each decoder block's linears.",
     "error-by-kind": "Output error by kind of linear, over all blocks.",

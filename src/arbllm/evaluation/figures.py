@@ -95,7 +95,8 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
     if points:  # else there is nothing that a logarithm could be taken of
         axes.set_xscale("log")
         axes.set_yscale("log")
-    labels, beyond = [], []
+    labels: list[Label] = []
+    beyond: list[Label] = []
     for row, (x, y) in zip(finite, points, strict=True):
         winner, family, colour = row in best, row["family"], COLOURS.get(row["family"], OTHER)
         collapsed = score(row, text) > edge

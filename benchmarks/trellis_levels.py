@@ -22,7 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--no-products", action="store_true", help="levels that are sums of signs alone")
     options = parser.parse_args()
+    if options.no_products:
+        code.PRODUCTS.update({terms: {} for terms in code.PRODUCTS})
+        code.level_values.cache_clear()
     sample = torch.randn(1, options.samples, generator=torch.Generator().manual_seed(0))
     for terms in code.COEFFICIENTS:
         products = list(code.PRODUCTS[terms])

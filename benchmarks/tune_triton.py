@@ -62,7 +62,7 @@ def main() -> None:
     for shape in SHAPES:
         first = random_matrix(*shape, options.bits, device)
         count = 1 + CACHE_BYTES // first.nbytes
-        matrices = [kernel.prepare(random_matrix(*shape, options.bits, device)) for _ in range(count)]
+        matrices = [cuda.prepare(random_matrix(*shape, options.bits, device)) for _ in range(count)]
         for part, tokens in [("few", tokens) for tokens in FEW] + [("many", tokens) for tokens in MANY]:
             x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
             best, seconds = None, float("inf")

@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--threads 2] [--bits 2.25] [--tokens 16] [--repeats 4] [--page]
 
-Weights are random: they make no difference to the speed. All models run the same code of transformers but for their
-linears, as it is and compiled (`torch.compile`). Of the LLaMA-7B as many blocks are measured as tell what a block
+Weights are random: they make no difference to the speed. All models run the same code of transformers but for what is
+packed, as it is and compiled (`torch.compile`). Of the LLaMA-7B as many blocks are measured as tell what a block
 costs, the rest is calculated. llama.cpp is measured where `llama-cpp-python` is installed.
 """
 
@@ -20,6 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from arbllm.format.rows import ROW_BITS
+from arbllm.model.embeddings import quantize_embeddings
 from arbllm.nn import BinaryLinear
 from kernels import machine
 from llama_cpp_peer import NO_PEER, PEER, PEER_HEADINGS, peers_of
@@ -39,7 +41,8 @@ SHAPES = {
     },
 }  # fmt: skip
 MEASURED_BLOCKS = {"SmolLM2-135M": (30,), "LLaMA-7B": (1, 4)}
-LINEARS = ("bfloat16", "float32", "packed")
+DENSE = ("bfloat16", "float32")
+PACKED, PACKED_ALL = "packed", "packed, embeddings too"
 LOOPS = ("eager", "compiled")
 CACHE_LENGTH = 128
 WARM_UP = 3
@@ -49,10 +52,11 @@ _SECTION = """\
 ## Writing tokens on a CPU
 
 One text, one token at a time, greedily, with a static cache, {threads} threads; linears of the blocks dense or packed
-at {bits:g} bits a weight with a trellis code, embedding and head dense. All models run the code of transformers,
-*eager* as it is or *compiled* by `torch.compile`. Medians of {repeats} runs of {tokens} tokens in which the contestants
-take turns; the spread is from the least to the greatest. Weights are random. Of LLaMA-7B one block and four are
-measured, and a third of the difference is added for each of the other 28.
+at {bits:g} bits a weight with a trellis code. All else is in bfloat16, but for models in float32 and those whose
+embedding and head are packed in 8 bits, which compute in float32, as `arbllm` does on a CPU. All models run the code of
+transformers, *eager* as it is or *compiled* by `torch.compile`. Medians of {repeats} runs of {tokens} tokens in which
+the contestants take turns; the spread is from the least to the greatest. Weights are random. Of LLaMA-7B one block and
+four are measured, and a third of the difference is added for each of the other 28.
 
 {machine}
 
@@ -102,10 +106,10 @@ def main() -> None:
 
 
 def contest(name: str, bits: float, tokens: int, repeats: int, threads: int) -> tuple[Rows, Rows]:
-    """A model with dense linears of two dtypes, and packed, each eager and compiled; and what llama.cpp does."""
+    """A model dense in two dtypes and packed in two ways, each eager and compiled; and what llama.cpp does."""
     blocks = MEASURED_BLOCKS[name]
     contestants: dict[tuple[str, int], Callable[[], float]] = {}
-    for linears in LINEARS:
+    for linears in (*DENSE, PACKED, PACKED_ALL):
         for count in blocks:
             model = make_model(name, count, linears, bits)
             for loop in LOOPS:
@@ -136,16 +140,16 @@ def ranking(name: str, whole: dict[str, list[float]]) -> Rows:
     """The models that run here, each beside the dense ones of the same loop."""
     rows: Rows = []
     for loop in LOOPS:
-        for linears in LINEARS:
+        for linears in (*DENSE, PACKED, PACKED_ALL):
             found = whole[f"{linears} {loop}"]
-            ratios = (median(whole[f"{dense} {loop}"]) / median(found) for dense in ("bfloat16", "float32"))
+            ratios = (median(whole[f"{dense} {loop}"]) / median(found) for dense in DENSE)
             rows.append((name, linears, loop, *speeds(found), *(f"{ratio:.2f}" for ratio in ratios)))
     return rows
 
 
 def peer_ranking(name: str, whole: dict[str, list[float]]) -> Rows:
-    """What llama.cpp does, and how many times as fast packed linears are."""
-    packed = min(median(whole[f"packed {loop}"]) for loop in LOOPS)
+    """What llama.cpp does, and how many times as fast the faster of the packed models is."""
+    packed = min(median(whole[f"{linears} {loop}"]) for linears in (PACKED, PACKED_ALL) for loop in LOOPS)
     peers = {kind: found for kind, found in whole.items() if kind.startswith(PEER)}
     return [(name, kind, *speeds(found), f"{median(found) / packed:.2f}") for kind, found in peers.items()]
 
@@ -156,12 +160,12 @@ def speeds(seconds: list[float]) -> tuple[str, str]:
 
 
 def make_model(name: str, blocks: int, linears: str, bits: float) -> LlamaForCausalLM:
-    """A model with random weights; packed linears go with embeddings, norms and head in bfloat16."""
-    dtype = torch.float32 if linears == "float32" else torch.bfloat16
+    """A model with random weights; what is not packed is in bfloat16, or in float32 beside embeddings in 8 bits."""
+    dtype = torch.float32 if linears in ("float32", PACKED_ALL) else torch.bfloat16
     config = LlamaConfig(**{**SHAPES[name], "num_hidden_layers": blocks}, max_position_embeddings=2048)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
-    if linears == "packed":
+    if linears in (PACKED, PACKED_ALL):
         for path, module in list(model.model.named_modules()):
             if isinstance(module, nn.Linear):
                 matrix = random_matrix(module.out_features, module.in_features, bits, torch.device("cpu"))
@@ -173,6 +177,8 @@ def make_model(name: str, blocks: int, linears: str, bits: float) -> LlamaForCau
                 setattr(module, key, nn.Parameter(random, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.tie_weights()
+    if linears == PACKED_ALL:
+        quantize_embeddings(model, ROW_BITS)
     return model.eval()
 
 

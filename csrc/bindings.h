@@ -5,5 +5,6 @@
 
 void bind_lookup(nanobind::module_& module);
 void bind_rebuild(nanobind::module_& module);
+void bind_rows(nanobind::module_& module);
 void bind_sweep(nanobind::module_& module);
 void bind_viterbi(nanobind::module_& module);

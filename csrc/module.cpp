@@ -11,6 +11,7 @@ NB_MODULE(_native, module) {
     bind_lookup(module);
     module.def("instruction_sets", &arbllm::instruction_sets, "Instruction sets that can be chosen, the best first.");
     bind_rebuild(module);
+    bind_rows(module);
     bind_sweep(module);
     bind_viterbi(module);
 }

@@ -9,6 +9,7 @@
 
 #include "../prepare.h"
 #include "../processor.h"
+#include "checks.h"
 
 using namespace arbllm;
 
@@ -197,7 +198,7 @@ int main() {
         {"trellis, several stretches", 129, {{1050, 1, 1, 1}, {520, 1, 4, 1}}, false, true},
         {"trellis, mixed", 65, {{77, 1, 4, 1}, {301, 2, 2}, {1, 1, 3, 1}, {70, 1, 1, 1}, {2, 1, 4, 1}}, false, true},
     };
-    bool sound = true;
+    bool sound = check_rows();
     for (const auto& set : instruction_sets()) {
         const Kernel* kernel = kernel_named(set.c_str());
         if (!kernel) {

@@ -83,6 +83,9 @@ def contract(
 ) -> None:
     """Write the gradients of the scales; those of the column scales as a row for each thread, to be added up."""
 
+def multiply_rows(x: Any, codes: Any, scales: Any, y: Any, instruction_set: int, threads: int) -> None:
+    """y = x (scale * code)^T: see `arbllm.kernels.rows`."""
+
 def viterbi(
     state: Any,
     values: Any | None,

@@ -147,12 +147,12 @@ class Int8Linear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., d) to y (..., V), in the dtype of x; half precision is computed in float32 on a CPU.
 
-        A few tokens in bfloat16 are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W
-        exists at a time.
+        On a CPU, a few tokens are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W exists
+        at a time.
         """
         codes, scales = self._rows()
         inputs = x.reshape(-1, x.shape[-1])
-        multiply = rows.multiply if rows.suits(inputs, codes) else _by_tiles
+        multiply = rows.multiply if rows.suits(inputs) else _by_tiles
         y = multiply(inputs, codes, scales)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)

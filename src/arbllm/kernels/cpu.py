@@ -75,7 +75,7 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
     row_means = stored["row_means"].float() if layout.row_means else None
     order = matrix.column_order()
     planes = [stored.get(name) for name in ("signs", "group_bitmap", "group_bitmap_high", *FURTHER_SIGNS)]
-    packed = _native().Packed.at(
+    packed = native_module().Packed.at(
         layout.rows,
         layout.columns,
         [[*place.segment, *place[1:]] for place in layout.places],
@@ -100,7 +100,7 @@ def give_back(matrix: BinaryMatrix) -> int:
     Returns:
         Bytes of memory that became free.
     """
-    return sum(_native().give_back(tensor.data_ptr(), tensor.nbytes) for tensor in matrix.tensors().values())
+    return sum(native_module().give_back(tensor.data_ptr(), tensor.nbytes) for tensor in matrix.tensors().values())
 
 
 def _summands(terms: int) -> list[tuple[int, float]]:
@@ -128,7 +128,7 @@ def multiply(
         ConfigError: this processor does not have the instruction set.
         ValueError: x has another number of columns than the weight.
     """
-    chosen = 0 if instruction_set is None else _number(instruction_set)
+    chosen = instruction_set_number(instruction_set)
     # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes.
     plain = type(x) is Tensor and not torch.compiler.is_compiling()
     if plain and not exact and x.dtype in _DIRECT and x.is_contiguous():
@@ -148,14 +148,26 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     return multiply(x, prepare(matrix), matrix.layout.rows, exact=True)
 
 
-def _number(instruction_set: str) -> int:
+def instruction_set_number(instruction_set: str | None) -> int:
+    """Its place in `instruction_sets`; that of the best for None.
+
+    Raises:
+        ConfigError: this processor does not have it.
+    """
+    if instruction_set is None:
+        return 0
     known = instruction_sets()
     if instruction_set not in known:
         raise ConfigError(f"instruction set {instruction_set!r} is not available; choose one of {', '.join(known)}")
     return known.index(instruction_set)
 
 
-def _native() -> ModuleType:
+def native_module() -> ModuleType:
+    """The C++ extension.
+
+    Raises:
+        ConfigError: it was not built.
+    """
     module = native()
     if module is None:
         raise ConfigError("arbllm was installed without its C++ kernels; install a C++ compiler, then arbllm again")
@@ -184,7 +196,7 @@ def _look_up(
     x: Tensor, y: Tensor, prepared: Tensor, sizes: tuple[int, int, int], stride: int, instruction_set: int
 ) -> Tensor:
     """Put x W^T into y by tables; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
-    _native().multiply(
+    native_module().multiply(
         prepared.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
@@ -204,7 +216,7 @@ def _fake(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: 
 
 def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> Tensor:
     """y = x W^T in float32, a tile of rows unpacked at a time."""
-    module, address, columns = _native(), prepared.data_ptr(), x.shape[1]
+    module, address, columns = native_module(), prepared.data_ptr(), x.shape[1]
     ordered = x.float().index_select(1, order(prepared, columns))
     lanes = module.LANES
     blocks, step = -(-rows // lanes), max(1, TILE_WEIGHTS // (lanes * columns))
@@ -220,5 +232,5 @@ def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> T
 
 def order(prepared: Tensor, columns: int) -> Tensor:
     """The natural column of each prepared one, int32 (m); shares memory with `prepared`."""
-    start = _native().order(prepared.data_ptr(), columns) - prepared.data_ptr()
+    start = native_module().order(prepared.data_ptr(), columns) - prepared.data_ptr()
     return prepared[start : start + 4 * columns].view(torch.int32)

@@ -1,51 +1,52 @@
-"""Products of a few tokens with 8-bit rows on the CPU, by PyTorch's kernel for such weights."""
+"""Products of a few tokens with 8-bit rows on the CPU, from the codes as they are stored (csrc/rows_kernel.h)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from arbllm.kernels import cpu
+
 MOST_TOKENS = 16
 """With more, unpacking tiles of the weight takes less time."""
-_WIDTH = 64
-"""Rows are multiples of this: PyTorch's kernel reads beyond the end of others."""
 
 _library = torch.library.Library("arbllm", "FRAGMENT")
-_library.define("rows_matmul(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+_library.define("rows_matmul(Tensor x, Tensor codes, Tensor scales, int instruction_set) -> Tensor")
 
 
-def suits(x: Tensor, codes: Tensor) -> bool:
-    """Whether `multiply` takes inputs x (t, d) and codes (V, d)."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and len(x) <= MOST_TOKENS
-        and codes.shape[1] % _WIDTH == 0
-        and not (x.requires_grad and torch.is_grad_enabled())
-    )
+def suits(x: Tensor) -> bool:
+    """Whether `multiply` takes inputs x (t, d)."""
+    few = x.is_cpu and x.shape[0] <= MOST_TOKENS and x.dtype != torch.float64
+    return few and not (x.requires_grad and torch.is_grad_enabled()) and cpu.available()
 
 
-def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply by a weight in 8-bit rows: y = x (scale * code)^T.
+def multiply(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: str | None = None) -> Tensor:
+    """Multiply by a weight in 8-bit rows: y = x (scale * code)^T, in float32 throughout.
 
     Args:
-        x: bfloat16 (t, d), of those that `suits` approves.
+        x: (t, d), of those that `suits` approves.
         codes: int8 (V, d).
         scales: float16 (V).
+        instruction_set: one of `cpu.instruction_sets`; None for the best.
 
     Returns:
-        bfloat16 (t, V), rounded twice: before the scale, and after it.
+        (t, V) in the dtype of x.
+
+    Raises:
+        ConfigError: this processor does not have the instruction set.
+        ValueError: x has another number of columns than the weight.
     """
-    return torch.ops.arbllm.rows_matmul(x, codes, scales)
+    return torch.ops.arbllm.rows_matmul(x, codes, scales, cpu.instruction_set_number(instruction_set))
 
 
 @torch.library.impl(_library, "rows_matmul", "CPU")
-def _compute(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    # The kernel's own scales are bfloat16, too coarse for ours.
-    unscaled = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes.contiguous(), x.new_ones(len(codes)))
-    return (unscaled * scales.float()).to(x.dtype)
+def _compute(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: int) -> Tensor:
+    inputs, y = x.float().contiguous(), torch.empty(len(x), len(codes))
+    arrays = (inputs.detach(), codes.contiguous(), scales.float(), y)
+    cpu.native_module().multiply_rows(*arrays, instruction_set, torch.get_num_threads())
+    return y.to(x.dtype)
 
 
 @torch.library.impl(_library, "rows_matmul", "Meta")
-def _fake(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: int) -> Tensor:
     return x.new_empty(len(x), len(codes))

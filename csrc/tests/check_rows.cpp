@@ -14,7 +14,7 @@ using namespace arbllm;
 
 namespace {
 
-MultiplyRows& kernel_of(const std::string& set) {
+MultiplyRows& kernel_of([[maybe_unused]] const std::string& set) {
 #if defined(__x86_64__)
     if (set == "avx512") return multiply_rows_avx512;
     if (set == "avx2") return multiply_rows_avx2;

@@ -36,7 +36,8 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: str | No
         ConfigError: this processor does not have the instruction set.
         ValueError: x has another number of columns than the weight.
     """
-    return torch.ops.arbllm.rows_matmul(x, codes, scales, cpu.instruction_set_number(instruction_set))
+    chosen = 0 if instruction_set is None else cpu.instruction_set_number(instruction_set)
+    return torch.ops.arbllm.rows_matmul(x, codes, scales, chosen)
 
 
 @torch.library.impl(_library, "rows_matmul", "CPU")

@@ -7,6 +7,7 @@ from torch import nn
 from arbllm import embedding
 from arbllm.embedding import Int8Embedding, Int8Linear
 from arbllm.format.rows import dequantize_rows
+from arbllm.kernels import cpu, rows
 
 IDS = torch.tensor([[3, 0, 9], [9, 9, 1]])
 
@@ -84,12 +85,36 @@ def test_a_head_is_the_dense_layer_tile_by_tile(head, dtype, tile_weights, monke
     monkeypatch.setattr(embedding, "CPU_TILE_WEIGHTS", tile_weights)
     packed = Int8Linear.from_dense(head)
     head.weight.data = rounded(packed)
-    x = torch.randn(2, 3, 6).to(dtype)
+    x = torch.randn(2, rows.MOST_TOKENS, 6).to(dtype)
     found = packed.to(dtype)(x)
     assert found.dtype == dtype
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(found.float(), head.float()(x.float()), **tolerance)
     assert packed.scales.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_head_is_the_dense_layer_for_a_few_tokens(head, dtype):
+    packed = Int8Linear.from_dense(head)
+    head.weight.data = rounded(packed)
+    x = torch.randn(2, 3, 6).to(dtype)
+    found = packed.to(dtype)(x)
+    assert found.dtype == dtype
+    tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(found.double(), head.double()(x.double()), rtol=tolerance, atol=tolerance)
+
+
+def test_a_head_is_the_same_without_its_kernel(head, monkeypatch):
+    packed, x = Int8Linear.from_dense(head), torch.randn(3, 6)
+    expected = packed(x)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    torch.testing.assert_close(packed(x), expected)
+
+
+def test_a_head_is_one_graph(head):
+    packed, x = Int8Linear.from_dense(head), torch.randn(3, 6)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), packed(x))
 
 
 def test_gradients_reach_the_input_of_a_head(head):

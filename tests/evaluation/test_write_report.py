@@ -71,6 +71,11 @@ class _Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
+def test_the_page_is_the_same_every_time(results, tmp_path):
+    first, second = (write_report(results, tmp_path).read_text() for _ in range(2))
+    assert first == second
+
+
 def test_the_page_opens_without_a_network(results, tmp_path):
     text = write_report(results, tmp_path).read_text()
     tags = _Tags()

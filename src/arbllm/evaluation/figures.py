@@ -43,9 +43,7 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'") from error
     figures = {}
-    with mpl.rc_context(
-        {"font.size": 11, "font.family": "sans-serif", "svg.hashsalt": "arbllm", "svg.fonttype": "path"}
-    ):
+    with mpl.rc_context({"font.size": 11, "font.family": "sans-serif"}):
         for text in rows[0]["perplexity"] if rows else ():
             stem = stem_of(text)
             figures[f"pareto-bits-{stem}"] = pareto(rows, text, "true_bits")
@@ -67,10 +65,13 @@ def save_png(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
-def as_svg(figure: Any) -> str:
-    """A figure as an `svg` element to put into a page, its ids its own."""
+def as_svg(figure: Any, name: str) -> str:
+    """A figure as an `svg` element to put into a page: by its name its ids are its own, and the same every time."""
+    import matplotlib as mpl
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return re.sub(
         r'(<svg [^>]*?) width="[^"]*"',

@@ -47,7 +47,8 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     for name, figure in figures.items():
         save_png(figure, out / f"{name}.png")
     page = out / REPORT
-    page.write_text(render(results, {name: as_svg(figure) for name, figure in figures.items()}), encoding="utf-8")
+    pictures = {name: as_svg(figure, name) for name, figure in figures.items()}
+    page.write_text(render(results, pictures), encoding="utf-8")
     return page
 
 

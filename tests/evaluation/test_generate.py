@@ -19,6 +19,16 @@ def test_streams_the_greedy_continuation(model):
     assert text == "".join(pieces) == tokenizer.decode(output, skip_special_tokens=True)
 
 
+def test_a_penalty_keeps_tokens_from_coming_again(model):
+    tokenizer = byte_tokenizer()
+    inputs = tokenizer("Hello", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 50, "pad_token_id": 0}
+    output = model.generate(**inputs, repetition_penalty=1e6, **options)[0, 5:]
+    assert len(output.unique()) == len(output) > len(model.generate(**inputs, **options)[0, 5:].unique())
+    text = generate(model, tokenizer, "Hello", max_new_tokens=50, repetition_penalty=1e6)
+    assert text == tokenizer.decode(output, skip_special_tokens=True)
+
+
 def test_drawing_depends_on_the_seed_alone(model):
     first, again, other = (
         generate(model, byte_tokenizer(), "Hello", max_new_tokens=12, temperature=5.0, seed=seed) for seed in (1, 1, 2)
@@ -32,6 +42,8 @@ def test_drawing_depends_on_the_seed_alone(model):
         ("", {}, "prompt is empty"),
         ("Hello", {"max_new_tokens": 0}, "at least 1"),
         ("Hello", {"temperature": -1.0}, "0 or more"),
+        ("Hello", {"repetition_penalty": 0.0}, "above 0"),
+        ("Hello", {"repetition_penalty": float("nan")}, "above 0"),
     ],
 )
 def test_unusable_arguments(model, prompt, options, message):

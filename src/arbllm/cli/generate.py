@@ -16,6 +16,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are there already become less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draw, with a temperature above 0.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -29,7 +32,7 @@ def generate(
 
     `arbllm generate smollm2-packed "Once upon a time"`
 
-    `arbllm generate smollm2-packed "The moon is" --temperature 0.8 --seed 3 --max-new-tokens 50`
+    `arbllm generate smollm2-packed "The moon is" --temperature 0.8 --seed 3 --repetition-penalty 1.1`
     """
     with command(debug):
         from arbllm.device import choose_device, evaluation_dtype
@@ -50,6 +53,7 @@ def generate(
                 prompt,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                repetition_penalty=repetition_penalty,
                 seed=seed,
                 on_text=None if json else _write,
             )

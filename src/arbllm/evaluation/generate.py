@@ -30,6 +30,7 @@ def generate(
     *,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
@@ -41,6 +42,8 @@ def generate(
         prompt: the text to continue.
         max_new_tokens: tokens to write at most; the model may end sooner.
         temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
+        repetition_penalty: above 1, makes tokens that are there already less likely: logits are divided by it, or
+            multiplied where they are negative. Small models run in circles less.
         seed: of the draw.
         on_text: called with each piece of text as soon as it is final.
 
@@ -54,6 +57,8 @@ def generate(
         raise ConfigError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
     if temperature < 0:
         raise ConfigError(f"temperature must be 0 or more, not {temperature}")
+    if not repetition_penalty > 0:
+        raise ConfigError(f"repetition_penalty must be above 0 (1 for none), not {repetition_penalty}")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model some text to continue")
@@ -71,6 +76,7 @@ def generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=_Callback(tokenizer, receive),
             **sampling,

@@ -24,12 +24,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import linear
 
+from arbllm.format.rows import quantize_rows
 from arbllm.kernels import cpu, reference
+from arbllm.kernels import rows as byte_rows
 from random_matrices import random_matrix
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 SHAPES = ((4096, 11_008), (4096, 4096))
+HEAD = (49_152, 576)
 BATCHES = (1, 2, 4, 8, 16, 512)
 CACHE_BYTES = 100 * 10**6
 """Packed matrices that products go through before they come back to the first: three times a large cache."""
@@ -59,6 +62,8 @@ bits; products of more than {most} tokens are in float32.
 
 A call of `BinaryLinear` that computes next to nothing (64 x 64, one token) takes {overhead:.1f} us, Python and operator
 included, of which the product is {product:.1f} us.
+
+The output head of SmolLM2-135M, {head}, one token, from memory as above: {head_times}.
 
 `{command}` writes this section.
 """
@@ -91,11 +96,13 @@ def main() -> None:
     console.print(as_table(HEADINGS, rows))
     overhead, product = overheads()
     console.print(f"a small call: {overhead:.1f} us, its product {product:.1f} us")
+    heads = ", ".join(f"{name} {1e3 * times.middle:.2f} ms" for name, times in head_products(options.repeats).items())
+    console.print(f"a head: {heads}")
     if options.page:
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
             most=cpu.MOST_LOOKUP_TOKENS, machine=machine(), table=as_markdown(HEADINGS, rows), overhead=overhead,
-            product=product, command=COMMAND,
+            product=product, head=" x ".join(map(str, HEAD)), head_times=heads, command=COMMAND,
         )  # fmt: skip
         write_section(PERFORMANCE, "products on a CPU", text)
         console.print(f"wrote {PERFORMANCE}")
@@ -146,6 +153,20 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
             )
         )  # fmt: skip
     return table
+
+
+def head_products(repeats: int) -> dict[str, Times]:
+    """An output head times one token, in 8-bit rows and dense."""
+    x, weight = torch.randn(1, HEAD[1]), torch.randn(HEAD)
+    codes, scales = quantize_rows(weight)
+    copies = cycle([codes.clone() for _ in range(1 + CACHE_BYTES // codes.nbytes)])
+    singles, halves = (cycle([dense, dense.clone()]) for dense in (weight, weight.bfloat16()))
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "8-bit rows": lambda: byte_rows.multiply(x, next(copies), scales),
+        "bfloat16": partial(_dense, x.bfloat16(), halves),
+        "float32": partial(_dense, x, singles),
+    }
+    return dict(zip(contestants, in_turn(list(contestants.values()), repeats), strict=True))
 
 
 def _dense(x: Tensor, weights: Iterator[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace arbllm {
 
@@ -16,5 +17,8 @@ struct RowsProduct {
 // Each writes what rows [first, last) of the matrix give, in float32 throughout.
 using MultiplyRows = void(const RowsProduct& product, int64_t first, int64_t last);
 MultiplyRows multiply_rows_avx512, multiply_rows_avx2, multiply_rows_portable;
+
+// The one for an instruction set, which on ARM is the portable one; null for a name that there is not.
+MultiplyRows* multiply_rows_named(const std::string& name);
 
 }  // namespace arbllm

@@ -14,14 +14,6 @@ using namespace arbllm;
 
 namespace {
 
-MultiplyRows& kernel_of([[maybe_unused]] const std::string& set) {
-#if defined(__x86_64__)
-    if (set == "avx512") return multiply_rows_avx512;
-    if (set == "avx2") return multiply_rows_avx2;
-#endif
-    return multiply_rows_portable;
-}
-
 bool check(int64_t rows, int64_t columns, int64_t tokens, const std::string& set) {
     std::mt19937 generator(0);
     std::uniform_int_distribution<int> code(-127, 127);
@@ -32,7 +24,7 @@ bool check(int64_t rows, int64_t columns, int64_t tokens, const std::string& set
     for (auto* numbers : {&scales, &x}) {
         for (auto& number : *numbers) number = normal(generator);
     }
-    kernel_of(set)({rows, columns, tokens, codes.data(), scales.data(), x.data(), y.data()}, 0, rows);
+    multiply_rows_named(set)({rows, columns, tokens, codes.data(), scales.data(), x.data(), y.data()}, 0, rows);
     double wrong = 0.0, size = 0.0;
     for (int64_t token = 0; token < tokens; ++token) {
         for (int64_t row = 0; row < rows; ++row) {

@@ -6,6 +6,8 @@ from arbllm.errors import ConfigError
 from arbllm.format.rows import dequantize_rows, quantize_rows
 from arbllm.kernels import cpu, rows
 
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="arbllm was installed without its C++ kernels")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -32,6 +32,7 @@ struct Avx2 {
             return _mm256_blend_epi32(load(end - 24), word(next), 0xc0);
         }
     }
+    static Bytes average8(Bytes a, Bytes b) { return _mm256_avg_epu8(a, b); }
     static Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
     static Bytes sub16(Bytes a, Bytes b) { return _mm256_sub_epi16(a, b); }
     static Bytes up8(Bytes a) { return _mm256_slli_epi16(a, 8); }

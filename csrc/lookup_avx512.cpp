@@ -25,6 +25,7 @@ struct Avx512 {
     static Bytes join(const uint8_t* end, const uint8_t* next) {
         return _mm512_alignr_epi64(load(next), load(end - lanes), 8 - words);
     }
+    static Bytes average8(Bytes a, Bytes b) { return _mm512_avg_epu8(a, b); }
     static Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
     static Bytes sub16(Bytes a, Bytes b) { return _mm512_sub_epi16(a, b); }
     static Bytes up8(Bytes a) { return _mm512_slli_epi16(a, 8); }

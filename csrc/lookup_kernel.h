@@ -10,6 +10,7 @@
 //   differ              bits in which two vectors differ
 //   join<words>         so many last words of 8 bytes before an address, then the first ones from another address; both
 //                       addresses are inside an array, never less than 8 bytes from its ends
+//   average8            average of two bytes, rounded up
 //   add16, sub16        sum, difference of numbers of 16 bits
 //   up8, down8          numbers of 16 bits times, or divided by, 256
 //   share16             numbers of 16 bits times share / 2^15, rounded

@@ -24,6 +24,7 @@ struct Neon {
         static_assert(words == 1);
         return vcombine_u8(vld1_u8(end - 8), vld1_u8(next));
     }
+    static Bytes average8(Bytes a, Bytes b) { return vrhaddq_u8(a, b); }
     static Bytes add16(Bytes a, Bytes b) { return bytes(vaddq_u16(pairs(a), pairs(b))); }
     static Bytes sub16(Bytes a, Bytes b) { return bytes(vsubq_u16(pairs(a), pairs(b))); }
     static Bytes up8(Bytes a) { return bytes(vshlq_n_u16(pairs(a), 8)); }

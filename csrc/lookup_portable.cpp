@@ -52,6 +52,12 @@ struct Portable {
         std::memcpy(joined + 8 * words, next, lanes - 8 * words);
         return load(joined);
     }
+    static Bytes average8(Bytes a, Bytes b) {
+        return each([&](int i) {
+            const uint16_t p = a.pairs[i], q = b.pairs[i];
+            return ((p & 255) + (q & 255) + 1) >> 1 | ((p >> 8) + (q >> 8) + 1) >> 1 << 8;
+        });
+    }
     static Bytes add16(Bytes a, Bytes b) {
         return each([&](int i) { return a.pairs[i] + b.pairs[i]; });
     }

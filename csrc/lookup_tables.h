@@ -48,6 +48,7 @@ struct Tables {
     const uint8_t* entries;  // [nibble][accumulator][16]
     const float* scales;  // [stretch][accumulator]
     const float* zeros;  // likewise: the sum of look-ups where every entry stands for 0
+    const float* averaged_zeros;  // likewise, of look-ups averaged in pairs, with what averages are rounded up by
     const int32_t* shares;  // [block][accumulator]: of the scale of its stretch
 };
 
@@ -75,7 +76,7 @@ class Space {
             entries_.push_back(bytes);
             numbers_.push_back(numbers);
             bytes += 2 * int64_t{pass.bytes} * pass.accumulators * 16;
-            numbers += (blocks_of(pass) + 2 * stretches_of(pass)) * int64_t{pass.accumulators};
+            numbers += (blocks_of(pass) + 3 * stretches_of(pass)) * int64_t{pass.accumulators};
         }
         entry_bytes_ = bytes;
         bytes_ = bytes + 64 * ((4 * numbers + 63) / 64);
@@ -86,9 +87,9 @@ class Space {
     Tables tables(uint8_t* space, const Prepared& prepared, int64_t p) const {
         const Pass& pass = prepared.passes[p];
         const float* scales = reinterpret_cast<const float*>(space + entry_bytes_) + numbers_[p];
-        const float* zeros = scales + stretches_of(pass) * pass.accumulators;
-        const float* shares = zeros + stretches_of(pass) * pass.accumulators;
-        return {space + entries_[p], scales, zeros, reinterpret_cast<const int32_t*>(shares)};
+        const int64_t count = stretches_of(pass) * pass.accumulators;
+        const auto* shares = reinterpret_cast<const int32_t*>(scales + 3 * count);
+        return {space + entries_[p], scales, scales + count, scales + 2 * count, shares};
     }
 
   private:
@@ -97,6 +98,19 @@ class Space {
 };
 
 int share_of(int number, int share) { return (number * share + (1 << 14)) >> 15; }
+
+int odd_entries(EntryBytes entries) {
+    uint64_t words[2];
+    std::memcpy(words, &entries, 16);
+    constexpr uint64_t LOWEST = 0x0101010101010101;
+    return __builtin_popcountll(words[0] & LOWEST) + __builtin_popcountll(words[1] & LOWEST);
+}
+
+// By how much averages of one entry each of two tables, rounded up, exceed the true ones: their mean over all entries, a
+// half where the sum is odd.
+float excess_of(int odd, int other_odd) {
+    return static_cast<float>(odd * (16 - other_odd) + other_odd * (16 - odd)) * (0.5f / 256);
+}
 
 // The tables of one accumulator and stretch, from what its columns are multiplied by, 0 beyond the last one.
 template <int PER>
@@ -123,14 +137,16 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
     }
     float& scale = const_cast<float*>(tables.scales)[stretch * count + a];
     float& offset = const_cast<float*>(tables.zeros)[stretch * count + a];
+    float& averaged_offset = const_cast<float*>(tables.averaged_zeros)[stretch * count + a];
     if (!std::isfinite(total)) {  // tables cannot say so, but all that they are for is not a number
         for (int block = 0; block < blocks; ++block) {
             shares[block * count] = 0;
         }
-        scale = offset = std::numeric_limits<float>::quiet_NaN();
+        scale = offset = averaged_offset = std::numeric_limits<float>::quiet_NaN();
         return;
     }
-    int zero = 0;
+    int zero = 0, averaged_zero = 0;
+    float excess = 0.0f;
     for (int block = 0; block < blocks; ++block) {
         const float own = largest[block], inverse = own > 0.0f ? LARGEST * (1 << FINE) / own : 0.0f;
         const int share = most > 0.0f ? static_cast<int>(std::ceil(own / most * SHARE)) : 0;
@@ -139,10 +155,12 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
         const float exact = share ? inverse * (own / most * SHARE) / static_cast<float>(share) : 0.0f;
         shares[block * count] = share;
         zero += share_of(2 * ZERO * inside, share);
+        averaged_zero += share_of(ZERO * inside / 2, share);
         int16_t fine[PER * BLOCK_NIBBLES];
         for (int i = 0; i < PER * inside; ++i) {
             fine[i] = static_cast<int16_t>(static_cast<int32_t>(std::nearbyint(values[PER * begin + i] * exact)));
         }
+        int odd[BLOCK_NIBBLES];
         for (int n = 0; n < inside; ++n) {
             Entries sums = Entries{} + static_cast<uint16_t>((ZERO << FINE) + (1 << (FINE - 1)));
             for (int c = 0; c < PER; ++c) {
@@ -150,10 +168,15 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
             }
             const EntryBytes rounded = __builtin_convertvector(sums >> FINE, EntryBytes);
             std::memcpy(entries + 16 * count * (begin + n), &rounded, 16);
+            odd[n] = odd_entries(rounded);
+        }
+        for (int n = 0; n < inside; n += 2) {
+            excess += excess_of(odd[n], odd[n + 1]) * static_cast<float>(share) / (1 << 15);
         }
     }
     scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
     offset = scale * static_cast<float>(zero);
+    averaged_offset = 4.0f * scale * (static_cast<float>(averaged_zero) + excess);
 }
 
 // The tables of one stretch of a pass; x are the inputs of the whole pass.

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int WORD = 8;  // bytes of a vector's words: lags are multiples
 constexpr int BATCH = 4;  // summands that are added up at once, as many as registers hold
+constexpr int EXACT = 2;  // summands, those of the largest coefficients, whose look-ups are not averaged
+
+// Of other summands, what the two tables of a byte give is averaged, to 8 bits, so that there is half as much to add up.
+constexpr bool is_averaged(int summand) { return summand >= EXACT; }
 
 // The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
@@ -97,8 +101,13 @@ struct TrellisSums {
     void add_from(const Signs<V, TERMS, PART>& signs, const Table& low, const Table& high) {
         if constexpr (K < COUNT) {
             const auto code = signs.template product<MASKS[TERMS - 1][FIRST + K]>();
-            add_found(K, V::lookup(low, V::low(code)));
-            add_found(K, V::lookup(high, V::high(code)));
+            const auto first = V::lookup(low, V::low(code)), second = V::lookup(high, V::high(code));
+            if constexpr (is_averaged(FIRST + K)) {
+                add_found(K, V::average8(first, second));
+            } else {
+                add_found(K, first);
+                add_found(K, second);
+            }
             add_from<K + 1>(signs, low, high);
         }
     }
@@ -131,14 +140,15 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
         const int share = shares[first / BLOCK_BYTES];
         for (int k = 0; k < Found::COUNT; ++k) {
             const auto odd = found.odd[k], even = V::sub16(found.all[k], V::up8(odd));
-            totals[k][0] = V::add16(totals[k][0], V::share16(V::add16(even, even), share));
-            totals[k][1] = V::add16(totals[k][1], V::share16(V::add16(odd, odd), share));
+            const auto to_share = [&](auto sum) { return is_averaged(FIRST + k) ? sum : V::add16(sum, sum); };
+            totals[k][0] = V::add16(totals[k][0], V::share16(to_share(even), share));
+            totals[k][1] = V::add16(totals[k][1], V::share16(to_share(odd), share));
         }
     }
-    for (int k = 0; k < Found::COUNT; ++k) {
-        for (int half = 0; half < 2; ++half) {
-            float* to = sums + LANES / 2 * half + V::lanes * PART / 2;
-            V::add_scaled(to, totals[k][half], scale * pass.coefficients[FIRST + k]);
+    for (int half = 0; half < 2; ++half) {
+        for (int k = 0; k < Found::COUNT; ++k) {
+            const float coefficient = pass.coefficients[FIRST + k] * (is_averaged(FIRST + k) ? 4.0f : 1.0f);
+            V::add_scaled(sums + LANES / 2 * half + V::lanes * PART / 2, totals[k][half], scale * coefficient);
         }
     }
 }
@@ -163,9 +173,9 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
     for (int64_t token = 0; token < tokens; ++token) {
         std::fill_n(sums[token], LANES * blocks, 0.0f);
     }
-    float coefficients = 0.0f;
+    float exact = 0.0f, averaged = 0.0f;  // coefficients
     for (int s = 0; s < SUMMANDS[TERMS - 1]; ++s) {
-        coefficients += pass.coefficients[s];
+        (is_averaged(s) ? averaged : exact) += pass.coefficients[s];
     }
     for (int number = 0; number < stretches_of(pass); ++number) {
         for (int64_t block = 0; block < blocks; ++block) {
@@ -175,7 +185,7 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
                                                              : stretch.codes;
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables& own = tables[token];
-                const float zero = coefficients * own.zeros[number];
+                const float zero = exact * own.zeros[number] + averaged * own.averaged_zeros[number];
                 float* const to = sums[token] + LANES * block;
                 for (int r = 0; r < LANES; ++r) {
                     to[r] -= zero;
@@ -188,9 +198,11 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
     for (int64_t block = 0; block < blocks; ++block) {
         const float* factors = prepared.factors_of(tile, first + block, pass);
         for (int64_t token = 0; token < tokens; ++token) {
-            for (int r = 0; r < LANES; ++r) {
-                const int lane = LANES / 2 * (r % 2) + r / 2;
-                y[token][LANES * block + r] += factors[lane] * sums[token][LANES * block + lane];
+            const float *even = sums[token] + LANES * block, *odd = even + LANES / 2;
+            float* to = y[token] + LANES * block;
+            for (int i = 0; i < LANES / 2; ++i) {
+                to[2 * i] += factors[i] * even[i];
+                to[2 * i + 1] += factors[LANES / 2 + i] * odd[i];
             }
         }
     }

@@ -143,6 +143,15 @@ def test_a_trellis_is_prepared_in_the_memory_of_its_stored_signs(terms):
     assert signs < prepared.numel() < 1.02 * signs + 4 * (2 * 1024 + 2 * 1024) + 2048
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_one_large_input_loses_nothing_to_averages_in_a_trellis(instruction_set, terms):
+    """What rounding up adds to averages is known for each table: where the others are 0, it is taken off again."""
+    matrix = in_segments(130, Segment(323, 1, terms, True), ordering="explicit", scale_bits=8)
+    x = 1000.0 * torch.eye(323)[torch.randperm(323, generator=torch.Generator().manual_seed(0))[:16]]
+    quick = cpu.multiply(x, cpu.prepare(matrix), 130, instruction_set=instruction_set)
+    torch.testing.assert_close(quick, reference.matmul(x, matrix), rtol=1e-4, atol=1e-4)
+
+
 @given(matrix=matrices(), tokens=st.integers(1, 17))
 def test_random_layouts_in_all_instruction_sets(matrix, tokens):
     x, prepared, rows = inputs(tokens, matrix.layout.columns), cpu.prepare(matrix), matrix.layout.rows

@@ -28,7 +28,7 @@ from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 HEADINGS = ("products", "perplexity", "change")
-COMMAND = "python benchmarks/eight_bits.py out/comparison/models/arb-rcx-2.25-distilled --text wiki.test.raw --page"
+COMMAND = "python benchmarks/eight_bits.py out/comparison/models/{name} --text {text} --windows {windows} --page"
 
 _SECTION = """\
 ## What 8-bit tables do to perplexity
@@ -67,13 +67,13 @@ def main() -> None:
     if options.page:
         linears = [module.matrix for module in model.modules() if isinstance(module, BinaryLinear)]
         weights = sum(matrix.layout.rows * matrix.layout.columns for matrix in linears)
-        text = _SECTION.format(
+        name, text = Path(options.checkpoint).name, Path(options.text).name
+        section = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
-            length=options.window_length, name=Path(options.checkpoint).name,
-            text=Path(options.text).name, together=MOST_LOOKUP_TOKENS, machine=machine(),
-            table=as_markdown(HEADINGS, rows), command=COMMAND,
+            length=options.window_length, name=name, text=text, together=MOST_LOOKUP_TOKENS, machine=machine(),
+            table=as_markdown(HEADINGS, rows), command=COMMAND.format(name=name, text=text, windows=len(windows)),
         )  # fmt: skip
-        write_section(PERFORMANCE, "8-bit tables", text)
+        write_section(PERFORMANCE, "8-bit tables", section)
         console.print(f"wrote {PERFORMANCE}")
 
 

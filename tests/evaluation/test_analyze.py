@@ -89,10 +89,12 @@ def test_the_page(tmp_path):
     model = tiny_model("llama")
     linears = analyze_model(model)
     weight, remainders = compare_methods(model, linears[0].name, random_windows(), ["billm", "arb-rc"])
-    text = write_analysis("tiny", linears, linears[0].name, weight, remainders, tmp_path)
+    text = write_analysis("tiny", linears, linears[0].name, "8 windows of text", weight, remainders, tmp_path)
     assert (tmp_path / PAGE).read_text() == text
     assert (tmp_path / PICTURE).read_bytes()[:4] == b"\x89PNG"
     figures = json.loads((tmp_path / FIGURES).read_text())
     assert len(figures["linears"]) == 21
     assert f"explain {100 * figures['mean']['columns']:.1f} %" in text.replace("\n", " ")
     assert f"| arb-rc | {remainders[1].true_bits:.2f} |" in text
+    assert "calibrated on 8 windows of text" in text
+    assert figures["calibration"] == "8 windows of text"

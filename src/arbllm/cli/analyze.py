@@ -50,8 +50,9 @@ def analyze(
         chosen = linear or most_columnar(linears).name
         say("methods on", chosen)
         weight, remainders = compare_methods(opened, chosen, tokens)
-        text = write_analysis(Path(model).name, linears, chosen, weight, remainders, out)
+        read = f"{len(tokens)} windows of {window_length} tokens of {Path(calibration).name}"
+        text = write_analysis(Path(model).name, linears, chosen, read, weight, remainders, out)
         if json:
-            print_json(to_dict(Path(model).name, linears, chosen, remainders))
+            print_json(to_dict(Path(model).name, linears, chosen, read, remainders))
         else:
             typer.echo(text)

@@ -26,7 +26,13 @@ CELLS = 96
 
 
 def write_analysis(
-    model: str, linears: Sequence[LinearShares], name: str, weight: Tensor, remainders: Sequence[Remainder], out: Path
+    model: str,
+    linears: Sequence[LinearShares],
+    name: str,
+    calibration: str,
+    weight: Tensor,
+    remainders: Sequence[Remainder],
+    out: Path,
 ) -> str:
     """Write `column-deviation.md`, its picture and its figures into `out`, and return the page.
 
@@ -34,6 +40,7 @@ def write_analysis(
         model: the model's name.
         linears: of `analyze_model`.
         name: the linear that methods were tried on.
+        calibration: the text that they were calibrated on, in words.
         weight: its W, (n, m).
         remainders: of `compare_methods`.
         out: a directory; made where it is not there.
@@ -43,24 +50,29 @@ def write_analysis(
     """
     out.mkdir(parents=True, exist_ok=True)
     _heat_maps(name, weight, remainders).savefig(out / PICTURE, dpi=120, metadata={"Software": None})
-    write_json(out / FIGURES, to_dict(model, linears, name, remainders))
-    text = page(model, linears, name, remainders)
+    write_json(out / FIGURES, to_dict(model, linears, name, calibration, remainders))
+    text = page(model, linears, name, calibration, remainders)
     (out / PAGE).write_text(text, encoding="utf-8")
     return text
 
 
-def to_dict(model: str, linears: Sequence[LinearShares], name: str, remainders: Sequence[Remainder]) -> dict[str, Any]:
+def to_dict(
+    model: str, linears: Sequence[LinearShares], name: str, calibration: str, remainders: Sequence[Remainder]
+) -> dict[str, Any]:
     """Plain values for JSON."""
     return {
         "model": model,
         "mean": asdict(mean_shares(linears)),
         "linears": [asdict(linear) for linear in linears],
         "linear": name,
+        "calibration": calibration,
         "methods": [remainder.to_dict() for remainder in remainders],
     }
 
 
-def page(model: str, linears: Sequence[LinearShares], name: str, remainders: Sequence[Remainder]) -> str:
+def page(
+    model: str, linears: Sequence[LinearShares], name: str, calibration: str, remainders: Sequence[Remainder]
+) -> str:
     """The page in Markdown: the short answer, the table by kind and depth, and what methods leave."""
     return f"""\
 # Column deviation: {Path(model).name}
@@ -75,7 +87,8 @@ what equally distributed weights of the same shape would show.
 
 ## What the methods leave
 
-`{name}`, each method with its defaults. *Columns left* is the share of the variance of |W - Ŵ| between columns.
+`{name}`, each method with its defaults, calibrated on {calibration}. *Columns left* is the share of the variance of
+|W - Ŵ| between columns.
 
 {_methods(remainders)}
 

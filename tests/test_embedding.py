@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from arbllm import embedding
 from arbllm.embedding import Int8Embedding, Int8Linear
 from arbllm.format.rows import dequantize_rows
-from arbllm.kernels import cpu, rows
+from arbllm.kernels import cpu, row_tiles, rows
 
 IDS = torch.tensor([[3, 0, 9], [9, 9, 1]])
 
@@ -82,7 +81,7 @@ def head(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile_weights", [1, 18, 2**20])
 def test_a_head_is_the_dense_layer_tile_by_tile(head, dtype, tile_weights, monkeypatch):
-    monkeypatch.setattr(embedding, "CPU_TILE_WEIGHTS", tile_weights)
+    monkeypatch.setattr(row_tiles, "CPU_TILE_WEIGHTS", tile_weights)
     packed = Int8Linear.from_dense(head)
     head.weight.data = rounded(packed)
     x = torch.randn(2, rows.MOST_TOKENS, 6).to(dtype)

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from arbllm.format.rows import RowLayout, dequantize_rows, quantize_rows
-from arbllm.kernels import rows
+from arbllm.kernels import row_tiles, rows
 from arbllm.nn import PackedModule
-
-CPU_TILE_WEIGHTS = 2**20  # a tile in float32 and its codes stay within the caches
-DEVICE_TILE_WEIGHTS = 2**25
 
 
 class Int8Embedding(PackedModule):
@@ -152,8 +149,8 @@ class Int8Linear(PackedModule):
         """
         codes, scales = self._rows()
         inputs = x.reshape(-1, x.shape[-1])
-        multiply = rows.multiply if rows.suits(inputs) else _by_tiles
-        y = multiply(inputs, codes, scales)
+        kernel = rows if rows.suits(inputs) else row_tiles
+        y = kernel.multiply(inputs, codes, scales)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -166,18 +163,6 @@ class Int8Linear(PackedModule):
     def _rows(self) -> tuple[Tensor, Tensor]:
         owner = self.tied or self
         return owner.get_buffer("codes"), owner.get_buffer("scales")
-
-
-def _by_tiles(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    on_cpu = x.device.type == "cpu"
-    dtype = torch.float32 if on_cpu and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    inputs, (height, width) = x.to(dtype), codes.shape
-    y = x.new_empty(len(inputs), height)
-    step = max(1, (CPU_TILE_WEIGHTS if on_cpu else DEVICE_TILE_WEIGHTS) // width)
-    for start in range(0, height, step):
-        tile = slice(start, start + step)
-        y[:, tile] = inputs @ dequantize_rows(codes[tile], scales[tile], dtype).T
-    return y
 
 
 def _register_rows(module: Int8Embedding | Int8Linear, device: torch.device) -> None:

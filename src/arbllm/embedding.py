@@ -144,8 +144,7 @@ class Int8Linear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., d) to y (..., V), in the dtype of x; half precision is computed in float32 on a CPU.
 
-        On a CPU, a few tokens are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W exists
-        at a time.
+        A few tokens are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W exists at a time.
         """
         codes, scales = self._rows()
         inputs = x.reshape(-1, x.shape[-1])

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from arbllm.kernels import triton, triton_configuration
+from arbllm.kernels import triton, triton_configuration, triton_rows
 from arbllm.kernels.triton_layout import prepare
 from tests.kernels.triton_matrices import in_segments
 
@@ -60,4 +60,7 @@ if __name__ == "__main__":
     for tokens, most in ((1, 2), (2, 2), (3, 2)):
         launch = replace(default, few=few, many=replace(default.many, most_tokens=most))
         triton.multiply_prepared(torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16), matrix, launch)
+    for dtype in (torch.bfloat16, torch.float32):
+        codes, scales = torch.zeros(100, 576, dtype=torch.int8), torch.zeros(100, dtype=torch.float16)
+        triton_rows.multiply(torch.zeros(1, 576, dtype=dtype), codes, scales)
     print(json.dumps(means))

@@ -14,7 +14,8 @@ import torch
 
 from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import cuda, dispatch, triton_configuration
+from arbllm.format.rows import dequantize_rows, quantize_rows
+from arbllm.kernels import cuda, dispatch, triton_configuration, triton_rows
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_plan import LONGEST_RUN
 from tests.helpers import random_packed
@@ -208,3 +209,23 @@ def test_in_cuda_graphs_and_compiled(layer):
     graph.replay()
     assert torch.equal(y, expected)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (33, 70), (100, 576)])
+def test_rows_of_bytes(height, width, tokens, dtype):
+    codes, scales = quantize_rows(torch.randn(height, width, generator=torch.Generator().manual_seed(height)))
+    x = inputs(tokens, width, dtype)
+    y = triton_rows.multiply(*(tensor.to(DEVICE) for tensor in (x, codes, scales))).cpu()
+    assert y.dtype == dtype
+    assert y.shape == (tokens, height)
+    dense = dequantize_rows(codes, scales, torch.float64)
+    allowed = TOLERANCE[dtype] * (x.double().abs() @ dense.abs().T)
+    assert ((y.double() - x.double() @ dense.T).abs() <= allowed + 1e-6).all()
+
+
+def test_rows_of_bytes_refuse_inputs_of_another_width():
+    codes, scales = quantize_rows(torch.ones(3, 8))
+    with pytest.raises(ValueError, match="7"):
+        triton_rows.multiply(torch.ones(1, 7), codes, scales)

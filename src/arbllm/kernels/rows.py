@@ -1,11 +1,14 @@
-"""Products of a few tokens with 8-bit rows on the CPU, from the codes as they are stored (csrc/rows_kernel.h)."""
+"""Products of a few tokens with 8-bit rows from the codes as they are stored.
+
+On the CPU in C++ (csrc/rows_kernel.h), on a GPU in Triton (`triton_rows`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from arbllm.kernels import cpu
+from arbllm.kernels import cpu, cuda
 
 MOST_TOKENS = 16
 """With more, unpacking tiles of the weight takes less time."""
@@ -16,18 +19,21 @@ _library.define("rows_matmul(Tensor x, Tensor codes, Tensor scales, int instruct
 
 def suits(x: Tensor) -> bool:
     """Whether `multiply` takes inputs x (t, d)."""
-    few = x.is_cpu and x.shape[0] <= MOST_TOKENS and x.dtype != torch.float64
-    return few and not (x.requires_grad and torch.is_grad_enabled()) and cpu.available()
+    if x.shape[0] > MOST_TOKENS or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    if x.is_cpu:
+        return x.dtype != torch.float64 and cpu.available()
+    return x.is_cuda and x.dtype in cuda.DTYPES and cuda.available()
 
 
 def multiply(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: str | None = None) -> Tensor:
-    """Multiply by a weight in 8-bit rows: y = x (scale * code)^T, in float32 throughout.
+    """Multiply by a weight in 8-bit rows: y = x (scale * code)^T, sums in float32.
 
     Args:
         x: (t, d), of those that `suits` approves.
         codes: int8 (V, d).
         scales: float16 (V).
-        instruction_set: one of `cpu.instruction_sets`; None for the best.
+        instruction_set: one of `cpu.instruction_sets`; None for the best. A GPU has no choice.
 
     Returns:
         (t, V) in the dtype of x.
@@ -46,6 +52,14 @@ def _compute(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: int) -> 
     arrays = (inputs.detach(), codes.contiguous(), scales.float(), y)
     cpu.native_module().multiply_rows(*arrays, instruction_set, torch.get_num_threads())
     return y.to(x.dtype)
+
+
+@torch.library.impl(_library, "rows_matmul", "CUDA")
+def _compute_on_gpu(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: int) -> Tensor:
+    from arbllm.kernels import triton_rows  # Triton need not be installed
+
+    with torch.cuda.device(x.device):
+        return triton_rows.multiply(x, codes, scales)
 
 
 @torch.library.impl(_library, "rows_matmul", "Meta")

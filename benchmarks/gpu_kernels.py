@@ -20,14 +20,17 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import linear
 
-from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels.cuda import Ready, multiply, prepare
+from arbllm.format.rows import quantize_rows
+from arbllm.kernels import rows as byte_rows
+from arbllm.kernels.cuda import multiply, prepare
 from random_matrices import random_matrix
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 SHAPES = ((4096, 4096), (4096, 11_008), (8192, 28_672))
 BATCHES = (1, 8, 16, 64, 2048)
+HEADS = ((32_000, 4096), (128_256, 4096))
+HEAD_BATCHES = (1, 8, 16)
 HEADINGS = ("matrix", "tokens", "bfloat16, us", "packed, us", "spread, us", "ratio", "share of bandwidth")
 CACHE_BYTES = 300 * 10**6
 """Memory that products go through before they come back to the first: several times the cache of any GPU."""
@@ -37,7 +40,8 @@ COMMAND = "python benchmarks/gpu_kernels.py --page"
 _SECTION = """\
 ## Products on a GPU
 
-One product y = x Wᵀ, inputs in bfloat16, W packed at {bits:g} bits a weight, against the same in bfloat16 (cuBLAS).
+One product y = x Wᵀ, inputs in bfloat16, W packed at {bits:g} bits a weight, or an output head in 8-bit rows, against
+the same in bfloat16 (cuBLAS).
 Medians of {repeats} runs, each a CUDA graph through matrices of {cache} MB together, so that none comes from the cache.
 *Ratio* is how many times as fast the packed product is; *share of bandwidth* is the time that reading the packed bytes
 takes at {bandwidth}, over the time of the product.
@@ -73,6 +77,8 @@ def main() -> None:
         bandwidth = f"the {speed / 1e9:.0f} GB/s of a streaming copy (read and written bytes together)"
         for shape in SHAPES:
             rows += products(shape, options.bits, options.repeats, speed)
+        for shape in HEADS:
+            rows += head_products(shape, options.repeats, speed)
         console.print(as_table(HEADINGS, rows))
     else:
         console.print("There is no GPU here: the table stays empty.")
@@ -103,24 +109,43 @@ def products(shape: tuple[int, int], bits: float, repeats: int, speed: float) ->
     device = torch.device("cuda")
     first = random_matrix(*shape, bits, device)
     packed = [first] + [random_matrix(*shape, bits, device) for _ in range(CACHE_BYTES // first.nbytes)]
+    dense, ready = _dense(shape), [prepare(matrix) for matrix in packed]
+    table: Rows = []
+    for tokens in BATCHES:
+        x = _inputs(tokens, shape[1])
+        ours = graph_times([partial(multiply, x, one, shape[0]) for one in ready], repeats)
+        theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
+        table.append(_row(f"{shape[0]} x {shape[1]}", tokens, ours, theirs, first.nbytes / speed))
+    return table
+
+
+def head_products(shape: tuple[int, int], repeats: int, speed: float) -> Rows:
+    """A few tokens times an output head in 8-bit rows."""
+    dense = _dense(shape)
+    codes, scales = quantize_rows(dense[0])
+    copies = [codes.clone() for _ in range(1 + CACHE_BYTES // codes.nbytes)]
+    table: Rows = []
+    for tokens in HEAD_BATCHES:
+        x = _inputs(tokens, shape[1])
+        ours = graph_times([partial(byte_rows.multiply, x, copy, scales) for copy in copies], repeats)
+        theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
+        label = f"{shape[0]} x {shape[1]}, 8-bit rows"
+        table.append(_row(label, tokens, ours, theirs, (codes.nbytes + scales.nbytes) / speed))
+    return table
+
+
+def _dense(shape: tuple[int, int]) -> list[Tensor]:
     count = 1 + CACHE_BYTES // (2 * shape[0] * shape[1])
-    dense = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(count)]
-    ready = [prepare(matrix) for matrix in packed]
-    return [one_batch(tokens, first, ready, dense, repeats, speed) for tokens in BATCHES]
+    return [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
 
 
-def one_batch(
-    tokens: int, matrix: BinaryMatrix, packed: list[Ready], dense: list[Tensor], repeats: int, speed: float
-) -> tuple[str, ...]:
-    """One row of the table."""
-    rows, columns = matrix.shape
-    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    ours = graph_times([partial(multiply, x, ready, rows) for ready in packed], repeats)
-    theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
-    share = matrix.nbytes / speed / ours.middle
-    label = (f"{rows} x {columns}", str(tokens))
+def _inputs(tokens: int, columns: int) -> Tensor:
+    return torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+
+
+def _row(label: str, tokens: int, ours: Times, theirs: Times, at_best: float) -> tuple[str, ...]:
     times = (f"{1e6 * theirs.middle:.1f}", f"{1e6 * ours.middle:.1f}", f"{1e6 * ours.least:.1f}-{1e6 * ours.most:.1f}")
-    return (*label, *times, f"{theirs.middle / ours.middle:.2f}", f"{share:.0%}")
+    return (label, str(tokens), *times, f"{theirs.middle / ours.middle:.2f}", f"{at_best / ours.middle:.0%}")
 
 
 def graph_times(calls: list[Callable[[], Tensor]], repeats: int) -> Times:

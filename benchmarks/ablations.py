@@ -19,7 +19,7 @@ from arbllm.evaluation.ablate import PAGE, RESULTS, ablate
 from arbllm.evaluation.compare import ROWS, Protocol
 from arbllm.evaluation.methods import Calibration
 from commands import demonstration_model
-from compare import CALIBRATIONS, say
+from compare import CALIBRATIONS, say, take_kept_rows
 from results import CONTEXT, DATA, ROOT
 
 WINDOWS = 16
@@ -40,10 +40,7 @@ def main() -> None:
         CONTEXT,
         WINDOWS,
     )
-    (OUT / ROWS).mkdir(parents=True, exist_ok=True)
-    for file in (KEPT / ROWS).glob("*.json"):
-        if not (OUT / ROWS / file.name).exists():
-            shutil.copy(file, OUT / ROWS)
+    take_kept_rows(KEPT, OUT)
     try:
         ablate(protocol, OUT, studies=options.studies.split(",") if options.studies else (), on_step=say)
     except ArbllmError as error:

@@ -53,10 +53,7 @@ def main() -> None:
     skip = {"tasks", "speed"} if options.budgets else set(options.skip)
     protocol = comparison(options.calibration, options.max_windows)
     kept, out = folders(options.calibration)
-    (out / ROWS).mkdir(parents=True, exist_ok=True)
-    for file in (kept / ROWS).glob("*.json"):
-        if not (out / ROWS / file.name).exists():
-            shutil.copy(file, out / ROWS)
+    take_kept_rows(kept, out)
     try:
         run(protocol, [] if options.report else methods, out, kept, skip)
     except ArbllmError as error:
@@ -77,6 +74,14 @@ def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip:
         return
     write_json(kept / "results.json", results)
     print(f"wrote {write_report(results, kept).relative_to(ROOT)}")
+
+
+def take_kept_rows(kept: Path, out: Path) -> None:
+    """Copy rows that are kept to where jobs go on from them, but for those that are there."""
+    (out / ROWS).mkdir(parents=True, exist_ok=True)
+    for file in (kept / ROWS).glob("*.json"):
+        if not (out / ROWS / file.name).exists():
+            shutil.copy(file, out / ROWS)
 
 
 def say(method: str, step: str) -> None:

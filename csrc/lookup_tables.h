@@ -176,6 +176,7 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
     }
     scale = most / LARGEST * (static_cast<float>(1 << 14) / SHARE);
     offset = scale * static_cast<float>(zero);
+    // In units of doubled sums, as the other: averages are halves of sums, and are not doubled.
     averaged_offset = 4.0f * scale * (static_cast<float>(averaged_zero) + excess);
 }
 

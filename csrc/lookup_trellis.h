@@ -147,6 +147,7 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
     }
     for (int half = 0; half < 2; ++half) {
         for (int k = 0; k < Found::COUNT; ++k) {
+            // An average is half of a sum, and was not doubled.
             const float coefficient = pass.coefficients[FIRST + k] * (is_averaged(FIRST + k) ? 4.0f : 1.0f);
             V::add_scaled(sums + LANES / 2 * half + V::lanes * PART / 2, totals[k][half], scale * coefficient);
         }

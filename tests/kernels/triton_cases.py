@@ -212,7 +212,7 @@ def test_in_cuda_graphs_and_compiled(layer):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("tokens", [0, 1, 3, 16])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 17])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (33, 70), (100, 576)])
 def test_rows_of_bytes(height, width, tokens, dtype):
     codes, scales = quantize_rows(torch.randn(height, width, generator=torch.Generator().manual_seed(height)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from arbllm.kernels import reference
 from arbllm.kernels.triton_parts import INTERPRETED
 
-TOKENS = 16
+LEAST_TOKENS = 16
 """Of a product of tiles: fewer are padded to these."""
 ROWS, COLUMNS = 32, 128
 """Of a tile of codes; the columns are read one tile after the other."""
@@ -24,7 +24,7 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Multiply by a weight in 8-bit rows: y = x (scale * code)^T, sums in float32.
 
     Args:
-        x: (t, d), t at most `TOKENS`, in bfloat16, float16 or float32, on the codes' device.
+        x: (t, d) in bfloat16, float16 or float32, on the codes' device; all t tokens are held in registers.
         codes: int8 (V, d).
         scales: float16 (V).
 
@@ -40,8 +40,8 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     if y.numel():
         multiply_byte_rows[(triton.cdiv(height, ROWS),)](
             x.contiguous(), codes.contiguous(), scales, y, tokens, height, width,
-            TOKENS=TOKENS, ROWS=ROWS, COLUMNS=COLUMNS, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-            num_warps=WARPS, num_stages=STAGES,
+            TOKENS=max(LEAST_TOKENS, triton.next_power_of_2(tokens)), ROWS=ROWS, COLUMNS=COLUMNS,
+            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return y
 

@@ -31,6 +31,7 @@ from arbllm.evaluation.methods import FULL as FP16
 from arbllm.evaluation.write_report import markdown
 from budgets import JOINT, budget_table
 from commands import arbllm, demonstration_model
+from questions import question_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("ARBLLM_DATA", ROOT.parent / "shared" / "data")) / "wikitext2"
@@ -85,6 +86,8 @@ what *QA* can tell is in the [notes](notes.md).
 
 {table}
 """
+
+_QUESTIONS = "Accuracy by task; the last column leaves out BoolQ, where always yes is right 62 % of the time:"
 
 _BUDGETS = """\
 `arb-rcx` by its budget, perplexity on the first {windows} windows and how many times full precision's that is; GPTQ
@@ -245,6 +248,8 @@ def joint_section(max_windows: int, dense: int) -> str:
         option = f" --max-windows {windows}" if windows else ""
         tables = [f"On {f'the first {windows}' if windows else 'all'} windows, and {results['settings']['limit']} "
                   "questions of each of seven tasks:", markdown(results).rstrip()]  # fmt: skip
+        if asked := question_table(results["rows"]):
+            tables += [_QUESTIONS, asked]
         shown_already = {row["method"] for row in results["rows"]}
     budgets = compared_rows(PIECE)
     if tables and budgets:

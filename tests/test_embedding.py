@@ -44,6 +44,12 @@ def test_an_embedding_does_what_its_class_does(dense, dtype):
     torch.testing.assert_close(found, twin.to(dtype)(IDS), rtol=0, atol=0)
 
 
+def test_tokens_that_are_not_there_are_refused(dense):
+    for ids in (torch.tensor([-1]), torch.tensor([dense.num_embeddings])):
+        with pytest.raises((IndexError, RuntimeError), match="out of range"):
+            Int8Embedding.from_dense(copy.deepcopy(dense))(ids)
+
+
 def test_an_embedding_is_close_to_the_dense_one(dense):
     expected = dense(IDS)
     torch.testing.assert_close(Int8Embedding.from_dense(dense)(IDS), expected, rtol=0, atol=0.06)

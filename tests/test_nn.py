@@ -92,6 +92,36 @@ def test_a_wrong_buffer_is_named(layer):
         layer(torch.randn(1, 30))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        (torch.ones(3, 30, dtype=torch.int64), r"torch\.int64 of shape \[3, 30\]"),
+        (torch.ones(30, dtype=torch.complex64), r"torch\.complex64 of shape \[30\]"),
+        (torch.tensor(1.0), r"torch\.float32 of shape \[\]"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(layer, inputs, found, requires_grad):
+    inputs = inputs.clone().requires_grad_(requires_grad and inputs.dtype != torch.int64)
+    with pytest.raises(ValueError, match=f"must be floating-point vectors, not {found}"):
+        layer(inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 31), (3, 0), (2, 0, 31), (2, 29)])
+def test_inputs_of_another_width_are_refused_even_without_tokens(layer, shape):
+    with pytest.raises(ValueError, match=f"inputs have {shape[-1]} columns, the packed weight has 30"):
+        layer(torch.empty(shape))
+    assert layer(torch.empty(2, 0, 30)).shape == (2, 0, 20)
+
+
+@pytest.mark.parametrize("place", [-1, 30, 32767])
+def test_an_order_of_columns_that_are_not_there_is_refused(place):
+    layer = BinaryLinear.from_matrix(random_matrix(20, 30, salient=4, ordering="explicit"))
+    layer.load_state_dict({**layer.state_dict(), "column_order": torch.full_like(layer.column_order, place)})
+    with pytest.raises(CheckpointError, match="column_order does not hold every column once"):
+        layer(torch.ones(30))
+
+
 def test_printed_form_tells_sizes_and_bits(layer):
     assert "in_features=30, out_features=20, bias=True, nominal_bits=1.13" in repr(layer)
 

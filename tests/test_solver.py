@@ -222,6 +222,9 @@ def test_scales_that_do_not_fit_are_refused(method):
 
 def test_bad_input_is_refused():
     weight, hessian = problem()
+    for empty, without in ((weight[:0], hessian), (weight[:, :0], hessian[:0, :0])):
+        with pytest.raises(ModelError, match="has no entries; leave this layer dense"):
+            quantize_matrix(empty, without)
     with pytest.raises(ConfigError, match="needs a Hessian"):
         quantize_matrix(weight, hessian[:5, :5])
     for bad in (float("nan"), float("inf")):

@@ -83,6 +83,15 @@ def test_half_precision_in_and_out(matrix, dtype):
     torch.testing.assert_close(y, BinaryLinear.from_matrix(matrix, bias)(x), rtol=0.02, atol=0.02)
 
 
+def test_autocast_changes_neither_dtype_nor_gradients(matrix):
+    x, layer = torch.randn(3, 22, requires_grad=True), TunableLinear(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad, matrix.dequantize().sum(0).expand(3, 22))
+
+
 def test_gradients_are_those_of_finite_differences(matrix):
     layer = TunableLinear(matrix).double()
     x = torch.randn(2, 22, dtype=torch.float64, requires_grad=True)

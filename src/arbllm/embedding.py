@@ -72,7 +72,8 @@ class Int8Embedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Map token numbers (...) to vectors (..., d), in the dtype that the model computes in."""
         flat = ids.reshape(-1)
-        vectors = dequantize_rows(self.codes[flat], self.scales[flat], self.inner.weight.dtype)
+        codes, scales = self.codes.index_select(0, flat), self.scales.index_select(0, flat)
+        vectors = dequantize_rows(codes, scales, self.inner.weight.dtype)
         places = torch.arange(len(flat), device=ids.device).view(ids.shape)
         found: Tensor = functional_call(self.inner, {"weight": vectors}, (places,))
         return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arbllm.format.layout import Layout
-from arbllm.format.matrix import BinaryMatrix
+from arbllm.format.matrix import BinaryMatrix, check_order
 from arbllm.kernels import cpu, reference
 from arbllm.kernels.dispatch import preparing_kernel
 
@@ -82,8 +82,8 @@ class BinaryLinear(PackedModule):
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         empty = nn.Parameter(torch.empty(layout.rows, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", empty if bias else None)
-        # The tensors that were prepared, those of them that count writes, the counts, for which device, and what came
-        # of it, as `kernels.dispatch.preparing_kernel` makes it.
+        # The tensors that were prepared, those of them that are there, how often they were written to, for which
+        # device, and what came of it, as `kernels.dispatch.preparing_kernel` makes it.
         self._prepared: tuple[list[Tensor | None], list[Tensor], list[int], torch.device, Any] | None = None
 
     @classmethod
@@ -119,12 +119,16 @@ class BinaryLinear(PackedModule):
         """Map x (..., m) to y (..., n), in the dtype of x.
 
         The first call prepares the weight for the device of x, as does the first call after a packed tensor was
-        replaced or written to. The stored form then leaves the memory that the kernel computes from: on a CPU with
-        Linux, tensors that come from a checkpoint are left to the file; on a GPU they go to the host's memory, where
-        `state_dict` finds them. In a compiled model the weight stays as it was when it was compiled.
+        replaced or written to (unless through its `.data`). The stored form then leaves the memory that the kernel
+        computes from: on a CPU with Linux, tensors that come from a checkpoint are left to the file; on a GPU they go
+        to the host's memory, where `state_dict` finds them. In a compiled model the weight stays as it was when it was
+        compiled.
 
         Raises:
-            ValueError: x has another number of columns than the weight, or they are on devices that do not go together.
+            ValueError: x has another number of columns than the weight or is not of floating point, or they are on
+                devices that do not go together.
+            CheckpointError: a packed tensor was replaced by one that cannot be right.
+            ConfigError: `torch.jit.trace` follows; `torch.compile` and `torch.export` may.
         """
         kernel = preparing_kernel(x)
         if kernel is None:
@@ -149,12 +153,23 @@ class BinaryLinear(PackedModule):
             same = place == device and all(map(is_, self._buffers.values(), known))
             if same and list(map(_version, watched)) == versions:
                 return prepared
-        prepared = kernel.prepare(self._matrix_for(device))
+        self._count_writes()
+        matrix = self._matrix_for(device)
+        if matrix.explicit_order is not None:
+            check_order(self.layout, matrix.explicit_order, "column_order")  # kernels would read elsewhere
+        prepared = kernel.prepare(matrix)
         self._leave_stored(kernel)
         known = list(self._buffers.values())
-        watched = [tensor for tensor in known if tensor is not None and not tensor.is_inference()]
+        watched = [tensor for tensor in known if tensor is not None]
         self._prepared = known, watched, list(map(_version, watched)), device, prepared
         return prepared
+
+    def _count_writes(self) -> None:
+        """Put copies in the place of tensors that were made in inference mode: those do not count writes."""
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if tensor.is_inference():
+                with torch.inference_mode(False):
+                    self.register_buffer(name, tensor.clone())
 
     def _matrix_for(self, device: torch.device) -> BinaryMatrix:
         """The packed weight where it is to be read; what a GPU's layer left to the host is copied."""

@@ -41,13 +41,15 @@ def quantize_matrix(
 
     Raises:
         ConfigError: shapes do not fit, or the matrix cannot be stored in `config.bits`.
-        ModelError: NaN or infinite entries, or scales that do not fit float16.
+        ModelError: no entries, NaN or infinite ones, or scales that do not fit float16.
     """
     config = config or BinarizationConfig()
     if weight.ndim != 2 or hessian.shape != (weight.shape[-1],) * 2:
         raise ConfigError(
             f"a weight of shape (n, m) needs a Hessian (m, m), not {list(weight.shape)} and {list(hessian.shape)}"
         )
+    if not weight.numel():
+        raise ModelError(f"its weight of shape {list(weight.shape)} has no entries; leave this layer dense")
     original = weight.detach().float()
     if not torch.isfinite(original).all():
         raise ModelError("its weight has NaN or infinite entries: the model file is damaged, or was saved that way")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
@@ -57,7 +58,8 @@ class TunableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., m) to y (..., n), in the dtype of x."""
-        y: Tensor = _Product.apply(x, *self.scales(), self.bias, self._codes)
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _Product.apply(x, *self.scales(), self.bias, self._codes)
         return y
 
     @torch.no_grad()
@@ -79,6 +81,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         """Gradients of x and of the scales."""
         x, rows, columns, weight = ctx.saved_tensors

@@ -11,6 +11,7 @@ from arbllm.format.checkpoint import (
     FORMAT_VERSION,
     bytes_on_disk,
     file_metadata,
+    linear_layouts,
     open_checkpoint,
     verify,
 )
@@ -229,6 +230,14 @@ def test_a_config_without_linears_is_refused(tmp_path, linears):
     save_file(load_file(file), file, metadata=file_metadata(load_file(file), linears))
     with pytest.raises(CheckpointError, match="lists no packed linears"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["bias", "transposed"])
+def test_a_linear_that_is_not_fully_described_is_named(option):
+    options = {"bias": False, "transposed": False, **random_matrix(4, 8).layout.to_dict()}
+    del options[option]
+    with pytest.raises(CheckpointError, match=r"the linear model\.head is not described as arbllm does"):
+        linear_layouts({"linears": {"model.head": options}})
 
 
 def test_checksum_is_of_bytes_in_row_major_order():

@@ -308,7 +308,7 @@ def test_layer_prepares_once(layer, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("change", ["write", "replace", "load", "move"])
+@pytest.mark.parametrize("change", ["write", "replace", "load", "load in inference mode", "move"])
 def test_layer_prepares_again_after_a_change(layer, change):
     x = inputs(2, 320)
     layer(x)
@@ -318,6 +318,11 @@ def test_layer_prepares_again_after_a_change(layer, change):
         layer.signs = layer.signs.bitwise_not()
     elif change == "load":
         layer.load_state_dict({**layer.state_dict(), "signs": layer.signs.bitwise_not()})
+    elif change == "load in inference mode":
+        with torch.inference_mode():
+            layer = BinaryLinear.from_matrix(layer.matrix.map(torch.clone), layer.bias)
+            layer(x)
+            layer.load_state_dict({**layer.state_dict(), "signs": layer.signs.bitwise_not()})
     else:
         layer.to("meta")
         layer.to_empty(device="cpu")

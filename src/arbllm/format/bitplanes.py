@@ -29,13 +29,18 @@ def unpack(packed: Tensor, length: int) -> Tensor:
 
 def unpack_values(packed: Tensor, length: int, clear: int, set: int) -> Tensor:
     """As `unpack`, with the value `clear` for a 0 and `set` for a 1, int8 (..., length)."""
-    octets = _octets(clear, set, packed.device).index_select(0, packed.flatten().int())
+    # Where PyTorch is compiled, or in a mode, tensors may be of another kind, which must not be kept.
+    plain = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    table = (_kept_octets if plain else _octets)(clear, set, packed.device)
+    octets = table.index_select(0, packed.flatten().int())
     return octets.view(torch.int8).view(*packed.shape[:-1], -1)[..., :length]
 
 
-@cache
 def _octets(clear: int, set: int, device: torch.device) -> Tensor:
     """What each byte unpacks to, eight int8 values seen as one int64 (256): a byte costs one look-up."""
     with torch.inference_mode(False):
         octets = (torch.arange(256, device=device).unsqueeze(1) & _bit_values(device)) != 0
         return torch.where(octets, set, clear).to(torch.int8).view(torch.int64).squeeze(1)
+
+
+_kept_octets = cache(_octets)

@@ -256,7 +256,7 @@ def linear_layouts(quantization: Mapping[str, Any]) -> dict[str, Layout]:
     if not isinstance(linears, dict) or not linears:
         raise CheckpointError("config.json: the quantization_config lists no packed linears")
     for module, options in linears.items():
-        if not isinstance(options, dict) or not all(type(options.get(key, False)) is bool for key in MODULE_OPTIONS):
+        if not isinstance(options, dict) or not all(type(options.get(key)) is bool for key in MODULE_OPTIONS):
             raise CheckpointError(f"config.json: the linear {module} is not described as arbllm does: {options}")
     sizes = {
         module: {key: value for key, value in options.items() if key not in MODULE_OPTIONS}

@@ -7,6 +7,7 @@ narrow. Hence segments are decoded together, and a weight chooses among the valu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class _Columns:
             factors: all column scales in float32, or None without any.
             device: where the tables are needed.
         """
-        widths = torch.tensor([place.segment.width for place in places])
+        widths = [place.segment.width for place in places]
         self.where = _where([place.column for place in places], widths, device)
         self.second = _where([place.second for place in places], widths, device)
         most = max(place.segment.groups for place in places)
@@ -141,7 +142,7 @@ def _runs(places: Sequence[Place]) -> list[list[Place]]:
 
 def _table(
     places: Sequence[Place],
-    widths: Tensor,
+    widths: Sequence[int],
     group: int,
     term: int | None,
     factors: Tensor | None,
@@ -160,18 +161,17 @@ def _table(
         if factors is not None:
             start = place.column_scale + slot * width
             pieces.append(factors[start : start + width])
-    spread = torch.tensor(slots).repeat_interleave(widths).to(device)
-    return spread, torch.cat(pieces) if pieces else None
+    return _spread(slots, widths).to(device), torch.cat(pieces) if pieces else None
 
 
 def _plane(
-    places: Sequence[Place], widths: Tensor, groups: int, device: torch.device
+    places: Sequence[Place], widths: Sequence[int], groups: int, device: torch.device
 ) -> tuple[slice | Tensor, Tensor | None]:
     """Where columns find a bit of their group number, and a mask of those that have it, None for all of them.
 
     Args:
         places: the segments.
-        widths: their widths, int64.
+        widths: their widths.
         groups: 2 for the low bit, 4 for the high one: the fewest groups for which it exists.
         device: where the tables are needed.
     """
@@ -179,23 +179,28 @@ def _plane(
     starts = [place.low if groups == 2 else place.high for place in places]
     if all(present):
         return _where(starts, widths, device), None
-    mask = torch.tensor(present).repeat_interleave(widths)
+    mask = _spread(present, widths)
     where = _indices(starts, widths).where(mask, 0)
     return where.to(device), -mask.to(device, torch.int8)
 
 
-def _where(starts: Sequence[int], widths: Tensor, device: torch.device) -> slice | Tensor:
+def _where(starts: Sequence[int], widths: Sequence[int], device: torch.device) -> slice | Tensor:
     """Ranges of a tensor's columns, as a slice where they join and as indices, int64, where not."""
-    ends = [start + width for start, width in zip(starts, widths.tolist(), strict=True)]
+    ends = [start + width for start, width in zip(starts, widths, strict=True)]
     if list(starts[1:]) == ends[:-1]:
         return slice(starts[0], ends[-1])
     return _indices(starts, widths).to(device)
 
 
-def _indices(starts: Sequence[int], widths: Tensor) -> Tensor:
+def _indices(starts: Sequence[int], widths: Sequence[int]) -> Tensor:
     """All indices of ranges, one range after the other, int64."""
-    before = widths.cumsum(0) - widths
-    return (torch.tensor(starts) - before).repeat_interleave(widths) + torch.arange(int(widths.sum()))
+    shifts = [start - before for start, before in zip(starts, accumulate(widths, initial=0), strict=False)]
+    return _spread(shifts, widths) + torch.arange(sum(widths))
+
+
+def _spread(values: Sequence[int], widths: Sequence[int]) -> Tensor:
+    """Each value as often as its width says."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(widths), output_size=sum(widths))
 
 
 def _take(values: Tensor, where: slice | Tensor) -> Tensor:

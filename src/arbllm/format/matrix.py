@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class SolveReport:
     error_history: tuple[tuple[float, ...], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to a bool
 class BinaryMatrix:
     """A binarized n x m weight, packed. Shapes and dtypes of all tensors: `Layout.tensors`; bit order: `bitplanes`.
 
@@ -85,7 +85,7 @@ class BinaryMatrix:
     column_bitmap: Tensor | None = None
     column_segments: Tensor | None = None
     explicit_order: Tensor | None = None
-    report: SolveReport | None = field(default=None, compare=False)
+    report: SolveReport | None = None
 
     @classmethod
     def from_tensors(cls, layout: Layout, tensors: Mapping[str, Tensor], name: str = "matrix") -> BinaryMatrix:
@@ -237,7 +237,7 @@ def check_order(layout: Layout, tensor: Tensor, name: str) -> None:
         fits = torch.equal(segment_numbers(tensor, layout.columns).bincount(minlength=len(widths)), widths)
     else:
         salient = unpack(tensor, layout.columns)
-        kinds = torch.tensor([segment.terms == 2 for segment in layout.segments], device=tensor.device)
+        kinds = torch.tensor([segment.terms >= 2 for segment in layout.segments], device=tensor.device)
         stored = kinds.repeat_interleave(widths)
         fits = torch.equal(salient[bitmap_order(salient, layout.block_size)], stored)
     if not fits:

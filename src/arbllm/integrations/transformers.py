@@ -217,6 +217,8 @@ class ArbllmQuantizer(HfQuantizer):
         self._modules = {}
         for name, layout in checkpoint.layouts.items():
             place, dense = _find_module(model, name)
+            if place in self._modules.values():
+                raise CheckpointError(f"config.json: {name} is packed twice, under two names")
             options = self.quantization_config.linears[name]
             weight = dense.get_parameter("weight")
             shape = tuple(weight.T.shape if options["transposed"] else weight.shape)

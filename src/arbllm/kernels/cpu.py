@@ -126,17 +126,18 @@ def multiply(
 
     Raises:
         ConfigError: this processor does not have the instruction set.
-        ValueError: x has another number of columns than the weight.
+        ValueError: x has another number of columns than the weight, or is not of floating point.
     """
     chosen = 0 if instruction_set is None else instruction_set_number(instruction_set)
     # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes, and
     # sizes one by one a microsecond.
     plain = type(x) is Tensor and not torch.compiler.is_compiling()
-    if plain and not exact and x.dtype in _DIRECT and x.is_contiguous():
-        *before, columns = x.shape
-        tokens = x.numel() // columns
-        if 0 < tokens <= MOST_LOOKUP_TOKENS:
+    if plain and not exact and x.dtype in _DIRECT and x.is_contiguous() and (size := x.numel()) and (shape := x.shape):
+        *before, columns = shape
+        tokens = size // columns
+        if tokens <= MOST_LOOKUP_TOKENS:
             return _look_up(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
+    reference.check_kind(x)
     rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
@@ -182,6 +183,8 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if x.dtype not in _DIRECT:
         return _compute(x.float(), prepared, rows, exact, instruction_set).to(x.dtype)
     tokens = x.shape[0]
+    if not tokens:
+        order(prepared, x.shape[1])  # refuses another width
     if exact or tokens > MOST_LOOKUP_TOKENS:
         return _by_tiles(x, prepared, rows, instruction_set)
     if x.stride(1) != 1:
@@ -225,11 +228,16 @@ def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> T
         tile = memory[: columns * lanes * (last - first)].view(columns, -1)
         module.unpack(address, columns, first, last, tile.data_ptr(), instruction_set, torch.get_num_threads())
         start, stop = lanes * first, min(lanes * last, rows)
-        y[:, start:stop] = (ordered @ tile)[:, : stop - start]
+        with torch.autocast("cpu", enabled=False):
+            y[:, start:stop] = (ordered @ tile)[:, : stop - start]
     return y
 
 
 def order(prepared: Tensor, columns: int) -> Tensor:
-    """The natural column of each prepared one, int32 (m); shares memory with `prepared`."""
+    """The natural column of each prepared one, int32 (m); shares memory with `prepared`.
+
+    Raises:
+        ValueError: that has another number of columns.
+    """
     start = native_module().order(prepared.data_ptr(), columns) - prepared.data_ptr()
     return prepared[start : start + 4 * columns].view(torch.int32)

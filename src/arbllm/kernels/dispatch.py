@@ -11,6 +11,7 @@ from torch import Tensor
 from arbllm.errors import ConfigError
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cpu, cuda, reference
+from arbllm.kernels.modes import is_followed
 
 Kernel = Callable[[Tensor, BinaryMatrix], Tensor]
 
@@ -33,9 +34,13 @@ def preparing_kernel(x: Tensor) -> ModuleType | None:
     """The kernel that multiplies x by a weight that was prepared for it: `cpu` or `cuda`, whose caller keeps that.
 
     It has `prepare(matrix)` and `multiply(x, prepared, rows, exact=...)`. None where x is multiplied by the packed
-    weight itself (`reference.matmul`): if x is of float64 or needs a gradient, or if the kernel is not installed.
+    weight itself (`reference.matmul`): if x is of float64, needs a gradient or is followed (see
+    `modes.is_followed`), or if the kernel is not installed.
+
+    Raises:
+        ConfigError: `torch.jit.trace` follows.
     """
-    if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):
+    if x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()) or is_followed():
         return None
     if x.is_cpu:
         return cpu if cpu.available() else None

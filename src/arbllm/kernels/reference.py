@@ -22,7 +22,7 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
         (..., n) in the dtype of x. Of the dense W, `format.matrix.TILE_WEIGHTS` weights exist at a time.
 
     Raises:
-        ValueError: x has another number of columns than the weight.
+        ValueError: x has another number of columns than the weight, or is not of floating point.
     """
     check_width(x, matrix.layout.columns)
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -37,10 +37,21 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
 
 
 def check_width(x: Tensor, columns: int) -> None:
-    """Refuse inputs of another width than a weight's, which kernels would read beyond.
+    """Refuse inputs of another width than a weight's, which kernels would read beyond, or of another kind.
 
     Raises:
         ValueError: they are.
     """
+    check_kind(x)
     if x.shape[-1] != columns:
         raise ValueError(f"inputs have {x.shape[-1]} columns, the packed weight has {columns}")
+
+
+def check_kind(x: Tensor) -> None:
+    """Refuse inputs that a linear layer has no product with.
+
+    Raises:
+        ValueError: they are of integers or complex numbers, or not even a vector.
+    """
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(f"inputs must be floating-point vectors, not {x.dtype} of shape {list(x.shape)}")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from arbllm.kernels import cpu, cuda
+from arbllm.kernels.modes import is_followed
 
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TOKENS = 16
 """With more, unpacking tiles of the weight takes less time."""
 
@@ -19,10 +21,10 @@ _library.define("rows_matmul(Tensor x, Tensor codes, Tensor scales, int instruct
 
 def suits(x: Tensor) -> bool:
     """Whether `multiply` takes inputs x (t, d)."""
-    if x.shape[0] > MOST_TOKENS or (x.requires_grad and torch.is_grad_enabled()):
+    if x.shape[0] > MOST_TOKENS or (x.requires_grad and torch.is_grad_enabled()) or is_followed():
         return False
     if x.is_cpu:
-        return x.dtype != torch.float64 and cpu.available()
+        return x.dtype in CPU_DTYPES and cpu.available()
     return x.is_cuda and x.dtype in cuda.DTYPES and cuda.available()
 
 

@@ -24,7 +24,7 @@ def test_the_factor_is_the_damped_inverse(columns):
     factor = factorize(hessian, 0.01)
     damped = hessian.clone()
     if dead:
-        damped[dead, dead] = 1
+        damped[dead, dead] = hessian.diagonal()[torch.arange(columns) != dead].mean()
     damped += 0.01 * damped.diagonal().mean() * torch.eye(columns)
     torch.testing.assert_close(factor.damped, damped)
     torch.testing.assert_close(factor.upper.T @ factor.upper @ damped, torch.eye(columns), rtol=0, atol=1e-3)
@@ -37,6 +37,15 @@ def test_inputs_that_never_fire_at_all():
     factor = factorize(torch.zeros(5, 5), 0.01)
     assert factor.dead.all()
     torch.testing.assert_close(factor.damped, 1.01 * torch.eye(5))
+
+
+def test_inputs_that_never_fire_change_nothing_for_the_others_whatever_their_size():
+    hessian = 1e-6 * hessian_of(40)
+    hessian[::4] = hessian[:, ::4] = 0
+    alive = torch.arange(40) % 4 != 0
+    factor = factorize(hessian, 0.01)
+    alone = factorize(hessian[alive][:, alive], 0.01)
+    torch.testing.assert_close(factor.damped[alive][:, alive], alone.damped)
 
 
 def test_damping_is_raised_with_a_warning_where_cholesky_fails():

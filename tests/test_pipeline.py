@@ -97,6 +97,12 @@ def test_the_model_behind_the_card_is_the_one_on_disk(job):
         ({"dtype": "int3"}, ConfigError, "int3"),
         ({"bitmap": "zip"}, ConfigError, "raw, csr, entropy"),
         ({"bitmap": "csr", "size": 10**6}, ConfigError, "choose entropy"),
+        (
+            {"config": arbllm.BinarizationConfig("arb"), "size": 10**6},
+            ConfigError,
+            "size cannot be chosen with method 'arb'",
+        ),
+        ({"distill_windows": 4}, ConfigError, "distill_windows is of no use without distill"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"evaluate": "no such file"}, TextError, "no such file"),
     ],

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 import arbllm
 from arbllm.cli.app import app
-from arbllm.errors import ConfigError, ModelError
+from arbllm.errors import ArbllmError, ModelError
 from arbllm.model.events import BlockFinished
 from arbllm.model.resume import FinishedBlock, Progress, unfinished_directory
 from arbllm.plan import plan
@@ -17,7 +17,7 @@ TEXT = {"windows": 3, "window_length": 32}
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("dense"))
+    return save_tiny(tmp_path_factory.mktemp("dense"), max_position_embeddings=4096)
 
 
 @pytest.mark.parametrize("embedding_bits", [8, 16])
@@ -80,18 +80,23 @@ def test_no_model(tmp_path):
         ({"distill": -1}, "distill must be a number of steps"),
         ({"config": arbllm.BinarizationConfig(method="arb"), "tune": 1}, "arb has no column scales"),
         ({"embedding_bits": 4}, "choose 8, or 16"),
+        ({"config": arbllm.BinarizationConfig(bits=1.1)}, "the linears take at least"),
+        ({"window_length": 10**6}, "longer than the model's"),
+        ({"windows": 0}, "at least one window"),
+        ({"distill": 1, "distill_windows": 0}, "at least one window"),
+        ({"dtype": "float99"}, "dtype 'float99' is unknown"),
     ],
 )
 def test_what_the_job_would_refuse_is_refused(dense, tmp_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ArbllmError, match=message):
         plan(dense, tmp_path / "out", **options)
 
 
 def test_the_command_writes_nothing(dense, tmp_path):
-    arguments = ["quantize", str(dense), str(tmp_path / "out"), "--dry-run", "--bits", "1.5"]
+    arguments = ["quantize", str(dense), str(tmp_path / "out"), "--dry-run", "--bits", "2.5"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.stderr
-    assert "at most 1.500" in shown.stdout
+    assert "at most 2.500" in shown.stdout
     values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert values["true_bits_per_weight"] == pytest.approx(1.5, abs=1e-3)
+    assert values["true_bits_per_weight"] == pytest.approx(2.5, abs=1e-3)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from arbllm.model.events import (
     LinearQuantized,
     TeacherRead,
 )
-from arbllm.progress import JsonLinesLog, ProgressDisplay, WindowDisplay, _clock
+from arbllm.progress import JsonLinesLog, ProgressDisplay, Tally, WindowDisplay, _clock
 
 
 def linear(name: str, rows: int, error: float, bits: float) -> LinearQuantized:
@@ -81,6 +81,15 @@ def test_distillation_ends_with_a_line(terminal):
     shown = file.getvalue()
     assert "distilled from 0.2000 to 0.1500 nats a token in 7 steps, 12.0 s" in shown
     assert ("divergence 0.1234" in shown) == terminal
+
+
+def test_the_time_left_is_that_of_the_blocks_whenever_they_were_made():
+    tally = Tally()
+    tally.total = 80
+    tally.add(EVENTS[2])
+    assert tally.seconds_left() is None
+    tally.add_block(6.0)
+    assert tally.seconds_left() == pytest.approx(6.0 * (80 - tally.weights) / tally.weights)
 
 
 def test_a_second_job_starts_from_zero():

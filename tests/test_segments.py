@@ -239,6 +239,16 @@ def test_outlying_inputs_get_segments_of_their_own(coded):
     assert set(order[-2:].tolist()) == {7, 100}
 
 
+@CODED
+def test_an_input_that_never_fires_is_no_outlier(coded):
+    weight, hessian = with_outliers()
+    hessian[50:80] = hessian[:, 50:80] = 0
+    hessian *= 1e-9
+    order = quantize_matrix(weight, hessian, BinarizationConfig(bits=2.6, trellis=coded)).column_order()
+    assert order is not None
+    assert set(order[-2:].tolist()) == {7, 100}
+
+
 def test_outliers_are_few():
     hessian = torch.eye(400)
     assert outliers(hessian) == 0

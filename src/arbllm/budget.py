@@ -137,7 +137,7 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int, trell
         Bits a weight by name.
 
     Raises:
-        ConfigError: even one bit a weight everywhere costs more.
+        ConfigError: even one bit a weight everywhere costs more, or more than MOST_BITS somewhere; names the linear.
     """
     weights = {name: demand.rows * demand.columns for name, demand in demands.items()}
     wishes = {name: log(max(demand.worth, TINY) / weights[name], ERROR_PER_BIT) for name, demand in demands.items()}
@@ -145,6 +145,12 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int, trell
         name: max(FEWEST_BITS, _bits(demand.rows, demand.columns, scale_block, 0, trellis, 0))
         for name, demand in demands.items()
     }
+    for name, bits_there in least.items():
+        if bits_there > MOST_BITS:
+            raise ConfigError(
+                f"{name}: {demands[name].rows} x {demands[name].columns} weights take {bits_there:.3f} bits each with "
+                f"their scales, more than {MOST_BITS}; choose another method"
+            )
     total = sum(weights.values())
     if (floor := sum(least[name] * weights[name] for name in demands) / total) > bits:
         raise ConfigError(f"the linears take at least {floor:.3f} bits a weight with scales, more than {bits:g}")

@@ -85,7 +85,7 @@ def distill(
         seed: of the choice of windows.
         device: where to compute; None for the GPU where there is one.
         trust_remote_code: run model code that comes with the checkpoints.
-        overwrite: replace an existing `out`.
+        overwrite: replace an existing `out`, and drop what another job for it left unfinished.
         on_event: told of every step as it happens.
 
     Raises:
@@ -100,7 +100,7 @@ def distill(
     place, before = choose_device(device), report(checkpoint)
     choose_tuning(BinarizationConfig.from_dict(before.binarization), 0, steps)
     text = _text(before, {"text": calibration, "windows": windows, "window_length": window_length, "seed": seed})
-    job = _Job(checkpoint, before, model, steps, text, place, trust_remote_code)
+    job = _Job(checkpoint, before, model, steps, text, place, trust_remote_code, overwrite)
     with naming_lack_of_memory(), resumable_output(out, overwrite) as (kept, work):
         check_disk_space(before.bytes_on_disk, work)
         with measure() as measured:
@@ -138,6 +138,7 @@ class _Job:
     text: dict[str, Any]
     device: torch.device
     trust_remote_code: bool
+    overwrite: bool
 
     def run(self, kept: Path, work: Path, on_event: OnEvent | None) -> tuple[DistillationFinished, int, int]:
         """Distil, and write all but the card; how that ended, and the sizes of the dense model as `dense_sizes`."""
@@ -146,7 +147,7 @@ class _Job:
         tokens = calibration_windows(self.text["text"], tokenizer, windows, length, seed)
         teacher = [_open_dense(self.model, self.checkpoint, packed, self.trust_remote_code)]
         sizes = dense_sizes(teacher[0])
-        progress = Progress(kept, self._manifest(teacher[0], tokens))
+        progress = Progress(kept, self._manifest(teacher[0], tokens), self.overwrite)
         events: list[Event] = []
         with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
             emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, distillation_rate(self.steps))

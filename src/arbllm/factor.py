@@ -91,9 +91,9 @@ def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) ->
 
 
 def _shrunk(hessian: Tensor, dead: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """(1 + rho) diag(H) with H_jj = 1 for inputs that never fire, (m), and the mean of diag H, by then without rho."""
+    """(1 + rho) diag(H), (m), and the mean of diag H; inputs that never fire count as the mean of the others."""
     diagonal = hessian.diagonal().clone()
-    diagonal[dead] = 1.0
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     return diagonal * (1 + shrinkage), diagonal.mean()
 
 

@@ -144,6 +144,7 @@ class Job:
             "versions": versions(),
             "model": opened.source,
             "calibration_tokens": checksum(opened.tokens),
+            **({"distillation_tokens": checksum(opened.lessons)} if self.distill else {}),
             "options": options,
         }
 

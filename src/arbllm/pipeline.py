@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
+from arbllm.binarize.methods import get_method
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype, naming_lack_of_memory
@@ -107,7 +108,7 @@ def quantize(
         device: where to compute, one decoder block at a time; None for the GPU where there is one.
         dtype: to open the model in; `auto` as it is stored.
         trust_remote_code: run model code that comes with the checkpoint.
-        overwrite: replace an existing `out`, and start again where work is unfinished.
+        overwrite: replace an existing `out`, and drop what another job for it left unfinished.
         stream: read the model's weights one decoder block at a time, so that it need not fit in memory: a local
             directory with safetensors files. Bits are then divided uniformly.
         offload_dir: a directory for a memory-mapped file of the calibration windows' activations.
@@ -125,6 +126,10 @@ def quantize(
         config = streamable(model, config, distill)
     check_embedding_bits(embedding_bits)
     check_coding(bitmap)
+    if size is not None and not get_method(config.method).joint:
+        raise ConfigError(f"size cannot be chosen with method {config.method!r}; choose arb-rcx, or leave it out")
+    if distill_windows is not None and not distill:
+        raise ConfigError("distill_windows is of no use without distill; leave it out, or say how many steps")
     if size is not None and bitmap == CSR:
         raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if Path(model).exists() and Path(model).resolve() == out.resolve():
@@ -163,7 +168,7 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
             model, config = opened.model, opened.config
             held_out = _held_out(model, evaluate, opened.tokenizer) if evaluate else None
             check_disk_space(largest_size(model, config, job.bitmap), work)
-            progress = Progress(kept, job.manifest(opened))
+            progress = Progress(kept, job.manifest(opened), overwrite)
             with JsonLinesLog(work / LOG_FILE) as log:
                 emit = both(log, on_event)
                 results = job.binarize(opened, emit, progress)

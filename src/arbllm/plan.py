@@ -19,12 +19,15 @@ from arbllm.job import choose_tuning, streamed_config
 from arbllm.model import disturbance
 from arbllm.model.distill import LENGTH
 from arbllm.model.embeddings import check_embedding_bits
+from arbllm.model.quantize import check_length
 from arbllm.model.resume import unfinished_directory
+from arbllm.model.sensitivity import uniform_shares
 from arbllm.model.stream import empty_model
 from arbllm.model.training import Tuning
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 from arbllm.model.workers import solver_memory
 from arbllm.sizes import largest_layout
+from arbllm.text import check_amount
 
 FLOAT_BYTES = 4
 PROGRAM_BYTES = 100_000_000  # tokenizer and text, and what the allocator keeps, beside the libraries
@@ -102,9 +105,12 @@ def plan(
     Raises:
         ModelError: config.json cannot be read, or describes no model that can be binarized.
         ConfigError: options that the job would refuse, too.
+        TextError: likewise, windows.
     """
     config = config or BinarizationConfig()
     tuning = choose_tuning(config, tune, distill)
+    for count in (windows, windows if distill_windows is None else distill_windows):
+        check_amount(count, window_length)
     check_embedding_bits(embedding_bits)
     if stream:
         config = streamed_config(config, distill)
@@ -112,6 +118,7 @@ def plan(
     empty.tie_weights()
     blocks = find_blocks(empty)
     weights = sum(linear.weight.numel() for block in blocks for linear in block.linears)
+    check_length(empty, window_length)
     packed = _packed_bytes(blocks, config)
     rest = _rest_bytes(empty, blocks, embedding_bits)
     text = windows, window_length
@@ -139,6 +146,7 @@ def plan(
 def _packed_bytes(blocks: list[DecoderBlock], config: BinarizationConfig) -> int:
     linears = [linear.weight for block in blocks for linear in block.linears]
     if config.bits is not None:
+        uniform_shares(blocks, config)  # refuses too few
         return ceil(config.bits * sum(weight.numel() for weight in linears) / 8)
     return sum(matrix_size(largest_layout(weight, config)).nbytes for weight in linears)
 

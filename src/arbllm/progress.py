@@ -75,7 +75,7 @@ class Tally:
     def __init__(self) -> None:
         self.weights = self.total = self.linears = 0
         self.bits = self.error = 0.0
-        self._start = time.perf_counter()
+        self._seconds, self._timed = 0.0, 0  # of the blocks so far, and their weights
 
     def add(self, event: LinearQuantized) -> None:
         """Count one linear."""
@@ -84,6 +84,11 @@ class Tally:
         self.bits += event.true_bits * weights
         self.error += event.output_error
         self.linears += 1
+
+    def add_block(self, seconds: float) -> None:
+        """Count the time of a block, all linears of which were counted."""
+        self._seconds += seconds
+        self._timed = self.weights
 
     @property
     def true_bits(self) -> float:
@@ -96,10 +101,8 @@ class Tally:
         return self.error / max(self.linears, 1)
 
     def seconds_left(self) -> float | None:
-        """Time left if the rest takes as long per weight; None before the first linear."""
-        if not self.weights:
-            return None
-        return (time.perf_counter() - self._start) * (self.total - self.weights) / self.weights
+        """Time left if the rest takes as long per weight as the blocks so far took when they were made; None before."""
+        return self._seconds * (self.total - self.weights) / self._timed if self._timed else None
 
 
 class ProgressDisplay:
@@ -158,6 +161,7 @@ class ProgressDisplay:
             case BlockTuned():
                 self._tuned = event
             case BlockFinished():
+                self.tally.add_block(event.seconds)
                 self._say(self._block_line(event))
                 if event.block + 1 == event.blocks:
                     self._progress.stop()

@@ -99,7 +99,7 @@ def processing_order(weight: Tensor, factor: Factor, segments: Sequence[Segment]
     diagonal = factor.damped_diagonal
     single = sum(segment.width == 1 for segment in segments)
     energy = weight.square().sum(0) / factor.inverse_diagonal
-    energy[diagonal.argsort(descending=True, stable=True)[:single]] = torch.inf
+    energy[factor.hessian.diagonal().argsort(descending=True, stable=True)[:single]] = torch.inf
     ranked = energy.argsort(descending=True, stable=True)
     places, start = [], 0
     for _, run in groupby(segments, key=lambda segment: (segment[1:], segment.width == 1)):

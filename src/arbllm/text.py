@@ -103,6 +103,16 @@ def load_text(name_or_path: str, split: Split = "train") -> str:
     return text
 
 
+def check_amount(windows: int, length: int) -> None:
+    """Refuse windows that nothing can be calibrated on.
+
+    Raises:
+        TextError: they are too few, or too short.
+    """
+    if windows < 1 or length < 2:
+        raise TextError(f"calibration needs at least one window of two tokens, not {windows} of {length}")
+
+
 def calibration_windows(
     name_or_path: str, tokenizer: PreTrainedTokenizerBase, windows: int = 128, length: int = 2048, seed: int = 0
 ) -> Tensor:
@@ -125,8 +135,7 @@ def calibration_windows(
     Raises:
         TextError: as `load_text`; or the text is too short, with the number of windows that fit.
     """
-    if windows < 1 or length < 1:
-        raise TextError(f"calibration needs at least one window of one token, not {windows} of {length}")
+    check_amount(windows, length)
     generator = random.Random(seed)
     if name_or_path == "c4":
         return _document_windows(_hub_rows("c4", "train"), tokenizer, windows, length, generator)

@@ -138,9 +138,16 @@ def test_blocks_that_take_their_input_by_name():
 
 def test_a_linear_that_never_runs_is_named():
     model = tiny_model("llama")
-    model.model.layers[1].spare = nn.Linear(4, 4)
+    model.model.layers[1].spare = nn.Linear(8, 8)
     blocks = find_blocks(model)
     hidden, calls = capture_inputs(model, blocks, random_windows(), CPU)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.spare: never ran"):
+        gather_hessians(blocks[1], calls[1], hidden)
+
+    def send_nothing(module, _):
+        module.spare(torch.empty(0, 8))
+
+    model.model.layers[1].register_forward_pre_hook(send_nothing)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.spare: never ran"):
         gather_hessians(blocks[1], calls[1], hidden)
 

@@ -147,3 +147,37 @@ def test_changed_options_are_refused_and_overwrite_starts_again(dense, tmp_path,
     assert json.loads((kept / "manifest.json").read_text())["options"]["windows"] == 3
     arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 4}, overwrite=True)
     assert not kept.exists()
+
+
+@pytest.mark.filterwarnings("ignore:what is finished is kept")
+def test_other_text_to_distil_on_is_another_job(dense, tmp_path, stop, monkeypatch):
+    text = tmp_path / "text.txt"
+    options = {**JOB, "calibration": str(text), "windows": 1, "window_length": 32, "distill_windows": 9}
+    text.write_text("a" * 32 * 9)
+    stop("distilled")
+    with pytest.raises(StoppedError):
+        arbllm.quantize(dense, tmp_path / "out", **options)
+    monkeypatch.undo()
+    for changed in ("b" + "a" * (32 * 9 - 1), "a" * (32 * 9 - 1) + "b"):  # only one of them is calibrated on, if any
+        text.write_text(changed)
+        with pytest.raises(ArbllmError, match="distillation_tokens"):
+            arbllm.quantize(dense, tmp_path / "out", **options)
+
+
+@pytest.mark.filterwarnings("ignore:what is finished is kept")
+def test_a_job_that_replaces_a_checkpoint_goes_on_too(dense, tmp_path, stop, monkeypatch):
+    arbllm.quantize(dense, tmp_path / "out", **{**JOB, "windows": 4})
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    stop("block-00001")
+    with pytest.raises(StoppedError):
+        arbllm.quantize(dense, tmp_path / "out", **JOB, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    kept = tmp_path / ".out.unfinished" / "block-00000.safetensors"
+    written = kept.stat().st_mtime_ns
+    found = []
+    arbllm.quantize(
+        dense, tmp_path / "out", **JOB, overwrite=True, on_event=lambda _: found.append(kept.stat().st_mtime_ns)
+    )
+    assert set(found) == {written}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before

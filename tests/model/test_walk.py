@@ -114,6 +114,30 @@ def test_weights_that_are_not_in_memory_or_not_floats_are_named():
         check_weights(find_blocks(model))
 
 
+def test_a_weight_of_two_linears_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        ModelError, match=r"layers\.2\.mlp\.up_proj shares its weight with model\.layers\.0\.mlp\.up_proj"
+    ):
+        check_weights(find_blocks(model))
+
+
+def test_narrow_linears_stay_dense():
+    model = tiny_model("llama")
+    model.model.layers[1].gate = nn.Linear(32, 7)
+    assert "model.layers.1.gate" not in {linear.name for block in find_blocks(model) for linear in block.linears}
+    model.model.layers[1].gate = nn.Linear(32, 8)
+    assert "model.layers.1.gate" in {linear.name for block in find_blocks(model) for linear in block.linears}
+
+
+def test_a_block_without_linears_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1] = nn.Identity()
+    with pytest.raises(ModelError, match=r"model\.layers\.1 has no linear layers"):
+        find_blocks(model)
+
+
 def test_a_block_that_would_stay_mostly_dense_is_refused():
     config = MixtralConfig(
         hidden_size=16,

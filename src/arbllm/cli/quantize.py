@@ -129,6 +129,8 @@ def quantize(
         from arbllm.plan import plan
         from arbllm.progress import ProgressDisplay
 
+        if bits is not None and size is not None:
+            raise ConfigError("--bits and --size choose the same; leave one of them out")
         config = BinarizationConfig(
             method=method,
             bits=bits,

@@ -221,17 +221,23 @@ class _InputRecorder:
     def groups(self) -> list[InputGroup]:
         for linear in self._linears:
             if linear not in self._leaders:
-                raise ModelError(f"{linear.name}: never ran on the calibration text; calibrate on more windows")
-        members: dict[Linear, list[Linear]] = {leader: [] for leader in self._sums}
+                raise ModelError(
+                    f"{linear.name}: never ran on the calibration text; calibrate on more windows if it is an expert's "
+                    "(if the model uses its weight without calling it, such an architecture is not supported)"
+                )
+        members: dict[Linear, list[Linear]] = {}  # in the order of the linears, whichever expert ran first
         for linear in self._linears:
-            members[self._leaders[linear]].append(linear)
-        return [
-            InputGroup(tuple(members[leader]), _mirror_upper(total).mul_(2 / tokens), tokens)
-            for (leader, total), tokens in zip(self._sums.items(), self._tokens.values(), strict=True)
-        ]
+            members.setdefault(self._leaders[linear], []).append(linear)
+        groups = []
+        for leader, linears in members.items():
+            tokens = self._tokens[leader]
+            groups.append(InputGroup(tuple(linears), _mirror_upper(self._sums[leader]).mul_(2 / tokens), tokens))
+        return groups
 
     def _observe(self, linear: Linear, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not tensor.numel():
+            return  # an expert that no token was sent to
         if linear not in self._leaders:
             self._leaders[linear] = self._leader_of(tensor) or linear
             self._seen.append((tensor, tensor._version, linear))

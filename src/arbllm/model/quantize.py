@@ -42,6 +42,9 @@ from arbllm.model.workers import Solvers, solver_memory, solvers
 from arbllm.nn import BinaryLinear
 from arbllm.solver import quantize_matrix
 
+PROBED_TOKENS = 8
+"""Of each of two windows, to see how the model calls its blocks."""
+
 Solved = tuple[Linear, BinaryMatrix, LinearQuantized]
 
 
@@ -104,14 +107,14 @@ def quantize_model(
     device = torch.device(device) if device is not None else blocks[0].linears[0].weight.device
     emit(_job_started(blocks))
     model.eval()
+    capture_inputs(model, blocks, windows[:2, :PROBED_TOKENS], device)  # refuses a model before much is done for it
     configs = ranks.told(partial(linear_configs, model, blocks, windows, config, device, progress))
     last = ranks.told(partial(_last_unfinished, blocks, progress))  # activations are needed as far as there
     windows = ranks.share(windows)
     hidden, calls = capture_inputs(model, blocks, windows, device)
     goals: list[Goal | None] = [None] * len(calls)
     if tuning:
-        begin = hidden[:, : tuning.length]
-        dense = spill(begin, offload) if offload else begin.clone()
+        dense = spill(hidden[:, : tuning.length], offload) if offload else hidden[:, : tuning.length].clone()
         shorter = capture_inputs(model, blocks, windows[:1, : tuning.length], device)[1]
         goals = [Goal(dense, call) for call in shorter]
     hidden = spill(hidden, offload) if offload else hidden
@@ -348,17 +351,26 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
     """
     if windows.ndim != 2 or not windows.numel():
         raise ModelError(f"calibration windows must be a matrix of tokens (windows, length), not {list(windows.shape)}")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and windows.shape[1] > positions:
-        raise ModelError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; "
-            f"choose --window-length {positions} or less"
-        )
+    check_length(model, windows.shape[1])
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(windows.max()) >= vocabulary or int(windows.min()) < 0:
         raise ModelError(
             f"the text has token number {int(windows.max())}, but the model knows {vocabulary} tokens; "
             "use the model's own tokenizer"
+        )
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse windows of more tokens than the model has positions.
+
+    Raises:
+        ModelError: they are longer.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"windows of {length} tokens are longer than the model's {positions} positions; "
+            f"choose --window-length {positions} or less"
         )
 
 

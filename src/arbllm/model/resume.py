@@ -68,8 +68,13 @@ class Progress:
         manifest: what the job is, plain values.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, Any], overwrite: bool = False) -> None:
         """Begin in an empty directory, or go on with the same job.
+
+        Args:
+            directory: see the class.
+            manifest: see the class.
+            overwrite: drop what another job left.
 
         Raises:
             ArbllmError: the directory is of another job; shows what differs.
@@ -83,12 +88,19 @@ class Progress:
             write_whole(file, json.dumps(self.manifest, indent=2).encode())
             return
         except ValueError as error:
-            raise ArbllmError(f"{file}: not readable ({error}); pass --overwrite to start again") from error
-        if before != self.manifest:
+            if not overwrite:
+                raise ArbllmError(f"{file}: not readable ({error}); pass --overwrite to start again") from error
+            before = {}
+        if before == self.manifest:
+            return
+        if not overwrite:
             raise ArbllmError(
                 f"{directory} holds the unfinished work of another job ({_difference(before, self.manifest)}); go on "
                 "with that one by its own options, or pass --overwrite to start again"
             )
+        for part in directory.glob("*.safetensors"):
+            part.unlink()
+        write_whole(file, json.dumps(self.manifest, indent=2).encode())
 
     def block(self, index: int) -> FinishedBlock | None:
         """A finished block, on the CPU; None where it is not finished."""
@@ -193,7 +205,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
 
     Args:
         out: the directory to be.
-        overwrite: replace an existing `out`, and start again where work is unfinished.
+        overwrite: replace an existing `out`.
 
     Yields:
         Where finished work is kept (see `Progress`), and the directory to write in, which becomes `out`.
@@ -213,7 +225,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
         _lock(lock.fileno(), out)
         put_back(out, directory / CHECKPOINT_DIRECTORY)
         check_replaceable(out, overwrite)
-        _clear(directory, everything=overwrite)
+        _clear(directory)
         try:
             with output_directory(out, overwrite, directory / CHECKPOINT_DIRECTORY) as work:
                 yield directory, work
@@ -291,14 +303,12 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _clear(directory: Path, everything: bool) -> None:
-    """Remove what a killed job had not finished, or all."""
+def _clear(directory: Path) -> None:
+    """Remove what a killed job had not finished."""
     for path in directory.iterdir():
-        if path.name == LOCK_FILE or not (everything or path.is_dir() or path.suffix == ".part"):
-            continue
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.suffix == ".part":
             path.unlink()
 
 

@@ -64,10 +64,20 @@ def linear_configs(
         if progress:
             progress.keep_shares(shares)
     elif shares is None:
-        shapes = {linear.name: tuple(linear.weight.shape) for linear in linears}
-        demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
-        shares = allocate(demands, config.bits, config.scale_block, config.trellis)
+        shares = uniform_shares(blocks, config)
     return {name: replace(config, bits=share) for name, share in shares.items()}
+
+
+def uniform_shares(blocks: Sequence[DecoderBlock], config: BinarizationConfig) -> dict[str, float]:
+    """As many bits a weight for every linear, as nearly as can be, by module name in the model's order.
+
+    Raises:
+        ConfigError: see `arbllm.budget.allocate`.
+    """
+    assert config.bits is not None, "there is a budget to divide"
+    shapes = {linear.name: tuple(linear.weight.shape) for block in blocks for linear in block.linears}
+    demands = {name: Demand(rows, columns, rows * columns) for name, (rows, columns) in shapes.items()}
+    return allocate(demands, config.bits, config.scale_block, config.trellis)
 
 
 def measured_shares(

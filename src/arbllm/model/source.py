@@ -45,8 +45,7 @@ def open_model_only(
     name_or_path: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model of `open_model`, without a tokenizer."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     path = Path(name_or_path).expanduser()
     if _is_packed(path):
         return load(path, dtype=DTYPES.get(dtype), device=device, trust_remote_code=trust_remote_code)
@@ -63,6 +62,16 @@ def open_model_only(
         # The weights are dense by now, but with this left in place the model would refuse to be saved.
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(device).eval()
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that models are not opened in.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`, nor `auto`.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
 
 
 def open_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

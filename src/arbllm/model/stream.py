@@ -20,7 +20,7 @@ from arbllm.errors import CheckpointError, ModelError
 from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.header import StoredTensor, read_header
-from arbllm.model.source import DTYPES
+from arbllm.model.source import DTYPES, check_dtype
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
 
 SAMPLE = 32768
@@ -154,8 +154,10 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
+        ConfigError: the dtype is unknown.
         ModelError: config.json cannot be read, or describes no causal language model.
     """
+    check_dtype(dtype)
     from accelerate import init_empty_weights
 
     generation = Path(source) / "generation_config.json"

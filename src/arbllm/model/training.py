@@ -133,6 +133,9 @@ class Trainer:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self._steps))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self._ranks.count > 1:  # an expert may have run on some of them
+            for each in self.parameters:
+                each.grad = torch.zeros_like(each) if each.grad is None else each.grad
         self._ranks.average([each.grad for each in self.parameters if each.grad is not None])
         self._optimizer.step()
 

@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from arbllm.errors import ModelError
 from arbllm.nn import BinaryLinear
 
+NARROWEST = 8
+"""Linears with fewer rows or columns stay dense: scales would take more than their weights."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -59,11 +62,12 @@ class DecoderBlock:
 def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     """The decoder blocks: the list of modules that holds more linear weights than any other, nested ones aside.
 
-    Embeddings, norms, head and whatever else lies outside that list are not touched.
+    Embeddings, norms, head and whatever else lies outside that list are not touched, nor are linears of fewer rows or
+    columns than NARROWEST.
 
     Raises:
-        ModelError: the model is an encoder-decoder, is quantized already, has no such list, or holds weights that
-            are not loaded; the message names what was found.
+        ModelError: the model is an encoder-decoder, is quantized already, has no such list, or a block without linears
+            in it; the message names what was found.
     """
     _refuse_other_kinds(model)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -77,10 +81,14 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
             f"{type(model).__name__} has no list of decoder blocks with linear layers (lists of modules in it: "
             f"{found or 'none'}); only causal language models made of such blocks can be binarized"
         )
-    return [
+    found_blocks = [
         DecoderBlock(index, f"{name}.{index}", block, tuple(_linears(f"{name}.{index}", block)))
         for index, block in enumerate(blocks)
     ]
+    for block in found_blocks:
+        if not block.linears:
+            raise ModelError(f"{block.name} has no linear layers; such an architecture is not supported")
+    return found_blocks
 
 
 def check_weights(blocks: list[DecoderBlock]) -> None:
@@ -88,10 +96,15 @@ def check_weights(blocks: list[DecoderBlock]) -> None:
 
     Raises:
         ModelError: most weights of a block are not in linears; names the largest of them.
+        ModelError: two linears have one weight; names them.
         ModelError: a weight is not in memory, not a matrix of floats, or has NaN or infinite entries; names the layer.
     """
+    owners: dict[Tensor, str] = {}
     for block in blocks:
         _check_share(block)
+        for linear in block.linears:
+            if (owner := owners.setdefault(linear.module.weight, linear.name)) != linear.name:
+                raise ModelError(f"{linear.name} shares its weight with {owner}; such an architecture is not supported")
     for linear in (linear for block in blocks for linear in block.linears):
         weight = linear.weight
         if weight.is_meta:
@@ -145,7 +158,13 @@ def _check_share(block: DecoderBlock) -> None:
 
 def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:
     for name, module in block.named_modules(prefix=prefix):
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, Conv1D):
+            widths = module.weight.shape
+        elif isinstance(module, nn.Linear):
+            widths = module.out_features, module.in_features
+        else:
+            continue
+        if min(widths) >= NARROWEST:
             yield Linear(name, module, transposed=isinstance(module, Conv1D))
 
 

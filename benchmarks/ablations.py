@@ -16,8 +16,8 @@ import sys
 
 from arbllm.errors import ArbllmError
 from arbllm.evaluation.ablate import PAGE, RESULTS, ablate
-from arbllm.evaluation.compare import ROWS, Protocol
 from arbllm.evaluation.methods import Calibration
+from arbllm.evaluation.protocol import ROWS, Protocol
 from commands import demonstration_model
 from compare import CALIBRATIONS, say, take_kept_rows
 from results import CONTEXT, DATA, ROOT

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arbllm.evaluation.frontier import shown
+from arbllm.evaluation.written import markdown_table
 
 BUDGETS = (1.1, 1.3, 1.6, 2.0, 2.25, 2.5, 2.85, 3.25)
 JOINT = "arb-rcx"
@@ -35,14 +36,14 @@ def budget_table(found: Mapping[str, Mapping[str, Any]], full: float) -> str:
     rows += [(peer, {"untuned" + text: found.get(peer + text) for text in ("", " on C4")}) for peer in PEERS]
     kept = [column for column in columns if any(cells.get(column) for _, cells in rows)]
     head = ["budget", "true bits", "MB", *kept]
-    lines = [head, ["---:"] * len(head)]
+    lines = []
     for name, cells in rows:
         measured = [figures for column in kept if (figures := cells.get(column))]
         if measured:
             job = measured[0]["quantize"]
             sizes = [f"{job['true_bits_per_weight']:.2f}", f"{job['bytes_on_disk'] / 1e6:.1f}"]
             lines.append([name, *sizes, *(_cell(cells.get(column), full) for column in kept)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines, left=0)
 
 
 def _method(budget: float, ending: str) -> str:

@@ -23,10 +23,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from arbllm.errors import ArbllmError
-from arbllm.evaluation.compare import ROWS, Protocol, collect, run_row, text_pieces, write_json
+from arbllm.evaluation.compare import collect, run_row, text_pieces
 from arbllm.evaluation.methods import Calibration, find_recipe
+from arbllm.evaluation.protocol import ROWS, Protocol
 from arbllm.evaluation.tasks import TASKS
 from arbllm.evaluation.write_report import write_report
+from arbllm.evaluation.written import write_json
 from budgets import budget_methods
 from commands import demonstration_model
 from results import CONTEXT, DATA, DISTILL_WINDOWS, JOINT_WINDOWS, ROOT

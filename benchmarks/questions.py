@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from arbllm.evaluation.written import markdown_table
+
 YES_OR_NO = "boolq"
 """Always yes is right in three of five of its questions; models that know little differ in how often they say so."""
 
@@ -25,14 +27,14 @@ def question_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     names = [task["task"] for task in asked[0]["tasks"]]
     head = ["", *names, "mean", f"without {YES_OR_NO}"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for row in asked:
         tasks = {task["task"]: task for task in row["tasks"]}
         rest = [task for name, task in tasks.items() if name != YES_OR_NO]
         error = math.hypot(*(task["acc_stderr"] for task in rest)) / len(rest)
         means = [f"{_mean(list(tasks.values())):.3f}", f"{_mean(rest):.3f} ± {error:.3f}"]
         lines.append([row["method"], *(f"{tasks[name]['acc']:.3f}" for name in names), *means])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def _mean(tasks: Sequence[Mapping[str, Any]]) -> float:

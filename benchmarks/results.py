@@ -24,11 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arbllm.evaluation.compare import PIECE, ROWS, perplexity_of, read_row
+from arbllm.evaluation.compare import PIECE, perplexity_of, read_row
 from arbllm.evaluation.frontier import shown
 from arbllm.evaluation.methods import DISTILLATION_STEPS
 from arbllm.evaluation.methods import FULL as FP16
+from arbllm.evaluation.protocol import ROWS
 from arbllm.evaluation.write_report import markdown
+from arbllm.evaluation.written import markdown_table
 from budgets import JOINT, budget_table
 from commands import arbllm, demonstration_model
 from questions import question_table
@@ -279,14 +281,13 @@ def table(rows: dict[str, dict[str, Any]], max_windows: int, dense: int) -> str:
     """Rows over so many windows as a table in Markdown, below the dense model with its bytes."""
     head = ("", "nominal bits", "true bits", "MB", "perplexity", "ratio", "output error", "peak GB")
     full = evaluation(FULL, max_windows)["perplexity"]
-    lines = [head, ("---", *("---:",) * (len(head) - 1))]
-    lines.append((FULL, "16", "16", f"{dense / 1e6:.1f}", f"{full:.2f}", "1.00", "", ""))
+    lines = [(FULL, "16", "16", f"{dense / 1e6:.1f}", f"{full:.2f}", "1.00", "", "")]
     for row, figures in rows.items():
         perplexity, job = figures["perplexity"], figures["quantize"]
         bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
         ratio = (f"{job['bytes_on_disk'] / 1e6:.1f}", shown(perplexity), shown(perplexity / full))
         lines.append((row, *bits, *ratio, f"{job['output_error']:.4f}", f"{job['peak_memory_bytes'] / 1e9:.2f}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(head, lines)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from arbllm.config import BinarizationConfig
+from arbllm.evaluation.written import markdown_table
 from arbllm.solver import quantize_matrix
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,8 +160,7 @@ def as_table(headings: tuple[str, ...], rows: Rows) -> Table:
 
 def as_markdown(headings: tuple[str, ...], rows: Rows) -> str:
     """For the page."""
-    rule = tuple("---" if heading in LABELS else "---:" for heading in headings)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, rule, *rows))
+    return markdown_table(headings, rows, left=sum(heading in LABELS for heading in headings))
 
 
 def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:

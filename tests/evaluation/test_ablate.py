@@ -4,8 +4,8 @@ import pytest
 
 from arbllm.errors import ConfigError
 from arbllm.evaluation.ablate import PAGE, RESULTS, ablate, page, variants
-from arbllm.evaluation.compare import Protocol
 from arbllm.evaluation.methods import Calibration
+from arbllm.evaluation.protocol import Protocol
 from tests.tiny import save_tiny
 
 

@@ -9,9 +9,6 @@ from arbllm.errors import ConfigError, TextError
 from arbllm.evaluation import compare as module
 from arbllm.evaluation.compare import (
     RESULTS,
-    ROWS,
-    Protocol,
-    check_settings,
     collect,
     compare,
     perplexities,
@@ -20,6 +17,7 @@ from arbllm.evaluation.compare import (
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import DISTILLATION_STEPS, PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
+from arbllm.evaluation.protocol import ROWS, Protocol
 from arbllm.factor import factorize
 from arbllm.format.checkpoint import bytes_on_disk
 from arbllm.integrations.hqq import hqq_round
@@ -178,14 +176,6 @@ def test_other_settings_are_refused(protocol, finished):
         compare(replace(protocol, texts=("elsewhere/builtin",)), ["fp16"], finished[0], isolate=False)
     with pytest.raises(TextError, match="max-windows must be at least 1, not 0"):
         compare(replace(protocol, max_windows=0), ["fp16"], finished[0], isolate=False)
-
-
-def test_tasks_of_other_data_are_refused(protocol, tmp_path):
-    file = tmp_path / "settings.json"
-    check_settings(file, replace(protocol, tasks=("piqa",), task_data="here"))
-    check_settings(file, protocol)
-    with pytest.raises(ConfigError, match=r"answers to tasks of here, not of the hub"):
-        check_settings(file, replace(protocol, tasks=("boolq",)))
 
 
 def test_a_step_in_a_process_of_its_own():

@@ -61,8 +61,8 @@ def ablate(
     with command(debug):
         from arbllm.evaluation.ablate import ablate as run
         from arbllm.evaluation.ablate import page
-        from arbllm.evaluation.compare import Protocol
         from arbllm.evaluation.methods import Calibration
+        from arbllm.evaluation.protocol import Protocol
 
         protocol = Protocol(
             model,

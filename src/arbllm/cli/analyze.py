@@ -39,10 +39,11 @@ def analyze(
     """
     with command(debug):
         from arbllm.evaluation.analyze import analyze_model, compare_methods, most_columnar
-        from arbllm.evaluation.write_analysis import to_dict, write_analysis
+        from arbllm.evaluation.write_analysis import prepare_output, to_dict, write_analysis
         from arbllm.model.source import open_model
         from arbllm.text import calibration_windows
 
+        prepare_output(out)
         say("opening", model)
         opened, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)
         tokens = calibration_windows(calibration, tokenizer, windows, window_length, seed)

@@ -71,9 +71,9 @@ def compare(
     `arbllm compare model.gguf --methods fp16,gptq-2,arb-rcx-2.25 --calibration wiki.valid.raw --out comparison`
     """
     with command(debug):
-        from arbllm.evaluation.compare import Protocol
         from arbllm.evaluation.compare import compare as run
         from arbllm.evaluation.methods import Calibration
+        from arbllm.evaluation.protocol import Protocol
         from arbllm.evaluation.write_report import markdown, write_report
 
         protocol = Protocol(

@@ -89,15 +89,17 @@ def names(text: str | None) -> list[str]:
 
 def _facts(result: Evaluation) -> dict[str, str]:
     facts = {}
+    files = [Path(text).name for text in result.texts]
     for text, score in result.texts.items():
-        label = "perplexity" if len(result.texts) == 1 else f"perplexity, {Path(text).name}"
-        facts[label] = f"{score.perplexity:.3f}"
-        facts["windows" if len(result.texts) == 1 else f"windows, {Path(text).name}"] = (
-            f"{score.windows} of {score.context} tokens"
-        )
+        name = Path(text).name if files.count(Path(text).name) == 1 else text
+        of = "" if len(result.texts) == 1 else f", {name}"
+        facts[f"perplexity{of}"] = f"{score.perplexity:.3f}"
+        facts[f"windows{of}"] = f"{score.windows} of {score.context} tokens"
     for task in result.tasks:
-        normalized = f", normalized {task.acc_norm:.3f} ± {task.acc_norm_stderr:.3f}" if task.acc_norm_stderr else ""
-        facts[task.task] = f"{task.acc:.3f} ± {task.acc_stderr:.3f}{normalized} ({task.items} items)"
+        accuracy = _with_error(task.acc, task.acc_stderr)
+        if task.acc_norm is not None:
+            accuracy += f", normalized {_with_error(task.acc_norm, task.acc_norm_stderr)}"
+        facts[task.task] = f"{accuracy} ({task.items} items)"
     if result.tasks:
         values = result.to_dict()
         facts["average"] = f"{values['average_acc']:.3f}, normalized {values['average_acc_norm']:.3f}"
@@ -110,3 +112,7 @@ def _facts(result: Evaluation) -> dict[str, str]:
         facts["true bits a weight"] = f"{result.true_bits_per_weight:.3f}"
         facts["nominal bits a weight"] = f"{result.nominal_bits_per_weight:.3f}"
     return facts
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

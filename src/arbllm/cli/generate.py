@@ -44,8 +44,12 @@ def generate(
         opened, tokenizer = open_model(
             model, dtype=evaluation_dtype(dtype, chosen), device=chosen, trust_remote_code=trust_remote_code
         )
-        if not json:
-            _write(prompt)
+        unwritten = [prompt]  # until there is something to write behind it
+
+        def write(text: str) -> None:
+            _write("".join(unwritten) + text)
+            unwritten.clear()
+
         with measure() as measured:
             text = run(
                 opened,
@@ -55,12 +59,12 @@ def generate(
                 temperature=temperature,
                 repetition_penalty=repetition_penalty,
                 seed=seed,
-                on_text=None if json else _write,
+                on_text=None if json else write,
             )
         if json:
             print_json({"prompt": prompt, "text": text, **measured.to_dict()})
         else:
-            _write("\n")
+            write("\n")
 
 
 def _write(text: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +52,9 @@ def command(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         stderr().print("interrupted")
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+    except BrokenPipeError:  # who reads, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
     except Exception as error:
         say("[bold red]error:[/]", _one_line(error))
         raise typer.Exit(ERROR_EXIT_CODE) from None
@@ -65,7 +67,9 @@ def say(label: str, text: str) -> None:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """One JSON object on stdout. Values that are infinite or not a number become null, which JSON can hold."""
-    typer.echo(json.dumps(_plain(values), indent=2, allow_nan=False))
+    from arbllm.evaluation.written import to_json
+
+    typer.echo(to_json(values))
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
@@ -107,14 +111,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ArbllmError):
         return message
     return f"{type(error).__name__}: {message or 'no message'} (--debug shows where)"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 @contextmanager

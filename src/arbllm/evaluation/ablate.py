@@ -12,21 +12,11 @@ from typing import Any
 
 from arbllm.config import DEFAULT_BITS, BinarizationConfig
 from arbllm.errors import ConfigError
-from arbllm.evaluation.compare import (
-    MODELS,
-    ROWS,
-    SETTINGS,
-    Pieces,
-    Protocol,
-    check_settings,
-    perplexities,
-    run_row,
-    shown_settings,
-    text_pieces,
-    write_json,
-)
+from arbllm.evaluation.compare import MODELS, Pieces, begin, perplexities, run_row
 from arbllm.evaluation.frontier import score, shown
 from arbllm.evaluation.methods import FULL, JOINT, Recipe
+from arbllm.evaluation.protocol import Protocol, shown_settings
+from arbllm.evaluation.written import markdown_table, write_json
 
 RESULTS, PAGE = "ablation.json", "ablation.md"
 
@@ -127,9 +117,7 @@ def ablate(
         ArbllmError: a step failed; what was done before is kept.
     """
     chosen = _chosen(studies)
-    (out / ROWS).mkdir(parents=True, exist_ok=True)
-    check_settings(out / SETTINGS, protocol)
-    pieces = text_pieces(protocol)
+    pieces = begin(protocol, out)
     options: dict[str, Any] = {"isolate": isolate, "speed": False, "on_step": on_step}
     full = _figures(protocol, pieces, run_row(Recipe(FULL), protocol, pieces, out, **options))
     rows = []
@@ -153,7 +141,7 @@ def page(results: dict[str, Any]) -> str:
     calibration = settings["calibration"]
     texts = list(results[FULL]["perplexity"])
     head = ["study", "", *texts, "true bits", "output error", "published, LLaMA-7B"]
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    lines = []
     for row in results["rows"]:
         rivals = [other for other in results["rows"] if other["study"] == row["study"]]
         figures = []
@@ -169,7 +157,7 @@ def page(results: dict[str, Any]) -> str:
         f"Perplexity; full precision has {full}. Calibrated on {calibration['windows']} windows (unless varied) of "
         f"{calibration['window_length']} tokens of {Path(calibration['text']).name}. The best of a study is bold. The "
         "last column is the paper's Table 4, another model on another protocol: compare directions, not figures.\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + markdown_table(head, lines, left=2)
         + "\n"
     )
 

@@ -9,49 +9,27 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from arbllm.device import choose_device, evaluation_dtype
-from arbllm.errors import ConfigError, TextError
+from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
-from arbllm.evaluation.methods import FULL, Calibration, Recipe, find_recipe, is_known, make
+from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known, make
+from arbllm.evaluation.perplexity import count_windows
+from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings, shown_settings
 from arbllm.evaluation.speed import tokens_per_second, write_samples
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
+from arbllm.evaluation.written import write_json
 from arbllm.model.source import open_model, open_tokenizer
 from arbllm.progress import ProgressDisplay, RequestDisplay, WindowDisplay
 from arbllm.text import evaluation_tokens
 
-SETTINGS, RESULTS, ROWS, MODELS = "settings.json", "results.json", "rows", "models"
+RESULTS, MODELS = "results.json", "models"
 PIECE = 50  # windows of a text at a time, so that an interruption costs no more
 Pieces = dict[str, list[tuple[int, int]]]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What every method of a comparison goes through.
-
-    Attributes:
-        model: a hub id, a local directory or a `.gguf` file.
-        calibration: see `Calibration`.
-        texts: perplexity is measured on each; see `arbllm.evaluation.evaluate.evaluate`, as for the rest.
-        context: tokens of a window.
-        max_windows: windows of each text at most; None for all.
-        tasks: zero-shot tasks.
-        task_data: the folder with their raw data sets; None takes them from the hub.
-        limit: items of each task at most; None for all.
-    """
-
-    model: str
-    calibration: Calibration = field(default_factory=Calibration)
-    texts: tuple[str, ...] = ("wikitext2",)
-    context: int = 2048
-    max_windows: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_data: str | None = None
-    limit: int | None = None
 
 
 def compare(
@@ -84,10 +62,10 @@ def compare(
         ArbllmError: a step failed; what was done before is kept.
     """
     recipes = [find_recipe(name) for name in dict.fromkeys(methods)]
+    if not recipes:
+        raise ConfigError("no method is named; see arbllm compare --help")
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
-    (out / ROWS).mkdir(parents=True, exist_ok=True)
-    check_settings(out / SETTINGS, protocol)
-    pieces = text_pieces(protocol)
+    pieces = begin(protocol, out)
     for place, recipe in enumerate(recipes):
         run_row(recipe, protocol, pieces, out, isolate=isolate, on_step=on_step)
         if not keep_models:
@@ -98,19 +76,33 @@ def compare(
     return results
 
 
+def begin(protocol: Protocol, out: Path) -> Pieces:
+    """Look at all that can be wrong with a protocol before any work is done, then make `out` and keep it there.
+
+    Returns:
+        See `text_pieces`.
+
+    Raises:
+        ConfigError: `out` holds rows that were made with other settings.
+        TextError: see `text_pieces`.
+    """
+    settings = merged_settings(protocol, out)
+    pieces = text_pieces(protocol)
+    (out / ROWS).mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, settings)
+    return pieces
+
+
 def text_pieces(protocol: Protocol) -> Pieces:
     """For each text, (first window, window behind the last) of the pieces that it is evaluated in.
 
     Raises:
-        TextError: a text cannot be read, or `max_windows` is out of range.
+        TextError: a text cannot be read or holds no whole window, or `context` or `max_windows` is out of range.
     """
-    if protocol.max_windows is not None and protocol.max_windows < 1:
-        raise TextError(f"max-windows must be at least 1, not {protocol.max_windows}")
     tokenizer = open_tokenizer(protocol.model, protocol.calibration.trust_remote_code)
     pieces = {}
     for text in protocol.texts:
-        windows = max(1, evaluation_tokens(text, tokenizer).numel() // protocol.context)
-        windows = min(windows, protocol.max_windows or windows)
+        windows = count_windows(evaluation_tokens(text, tokenizer), protocol.context, protocol.max_windows)
         pieces[text] = [(start, min(start + PIECE, windows)) for start in range(0, windows, PIECE)]
     return pieces
 
@@ -240,9 +232,14 @@ def _items(protocol: Protocol) -> str:
 
 
 def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The function's result, from a process that begins and ends with it."""
+    """The function's result, from a process that begins and ends with it, and that ends when this one is stopped."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 def _quantize(recipe: Recipe, protocol: Protocol, out: Path) -> dict[str, Any]:
@@ -327,60 +324,3 @@ def perplexity_of(parts: Sequence[dict[str, Any]]) -> float:
     """Perplexity of a text from those of its parts, with `windows` each; None counts as infinite."""
     windows = sum(part["windows"] for part in parts)
     return math.exp(sum(part["windows"] * math.log(part["perplexity"] or math.inf) for part in parts) / windows)
-
-
-def shown_settings(protocol: Protocol) -> dict[str, Any]:
-    """The settings of a comparison with files by their names alone, to be shown elsewhere."""
-    settings = _plain(protocol)
-    settings |= {"model": Path(protocol.model).name, "texts": [Path(text).name for text in protocol.texts]}
-    settings["calibration"] |= {"text": Path(protocol.calibration.text).name}
-    return {key: value for key, value in settings.items() if key != "task_data"}
-
-
-def check_settings(file: Path, protocol: Protocol) -> None:
-    """Keep the settings of a comparison, or refuse others than those that it was begun with.
-
-    Texts, tasks and how much of each may differ: what is missing of a row is run. Rows know texts by the names of their
-    files, and tasks by theirs, so that neither name may come to stand for other data.
-    """
-    settings = _plain(protocol)
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
-    for name in ("model", "calibration", "context"):
-        if begun.get(name) != settings[name]:
-            raise ConfigError(
-                f"{file.parent} holds a comparison with other settings ({name} was {begun.get(name)}, not "
-                f"{settings[name]}); choose another --out, or the same settings"
-            )
-    texts = list(dict.fromkeys([*begun["texts"], *settings["texts"]]))
-    named = {Path(text).name: text for text in reversed(texts)}
-    if twice := [text for text in texts if named[Path(text).name] != text]:
-        raise ConfigError(f"texts {named[Path(twice[0]).name]} and {twice[0]} have one name; rename a file")
-    asked = begun["tasks"] and settings["tasks"]
-    if asked and begun["task_data"] != settings["task_data"]:
-        raise ConfigError(
-            f"{file.parent} holds answers to tasks of {begun['task_data'] or 'the hub'}, not of "
-            f"{settings['task_data'] or 'the hub'}; choose another --out, or the same --task-data"
-        )
-    tasks = {} if settings["tasks"] else {"tasks": begun["tasks"], "task_data": begun["task_data"]}
-    write_json(file, settings | tasks | {"texts": texts})
-
-
-def _plain(protocol: Protocol) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(protocol)))
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that an interruption leaves the old file or the new one."""
-    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null in place of numbers that JSON cannot hold, such as the perplexity of a collapsed model."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,16 +33,25 @@ SPOTS: tuple[Spot, ...] = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), 
 PART_COLOURS = ("#6c757d", "#6a4c93", "#b39cd0", "#e0a458", "#c8553d", "#a8dadc", "#dee2e6")
 
 
+def require_matplotlib() -> None:
+    """See that pictures can be drawn.
+
+    Raises:
+        ConfigError: they cannot, without matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'")
+
+
 def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Figures by file name, those that the rows allow.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'") from error
+    require_matplotlib()
+    import matplotlib as mpl
+
     figures = {}
     with mpl.rc_context({"font.size": 11, "font.family": "sans-serif"}):
         for text in rows[0]["perplexity"] if rows else ():

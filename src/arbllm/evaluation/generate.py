@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ConfigError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be 0 or more, not {temperature}")
     if not repetition_penalty > 0:
         raise ConfigError(f"repetition_penalty must be above 0 (1 for none), not {repetition_penalty}")

@@ -115,18 +115,29 @@ def cut_windows(
     Raises:
         TextError, ModelError: see `perplexity`.
     """
+    count_windows(tokens, context, max_windows)
+    count = tokens.numel() // context
+    if context > (longest := longest_context(model, context)):
+        raise ModelError(f"the model takes at most {longest} tokens at once; choose --context {longest} or less")
+    if not 0 <= skip_windows < count:
+        raise TextError(f"skip-windows must be from 0 to {count - 1}, since the text has {count} windows")
+    return tokens[: count * context].view(count, context)[skip_windows:][:max_windows]
+
+
+def count_windows(tokens: Tensor, context: int, max_windows: int | None = None) -> int:
+    """How many windows of `context` tokens a text (T,) is cut into, `max_windows` at most.
+
+    Raises:
+        TextError: none, or `context` or `max_windows` is out of range.
+    """
     if context < 2:
         raise TextError(f"a context of {context} tokens predicts nothing; it must be at least 2")
     if max_windows is not None and max_windows < 1:
         raise TextError(f"max-windows must be at least 1, not {max_windows}")
-    if context > (longest := longest_context(model, context)):
-        raise ModelError(f"the model takes at most {longest} tokens at once; choose --context {longest} or less")
     count = tokens.numel() // context
     if count == 0:
         raise TextError(f"the text has {tokens.numel()} tokens, less than one window of {context}; lower the context")
-    if not 0 <= skip_windows < count:
-        raise TextError(f"skip-windows must be from 0 to {count - 1}, since the text has {count} windows")
-    return tokens[: count * context].view(count, context)[skip_windows:][:max_windows]
+    return min(count, max_windows or count)
 
 
 def longest_context(model: PreTrainedModel, otherwise: int = DEFAULT_CONTEXT) -> int:

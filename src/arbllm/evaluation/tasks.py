@@ -30,7 +30,7 @@ class TaskScore:
         task: its name.
         items: items answered.
         acc: share of items where the right answer is the likeliest.
-        acc_stderr: its standard error.
+        acc_stderr: its standard error; None of a single item.
         acc_norm: the same with log likelihoods divided by the answers' lengths in bytes; None where a task has none.
         acc_norm_stderr: its standard error.
     """
@@ -38,7 +38,7 @@ class TaskScore:
     task: str
     items: int
     acc: float
-    acc_stderr: float
+    acc_stderr: float | None
     acc_norm: float | None
     acc_norm_stderr: float | None
 
@@ -49,7 +49,7 @@ class TaskScore:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TaskScore:
         """The score that `to_dict` made these values from."""
-        return cls(**{"acc_norm": None, "acc_norm_stderr": None} | values)
+        return cls(**{"acc_stderr": None, "acc_norm": None, "acc_norm_stderr": None} | values)
 
 
 def evaluate_tasks(
@@ -155,7 +155,12 @@ def _score(task: str, results: dict[str, Any]) -> TaskScore:
         task=task,
         items=results["n-samples"][task]["effective"],
         acc=figures["acc,none"],
-        acc_stderr=figures["acc_stderr,none"],
+        acc_stderr=_number(figures["acc_stderr,none"]),
         acc_norm=figures.get("acc_norm,none"),
-        acc_norm_stderr=figures.get("acc_norm_stderr,none"),
+        acc_norm_stderr=_number(figures.get("acc_norm_stderr,none")),
     )
+
+
+def _number(value: Any) -> float | None:
+    """The harness has words for what it cannot tell."""
+    return value if isinstance(value, float) else None

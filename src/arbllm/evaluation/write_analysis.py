@@ -19,7 +19,8 @@ from arbllm.evaluation.analyze import (
     mean_shares,
     most_columnar,
 )
-from arbllm.evaluation.compare import write_json
+from arbllm.evaluation.figures import require_matplotlib
+from arbllm.evaluation.written import markdown_table, write_json
 
 PAGE, PICTURE, FIGURES = "column-deviation.md", "column-deviation.png", "column-deviation.json"
 CELLS = 96
@@ -48,12 +49,25 @@ def write_analysis(
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_output(out)
     _heat_maps(name, weight, remainders).savefig(out / PICTURE, dpi=120, metadata={"Software": None})
     write_json(out / FIGURES, to_dict(model, linears, name, calibration, remainders))
     text = page(model, linears, name, calibration, remainders)
     (out / PAGE).write_text(text, encoding="utf-8")
     return text
+
+
+def prepare_output(out: Path) -> None:
+    """Make the directory that an analysis is written to, before work is done for it.
+
+    Raises:
+        ConfigError: it cannot be made, or matplotlib is not installed.
+    """
+    require_matplotlib()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
 
 
 def to_dict(
@@ -112,10 +126,10 @@ def _answer(linears: Sequence[LinearShares]) -> str:
 
 
 def _by_kind(linears: Sequence[LinearShares]) -> str:
-    lines = [["", "depth", "columns", "rows", "jointly"], ["---", "---", "---:", "---:", "---:"]]
+    lines = []
     for kind, depths in by_kind_and_depth(linears).items():
         lines += [[kind, depth, *_cells(shares)] for depth, shares in depths.items()]
-    return _table(lines)
+    return markdown_table(["", "depth", "columns", "rows", "jointly"], lines, left=2)
 
 
 def _cells(shares: Shares) -> list[str]:
@@ -125,28 +139,22 @@ def _cells(shares: Shares) -> list[str]:
 
 
 def _methods(remainders: Sequence[Remainder]) -> str:
-    lines = [["", "true bits", "weight error", "output error", "columns left"], ["---", *["---:"] * 4]]
+    lines = []
     for row in remainders:
         errors = [f"{row.weight_error:.4f}", f"{row.output_error:.4f}", _per_cent(row.columns)]
         lines.append([row.method, f"{row.true_bits:.2f}", *errors])
-    return _table(lines)
+    return markdown_table(["", "true bits", "weight error", "output error", "columns left"], lines)
 
 
 def _per_cent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _heat_maps(name: str, weight: Tensor, remainders: Sequence[Remainder]) -> Any:
     """|W| and each |W_hat| in the same colours, as a matplotlib figure."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     pictures = {"full precision": _cell_means(weight)}
     pictures |= {row.method: _cell_means(row.weight) for row in remainders}
     high = float(pictures["full precision"].quantile(0.98))

@@ -13,6 +13,7 @@ from typing import Any
 from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png, stem_of
 from arbllm.evaluation.frontier import Row, frontier, score, shown, verdict
 from arbllm.evaluation.methods import FULL
+from arbllm.evaluation.written import markdown_table
 
 REPORT = "report.html"
 CAPTIONS = {
@@ -159,10 +160,12 @@ def _questions(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(score: dict[str, Any]) -> str:
-    plain = f"{100 * score['acc']:.1f} ± {100 * score['acc_stderr']:.1f}"
-    if "acc_norm" not in score:
-        return plain
-    return f"{plain} | {100 * score['acc_norm']:.1f} ± {100 * score['acc_norm_stderr']:.1f}"
+    shares = [_share(score[name], score.get(f"{name}_stderr")) for name in ("acc", "acc_norm") if name in score]
+    return " | ".join(shares)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _samples(rows: Sequence[Row]) -> str:
@@ -201,7 +204,7 @@ def markdown(results: dict[str, Any]) -> str:
     rows = results["rows"]
     texts = list(rows[0]["perplexity"]) if rows else []
     head = ["", *texts, "ratio", "QA", "true bits", "MB", "output error"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     full = next((row for row in rows if row["method"] == FULL), None)
     for row in rows:
         ratio = shown(score(row, texts[0]) / score(full, texts[0])) if full and texts else ""
@@ -211,4 +214,4 @@ def markdown(results: dict[str, Any]) -> str:
         sizes = [f"{row['true_bits']:.2f}", f"{row['bytes'] / 1e6:.1f}"]
         lines.append([row["method"], *figures, ratio, average, *sizes, error])
     said = "\n".join(f"- {line}" for text in texts for line in verdict(rows, text))
-    return said + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"{said}\n\n{markdown_table(head, lines)}\n"

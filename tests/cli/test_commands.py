@@ -134,6 +134,9 @@ def test_eval_prints_a_table(packed):
 def test_generate(packed):
     values = json.loads(succeed("generate", packed, "Hello", "--max-new-tokens", 4, "--json").stdout)
     assert succeed("generate", packed, "Hello", "--max-new-tokens", 4).stdout == f"Hello{values['text']}\n"
+    for option in (("--max-new-tokens", 0), ("--temperature", "nan")):
+        refused = CliRunner().invoke(app, list(map(str, ("generate", packed, "Hello", *option))))
+        assert (refused.exit_code, refused.stdout) == (2, "")
     assert values["seconds"] > 0
 
 

@@ -1,6 +1,7 @@
 """The commands that compare: peer, eval with tasks, compare, ablate, analyze."""
 
 import json
+import re
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_eval_of_several_texts_and_tasks(dense, tmp_path):
     assert values["tasks"][0]["acc"] == values["average_acc"] == 0.5
     shown = succeed("eval", dense, *options).stdout
     assert "0.500 ± 0.500" in shown
+    alone = succeed("eval", dense, *options, "--limit", 1).stdout
+    assert re.search(r"piqa +[01]\.000, normalized [01]\.000 \(1 items\)", alone)
+    (tmp_path / "piqa" / "one.txt").write_text("another " * 40)
+    both = f"{tmp_path / 'one.txt'},{tmp_path / 'piqa' / 'one.txt'}"
+    lines = succeed("eval", dense, "--text", both, "--context", 64, "--device", "cpu").stdout
+    assert all(f"perplexity, {name}" in lines for name in both.split(","))
     assert "perplexity" not in shown
     assert "riddles" in fail("eval", dense, "--tasks", "riddles", "--task-data", tmp_path)
 
@@ -58,6 +65,11 @@ def test_compare(dense, tmp_path):
     again = succeed(*words, "--json")
     assert "quantize" not in again.stderr
     assert [row["method"] for row in json.loads(again.stdout)["rows"]] == ["fp16", "rtn-2"]
+    row = tmp_path / "out" / "rows" / "rtn-2.json"
+    values = json.loads(row.read_text())
+    values["texts"]["builtin"]["0-1"]["perplexity"] = None  # as that of a model that has collapsed is kept
+    row.write_text(json.dumps(values))
+    assert json.loads(succeed(*words, "--json").stdout)["rows"][1]["perplexity"] == {"builtin": None}
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     assert "seed" in fail(*words, "--seed", 1)
     assert "arb-y" in fail("compare", dense, "--methods", "arb-y", "--out", tmp_path / "other")

@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -180,6 +184,31 @@ def test_other_settings_are_refused(protocol, finished):
 
 def test_a_step_in_a_process_of_its_own():
     assert module._isolated(dict, [("a", 1)]) == {"a": 1}
+
+
+def test_a_step_ends_when_its_job_is_stopped():
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        module._isolated(time.sleep, 600)
+    assert time.perf_counter() - start < 300
+
+
+def test_no_method_is_an_error_that_leaves_nothing(protocol, tmp_path):
+    with pytest.raises(ConfigError, match="no method is named"):
+        compare(protocol, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"context": 0}, "a context of 0 tokens"), ({"context": 10**6}, "less than one window of 1000000")],
+)
+def test_windows_are_counted_before_any_work(protocol, tmp_path, changes, message):
+    with pytest.raises(TextError, match=message):
+        compare(replace(protocol, **changes), ["rtn-4"], tmp_path / "out", isolate=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,12 @@ def test_boolq_piqa_and_hellaswag(sharp, data, scores):
         assert scores[task].acc == pytest.approx(accuracy(likelihoods, [gold for _, _, gold in asked])), task
 
 
+def test_a_single_item_has_no_standard_error(sharp, data):
+    [score] = evaluate_tasks(sharp, byte_tokenizer(), ["piqa"], data=data, limit=1)
+    assert (score.items, score.acc_stderr, score.acc_norm_stderr) == (1, None, None)
+    assert TaskScore.from_dict(score.to_dict()) == score
+
+
 def test_averages(scores):
     acc, acc_norm = averages(scores.values())
     assert acc == pytest.approx(sum(score.acc for score in scores.values()) / 7)

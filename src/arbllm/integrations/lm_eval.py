@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,9 +44,11 @@ def run_harness(
         What `lm_eval.simple_evaluate` returns, without samples.
 
     Raises:
-        ConfigError: the harness is not installed.
+        ConfigError: the harness is not installed, or the tokenizer has no token that texts begin with.
     """
     check_harness()
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError("tasks need a tokenizer with a token for the beginning of a text, or for its end")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -53,9 +56,9 @@ def run_harness(
     lm = _wrap(model, tokenizer, score, on_request)
     # To look through the harness's own thousands of tasks takes it a while.
     manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
-    results = lm_eval.simple_evaluate(
-        lm, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False, task_manager=manager
-    )
+    options: dict[str, Any] = {"num_fewshot": 0, "limit": limit, "log_samples": False, "task_manager": manager}
+    with patch("lm_eval.evaluator.get_git_commit_hash"):  # git complains on stderr outside of a repository
+        results = lm_eval.simple_evaluate(lm, tasks=list(tasks), **options)
     assert results, "there is one process alone"
     return results
 
@@ -77,6 +80,9 @@ def _wrap(
     from lm_eval.models.huggingface import HFLM
 
     class OpenModel(HFLM):
+        def loglikelihood(self, requests: Sequence[Any], *_: Any, **__: Any) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
         def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> Any:
             if score:
                 return score([(question, answer) for _, question, answer in requests], self.max_length)

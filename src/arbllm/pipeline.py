@@ -245,7 +245,7 @@ def _facts(job: Job, config: BinarizationConfig, results: list[LinearQuantized])
 
 def _held_out(model: PreTrainedModel, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The windows to evaluate on in the end; text that does not allow it is better refused in the beginning."""
-    return cut_windows(model, evaluation_tokens(text, tokenizer), min(DEFAULT_CONTEXT, longest_context(model)))
+    return cut_windows(model, evaluation_tokens(text, tokenizer), min(DEFAULT_CONTEXT, longest_context(model.config)))
 
 
 def _evaluate(checkpoint: Path, held_out: Tensor, device: torch.device) -> Perplexity:

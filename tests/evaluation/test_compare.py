@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arbllm.baselines import output_error
-from arbllm.errors import ConfigError, TextError
+from arbllm.errors import ArbllmError, ConfigError, TextError
 from arbllm.evaluation import compare as module
 from arbllm.evaluation.compare import (
     RESULTS,
@@ -203,10 +203,10 @@ def test_no_method_is_an_error_that_leaves_nothing(protocol, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"context": 0}, "a context of 0 tokens"), ({"context": 10**6}, "less than one window of 1000000")],
+    [({"context": 0}, "a context of 0 tokens"), ({"context": 10**6}, "the model takes at most 128 tokens")],
 )
 def test_windows_are_counted_before_any_work(protocol, tmp_path, changes, message):
-    with pytest.raises(TextError, match=message):
+    with pytest.raises(ArbllmError, match=message):
         compare(replace(protocol, **changes), ["rtn-4"], tmp_path / "out", isolate=False)
     assert not (tmp_path / "out").exists()
 

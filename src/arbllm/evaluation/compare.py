@@ -18,12 +18,12 @@ from arbllm.device import choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known, make
-from arbllm.evaluation.perplexity import count_windows
+from arbllm.evaluation.perplexity import check_context, count_windows
 from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings, shown_settings
 from arbllm.evaluation.speed import tokens_per_second, write_samples
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
 from arbllm.evaluation.written import write_json
-from arbllm.model.source import open_model, open_tokenizer
+from arbllm.model.source import open_config, open_model, open_tokenizer
 from arbllm.progress import ProgressDisplay, RequestDisplay, WindowDisplay
 from arbllm.text import evaluation_tokens
 
@@ -98,7 +98,9 @@ def text_pieces(protocol: Protocol) -> Pieces:
 
     Raises:
         TextError: a text cannot be read or holds no whole window, or `context` or `max_windows` is out of range.
+        ModelError: the model cannot take so long a context.
     """
+    check_context(open_config(protocol.model, protocol.calibration.trust_remote_code), protocol.context)
     tokenizer = open_tokenizer(protocol.model, protocol.calibration.trust_remote_code)
     pieces = {}
     for text in protocol.texts:

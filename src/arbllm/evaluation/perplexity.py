@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from arbllm.errors import ModelError, TextError
 from arbllm.model.head import Head, split_head, tokens_at_a_time
@@ -117,8 +117,7 @@ def cut_windows(
     """
     count_windows(tokens, context, max_windows)
     count = tokens.numel() // context
-    if context > (longest := longest_context(model, context)):
-        raise ModelError(f"the model takes at most {longest} tokens at once; choose --context {longest} or less")
+    check_context(model.config, context)
     if not 0 <= skip_windows < count:
         raise TextError(f"skip-windows must be from 0 to {count - 1}, since the text has {count} windows")
     return tokens[: count * context].view(count, context)[skip_windows:][:max_windows]
@@ -140,9 +139,19 @@ def count_windows(tokens: Tensor, context: int, max_windows: int | None = None) 
     return min(count, max_windows or count)
 
 
-def longest_context(model: PreTrainedModel, otherwise: int = DEFAULT_CONTEXT) -> int:
-    """Tokens that the model takes at once, or `otherwise` where it does not tell."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or otherwise
+def check_context(config: PretrainedConfig, context: int) -> None:
+    """Refuse windows of more tokens than a model takes.
+
+    Raises:
+        ModelError: it says that it takes fewer.
+    """
+    if context > (longest := longest_context(config, context)):
+        raise ModelError(f"the model takes at most {longest} tokens at once; choose --context {longest} or less")
+
+
+def longest_context(config: PretrainedConfig, otherwise: int = DEFAULT_CONTEXT) -> int:
+    """Tokens that a model takes at once, or `otherwise` where it does not tell."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or otherwise
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> float:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.format.checkpoint import QUANT_METHOD
@@ -62,6 +69,18 @@ def open_model_only(
         # The weights are dense by now, but with this left in place the model would refuse to be saved.
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(device).eval()
+
+
+def open_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of `open_model`'s model.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    config: PretrainedConfig = _from_pretrained(
+        AutoConfig, "configuration", name_or_path, trust_remote_code=trust_remote_code
+    )
+    return config
 
 
 def check_dtype(dtype: str) -> None:

@@ -186,12 +186,18 @@ def test_a_step_in_a_process_of_its_own():
     assert module._isolated(dict, [("a", 1)]) == {"a": 1}
 
 
-def test_a_step_ends_when_its_job_is_stopped():
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+def test_a_step_ends_when_its_job_is_stopped(tmp_path):
+    begun = tmp_path / "begun"
+
+    def stop():
+        while not begun.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        module._isolated(time.sleep, 600)
+        module._isolated(exec, f"open({str(begun)!r}, 'w').close(); import time; time.sleep(600)")
     assert time.perf_counter() - start < 300
 
 

@@ -45,7 +45,7 @@ class Factor:
 
     @property
     def damped(self) -> Tensor:
-        """H + rho diag(H) + lambda I, with H_jj = 1 for inputs that never fire: positive definite, float32 (m, m)."""
+        """H + rho diag(H) + lambda I, dead inputs as the mean of the others: positive definite, float32 (m, m)."""
         damped = self.hessian.clone()
         damped.diagonal().copy_(self.damped_diagonal)
         return damped

@@ -45,6 +45,7 @@ constexpr int TILE_ROWS = LANES * TILE_BLOCKS;
 constexpr int BLOCK_BYTES = 8;  // bytes of codes, so 16 look-ups, that share one scale; sums stay far under 2^16
 constexpr int STRETCH = 8;  // blocks whose sums, doubled, are added up in 16 bits
 constexpr int STRETCH_BYTES = STRETCH * BLOCK_BYTES;
+constexpr int AHEAD = 4 * STRETCH_BYTES;  // bytes of codes, of each lane, by which they are asked for before they are read
 constexpr int MOST_ACCUMULATORS = 8;
 constexpr int MOST_TOKENS = 16;
 

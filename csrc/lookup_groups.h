@@ -11,8 +11,6 @@
 namespace arbllm {
 namespace {
 
-constexpr int AHEAD = 2 * STRETCH_BYTES;  // bytes of codes that are fetched into the second cache before they are needed
-
 // Sums of what the codes of V::together vectors look up in K of COUNT tables: of all bytes, seen as numbers of 16 bits,
 // and of the upper ones, which tell the lower ones' sums from the former.
 template <class V, int COUNT>

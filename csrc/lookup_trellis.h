@@ -23,7 +23,7 @@ constexpr bool is_averaged(int summand) { return summand >= EXACT; }
 
 // The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
-    const uint8_t *codes, *above, *next = nullptr;  // the codes that are read after these
+    const uint8_t *codes, *above, *ahead = nullptr;  // codes that are read later on, and asked for meanwhile
     int bytes, step, above_step;  // from one byte to the next; 0 where there is no block above
 
     StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number) {
@@ -123,7 +123,10 @@ template <class V, int TERMS, int FIRST, int PART>
 void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tables, const int32_t* shares, float scale,
               float* sums) {
     using Found = TrellisSums<V, TERMS, FIRST, PART>;
-    constexpr int FETCHED = FIRST == 0 && PART == 0 ? TERMS : 0;  // planes that this part asks for
+    // Each part asks for its share of the codes ahead, evenly, since memory can be asked for so much at a time.
+    constexpr int PARTS = LANES / V::lanes, BATCHES = (SUMMANDS[TERMS - 1] + BATCH - 1) / BATCH;
+    constexpr int FETCHED = (LANES * TERMS + PARTS * BATCHES - 1) / (PARTS * BATCHES);  // for each byte of the stretch
+    const uint8_t* const ahead = stretch.ahead + (FIRST / BATCH * PARTS + PART) * FETCHED * stretch.bytes;
     typename V::Bytes totals[Found::COUNT][2];
     for (auto& halves : totals) {
         halves[0] = halves[1] = V::zero();
@@ -132,8 +135,8 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
         Found found;
         const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
         for (int byte = first; byte < end; ++byte) {
-            for (int plane = 0; plane < FETCHED; ++plane) {
-                __builtin_prefetch(stretch.next + LANES * (TERMS * byte + plane));
+            for (int line = 0; line < FETCHED; line += LANES) {
+                __builtin_prefetch(ahead + FETCHED * byte + line);
             }
             found.add(stretch, byte, tables + 32 * byte);
         }
@@ -178,12 +181,12 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
     for (int s = 0; s < SUMMANDS[TERMS - 1]; ++s) {
         (is_averaged(s) ? averaged : exact) += pass.coefficients[s];
     }
+    // A tile is read from front to back; of one block alone, the next stretch lies behind those of the other blocks.
+    const int64_t ahead = LANES * (blocks > 1 ? AHEAD : STRETCH_BYTES * pass.planes * prepared.tile_blocks(tile));
     for (int number = 0; number < stretches_of(pass); ++number) {
         for (int64_t block = 0; block < blocks; ++block) {
             StretchCodes stretch(prepared, pass, tile, first + block, number);
-            stretch.next = block + 1 < blocks               ? prepared.stretch_of(tile, first + block + 1, pass, number)
-                           : number + 1 < stretches_of(pass) ? prepared.stretch_of(tile, first, pass, number + 1)
-                                                             : stretch.codes;
+            stretch.ahead = stretch.codes + ahead;
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables& own = tables[token];
                 const float zero = exact * own.zeros[number] + averaged * own.averaged_zeros[number];

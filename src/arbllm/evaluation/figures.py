@@ -121,13 +121,14 @@ def pareto(rows: Sequence[Row], text: str, size: str) -> Any:
     if beyond:
         low = axes.get_ylim()[0]
         axes.set_ylim(low, edge * (edge / low) ** ROOM_ABOVE)
+    axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
+    axes.set_ylabel(f"perplexity, {text}")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    figure.draw_without_rendering()  # lays out, so that pixels are those of the picture
     _label_points(axes, labels)
     for name, point, colour in beyond:
         axes.annotate(name, point, (0, 7), textcoords="offset points", fontsize=9, color=colour, rotation=90,
                       ha="center", va="bottom")  # fmt: skip
-    axes.set_xlabel("true bits per weight of the linears" if size == "true_bits" else "megabytes of the whole file")
-    axes.set_ylabel(f"perplexity, {text}")
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
     return figure
 
 

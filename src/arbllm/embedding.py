@@ -148,9 +148,9 @@ class Int8Linear(PackedModule):
         A few tokens are multiplied by the codes as they are. Otherwise, a tile of rows of the dense W exists at a time.
         """
         codes, scales = self._rows()
-        inputs = x.reshape(-1, x.shape[-1])
+        inputs = x.reshape(-1, x.shape[-1]).to(codes.device)  # a tied head's may be on another GPU than its inputs
         kernel = rows if rows.suits(inputs) else row_tiles
-        y = kernel.multiply(inputs, codes, scales)
+        y = kernel.multiply(inputs, codes, scales).to(x.device)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)

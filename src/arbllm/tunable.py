@@ -76,8 +76,9 @@ class _Product(torch.autograd.Function):
         """Map x (..., m) to (..., n), in the dtype of x."""
         weight = codes.rebuild(rows, columns).to(x.dtype)
         ctx.codes = codes
-        # Where it takes little time, W is rebuilt instead of kept.
-        ctx.save_for_backward(x, rows, columns, None if codes.native(rows) else weight)
+        # Where it takes little time, or memory is dear, W is rebuilt instead of kept.
+        kept = None if codes.native(rows) or rows.is_cuda else weight
+        ctx.save_for_backward(x, rows, columns, kept)
         return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod

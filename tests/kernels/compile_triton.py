@@ -2,7 +2,8 @@
 
 No GPU is needed.
 
-Prints as JSON which of the instructions below each kernel has. Launches do nothing, so results are not looked at.
+Prints as JSON which of the instructions below each kernel has, and how many barriers. Launches do nothing, so results
+are not looked at.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ INSTRUCTIONS = {
     "wgmma.mma_async": "products of tiles",
     "cp.async.cg": "loads under way during products",
 }
-COLUMNS = ((512, 2, 1), (64, 1, 1, True), (1, 1, 1))
+COLUMNS = ((512, 2, 1), (64, 1, 2, True), (1, 1, 1))
 
 
-def compile_only(found: dict[str, list[str]]) -> Callable[[Any, Any], Callable[..., None]]:
+def compile_only(found: dict[str, Any], barriers: dict[str, int]) -> Callable[[Any, Any], Callable[..., None]]:
     """What takes the place of `kernel[grid]`."""
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -38,6 +39,7 @@ def compile_only(found: dict[str, list[str]]) -> Callable[[Any, Any], Callable[.
             code = kernel.run(*arguments, grid=grid, warmup=True, **options).asm
             assert code["cubin"]
             found[kernel.__name__] = [name for text, name in INSTRUCTIONS.items() if text in code["ptx"]]
+            barriers[kernel.__name__] = code["ptx"].count("bar.sync")
 
         return launch
 
@@ -46,6 +48,7 @@ def compile_only(found: dict[str, list[str]]) -> Callable[[Any, Any], Callable[.
 
 if __name__ == "__main__":
     means: dict[str, list[str]] = {}
+    barriers: dict[str, int] = {}
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -53,7 +56,7 @@ if __name__ == "__main__":
             get_current_stream=lambda device: 0,
         )
     )
-    KernelInterface.__getitem__ = compile_only(means)
+    KernelInterface.__getitem__ = compile_only(means, barriers)
     default = triton_configuration.load("any")
     matrix = prepare(in_segments(256, *COLUMNS))
     few = replace(default.few, most_tokens=1)
@@ -63,4 +66,4 @@ if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
         codes, scales = torch.zeros(100, 576, dtype=torch.int8), torch.zeros(100, dtype=torch.float16)
         triton_rows.multiply(torch.zeros(1, 576, dtype=dtype), codes, scales)
-    print(json.dumps(means))
+    print(json.dumps({"means": means, "barriers": barriers}))

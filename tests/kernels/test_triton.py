@@ -11,6 +11,7 @@ import torch
 from arbllm.kernels import cuda, triton_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_BARRIERS = 64  # of a kernel that puts no words together in shared memory: 38; of one that does 132
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
@@ -41,9 +42,11 @@ def test_kernels_on_a_gpu():
 @needs_triton
 def test_kernels_compile_for_an_h100():
     """The interpreter forgives much: layouts of tensors, assembly and registers are the compiler's business."""
-    means = json.loads(run("tests/kernels/compile_triton.py", TRITON_INTERPRET="0"))
+    found = json.loads(run("tests/kernels/compile_triton.py", TRITON_INTERPRET="0"))
+    means = found["means"]
     assert set(means) == {"scale_inputs", "few_tokens", "many_tokens", "dequantize", "multiply_byte_rows"}
     assert {"bits on tensor cores", "loads under way during products"} <= set(means["few_tokens"])
+    assert found["barriers"]["few_tokens"] < MOST_BARRIERS
 
 
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
@@ -53,6 +56,15 @@ def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypa
         assert not cuda.available()
     assert not cuda.available()
     assert not recwarn.list
+    cuda._triton.cache_clear()
+
+
+def test_on_old_gpus_the_reference_kernel_runs_and_this_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    cuda._triton.cache_clear()
+    with pytest.warns(UserWarning, match=r"needs a GPU of compute capability 8\.0 or more"):
+        assert not cuda.available()
     cuda._triton.cache_clear()
 
 

@@ -17,7 +17,7 @@ from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.rows import dequantize_rows, quantize_rows
 from arbllm.kernels import cuda, dispatch, triton_configuration, triton_rows
 from arbllm.kernels import triton as kernel
-from arbllm.kernels.triton_plan import LONGEST_RUN
+from arbllm.kernels.triton_plan import LONGEST_RUN, plan_of
 from tests.helpers import random_packed
 from tests.kernels.triton_matrices import MATRICES, in_segments
 
@@ -133,6 +133,16 @@ def test_any_strides_and_leading_dimensions():
     check(matrix, torch.randn(1, 64).expand(2, 64))
     check(matrix, torch.randn(64))
     check(matrix, torch.randn(2, 0, 64))
+
+
+def test_a_prepared_matrix_has_all_work_divided():
+    """CUDA graphs may not record that this is done."""
+    matrix = in_segments(130, (64, 1, 2, True), (40, 2, 1))
+    ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
+    divided = dict(plan_of(matrix.layout)._units)
+    for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (17, torch.bfloat16)):
+        cuda.multiply(inputs(tokens, 104, dtype).to(DEVICE), ready, 130)
+    assert plan_of(matrix.layout)._units.keys() == divided.keys()
 
 
 def test_inputs_of_another_width_are_refused():

@@ -232,6 +232,22 @@ def test_rates_fall_as_a_cosine_and_suit_each_norm():
     assert not any(parameter.requires_grad for parameter in trainer.parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_learn_as_those_in_float32_do(dtype):
+    """On a GPU models compute in half precision, where such gradients, their squares and such steps would be 0."""
+    learnt = []
+    for norm in (nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8, dtype=dtype))):
+        trainer = Trainer([], [norm], Tuning(steps=40))
+        for step in range(40):
+            trainer.step(step, 3e-7 * norm.float().sum())
+        trainer.finish()
+        assert not norm.requires_grad
+        assert norm.grad is None
+        learnt.append(norm.detach().float())
+    assert (learnt[0] < 0.99).all()
+    torch.testing.assert_close(learnt[1], learnt[0], rtol=0, atol=0.004)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_blocks_are_tuned_toward_what_whole_windows_have_at_their_beginning(name, monkeypatch):
     """The dense model reads no more than that of a window, as what comes later makes no difference there."""

@@ -15,6 +15,8 @@ from arbllm.kernels import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of inputs that the Triton kernel takes."""
+OLDEST = (8, 0)
+"""The least compute capability: tensor cores before do not multiply as the Triton kernel does."""
 Ready = tuple[list[Tensor], list[int]]
 """A prepared weight as the operator takes it: tensors, and the layout in numbers, the second of which are columns."""
 
@@ -78,14 +80,16 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
 
 @cache
 def _triton() -> ModuleType | None:
-    if torch.version.hip is None:
+    if torch.version.hip is not None:
+        reason = "the Triton kernel is written for NVIDIA's tensor cores"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        reason = f"the Triton kernel needs a GPU of compute capability {'.'.join(map(str, OLDEST))} or more"
+    else:
         try:
             import_module("triton")
         except ImportError:
             reason = "Triton is not installed (pip install arbllm[gpu])"
         else:
             return import_module("arbllm.kernels.triton")
-    else:
-        reason = "the Triton kernel is written for NVIDIA's tensor cores"
     warnings.warn(f"{reason}, so packed layers run on the slow PyTorch kernel", stacklevel=2)
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 from arbllm.format.layout import ORDERINGS, Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cuda, triton_configuration, triton_layout, triton_matmul, triton_matvec
-from arbllm.kernels.triton_configuration import Configuration, FewTokens
+from arbllm.kernels.triton_configuration import Configuration, FewTokens, ManyTokens
 from arbllm.kernels.triton_layout import Prepared
 from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, SINGLES, Plan, plan_of, tiles_of
 
@@ -27,11 +28,28 @@ SLICE = 8
 LEAST_CHUNKS = 8
 """Chunks of columns that are worth a program."""
 THREADS_OF_A_WARP = 32
+PARTS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
+"""Numbers of 16 bits that stand for an input."""
 
 
 def prepare(matrix: BinaryMatrix) -> cuda.Ready:
     """A matrix as the kernels read it, on the same device, of about the size of the packed tensors."""
-    return triton_layout.prepare(matrix).tensors, _numbers(matrix.layout)
+    numbers = _numbers(matrix.layout)
+    _make_units(tuple(numbers), matrix.signs.device)
+    return triton_layout.prepare(matrix).tensors, numbers
+
+
+@cache
+def _make_units(numbers: tuple[int, ...], device: torch.device) -> None:
+    """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
+    plan, default = _plan(numbers), configuration_of(device)
+    for tokens in range(1, default.many.most_tokens + 1):
+        configuration = default.of(numbers[0], numbers[1], tokens)
+        if tokens <= configuration.few.most_tokens:
+            for parts in set(PARTS.values()):
+                plan.units(_divide_few(plan, configuration.few, tokens, parts).chunks, device)
+        else:
+            plan.units(_divide_many(plan, configuration.many, tokens).chunks, device)
 
 
 def _numbers(layout: Layout) -> list[int]:
@@ -102,14 +120,9 @@ def multiply_prepared(x: Tensor, matrix: Prepared, configuration: Configuration)
 def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T straight from the bits."""
     plan, launch, tokens = matrix.plan, configuration.few, len(x)
-    layout = plan.layout
-    parts = 2 if x.dtype == torch.float32 else 1
-    most = max((groups for groups, *_ in plan.kinds), default=1) if layout.column_scaled else 1
-    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in plan.kinds), default=1)
-    size = _tokens_at_a_time(tokens, most * parts, planes, launch)
-    width = max(SLICE, size * most * parts)
-    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.quarter, launch.rows)
-    units = plan.units(_chunks(matrix, launch.programs, places * blocks), x.device)
+    layout, parts = plan.layout, PARTS[x.dtype]
+    size, width, blocks, places, chunks = _divide_few(plan, launch, tokens, parts)
+    units = plan.units(chunks, x.device)
     runs, most_tiles = len(plan.runs), max((tiles_of(layout, kind) for kind in plan.kinds), default=1)
     z = x.new_empty(blocks * plan.tiles * CHUNK * width, dtype=torch.float16)
     norms, sums = x.new_empty(2, max(blocks * runs * most_tiles * width, 1), dtype=torch.float32)
@@ -135,8 +148,8 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
 def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T with weights made in registers; xs (tokens, columns) is in the order of `Prepared.order`."""
     plan, launch, tokens = matrix.plan, configuration.many, len(xs)
-    blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(plan.quarter, launch.rows)
-    units = plan.units(_chunks(matrix, launch.programs, places * blocks), xs.device)
+    _, _, blocks, places, chunks = _divide_many(plan, launch, tokens)
+    units = plan.units(chunks, xs.device)
     split = len(units) > 1
     counters = torch.zeros(blocks * places if split else 1, dtype=torch.int32, device=xs.device)
     addends = xs.new_empty(len(units) * tokens * plan.layout.rows if split else 1, dtype=torch.float32)
@@ -173,6 +186,39 @@ def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -
     return y[:, : plan.layout.rows].contiguous()
 
 
+class _Division(NamedTuple):
+    """How a product is divided among programs.
+
+    Attributes:
+        size: tokens of a program.
+        width: columns of inputs that it has for them.
+        blocks: of tokens.
+        places: of rows.
+        chunks: of columns of a program, about.
+    """
+
+    size: int
+    width: int
+    blocks: int
+    places: int
+    chunks: int
+
+
+def _divide_few(plan: Plan, launch: FewTokens, tokens: int, parts: int) -> _Division:
+    layout = plan.layout
+    most = max((groups for groups, *_ in plan.kinds), default=1) if layout.column_scaled else 1
+    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in plan.kinds), default=1)
+    size = _tokens_at_a_time(tokens, most * parts, planes, launch)
+    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.quarter, launch.rows)
+    chunks = _chunks(plan, launch.programs, places * blocks)
+    return _Division(size, max(SLICE, size * most * parts), blocks, places, chunks)
+
+
+def _divide_many(plan: Plan, launch: ManyTokens, tokens: int) -> _Division:
+    blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(plan.quarter, launch.rows)
+    return _Division(launch.tokens, launch.tokens, blocks, places, _chunks(plan, launch.programs, places * blocks))
+
+
 def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens) -> int:
     """Tokens of a program, a power of two, each of which takes some columns of inputs: as many as registers hold."""
     registers = ROWS_OF_A_WORD * planes * launch.rows / (THREADS_OF_A_WARP * launch.warps)
@@ -183,10 +229,10 @@ def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens)
     return size
 
 
-def _chunks(matrix: Prepared, programs: int, others: int) -> int:
+def _chunks(plan: Plan, programs: int, others: int) -> int:
     """Chunks of columns for each program so that there are about so many, if there are `others` for each."""
     wanted = max(1, programs // others)
-    return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(len(matrix.order), CHUNK), wanted))
+    return max(LEAST_CHUNKS, triton.cdiv(triton.cdiv(plan.columns, CHUNK), wanted))
 
 
 def _kinds(matrix: Prepared) -> tuple[tuple[int, ...], ...]:

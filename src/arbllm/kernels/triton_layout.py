@@ -19,7 +19,17 @@ from torch import Tensor
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.trellis import FURTHER_SIGNS
 from arbllm.kernels.expand import Expanded, Piece, expanded
-from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, WORDS, Family, Plan, Run, plan_of, rows_of_words
+from arbllm.kernels.triton_plan import (
+    CHUNK,
+    ROWS_BEFORE,
+    ROWS_OF_A_WORD,
+    WORDS,
+    Family,
+    Plan,
+    Run,
+    plan_of,
+    rows_of_words,
+)
 
 PIECE = 32 * CHUNK
 """Columns that are repacked at a time."""
@@ -33,7 +43,8 @@ class Prepared:
         plan: where what is.
         words: int16, flat: for each family (chunks, planes, quarter, WORDS); planes are first signs, second signs where
             there are two, low and high bits of the group number where there are groups; with a trellis, all stored
-            signs. The two parts of levels of four stored signs share their words.
+            signs, and before them in each chunk the last ROWS_BEFORE rows of the first signs, moved by a row of each
+            word: what lies above the first ones. The two parts of levels of four stored signs share their words.
         order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0. With a
             trellis it may hold a column twice.
         row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses; float32 with a trellis
@@ -125,7 +136,9 @@ def _repack(matrix: BinaryMatrix, family: Family) -> Iterator[Tensor]:
             _words(_bits(getattr(matrix, name), index[start : start + size]), size // CHUNK, quarter)
             for (name, _), index in zip(sources, where, strict=True)
         ]
-        yield torch.stack(planes, 1).flatten()
+        if kind.part:  # what lies above the rows of the first words
+            planes.insert(0, planes[0][:, -ROWS_BEFORE:] << 4)
+        yield torch.cat(planes, 1).flatten()
 
 
 def _bits(packed: Tensor, columns: Tensor) -> Tensor:

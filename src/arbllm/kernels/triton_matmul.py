@@ -30,6 +30,7 @@ from arbllm.kernels.triton_parts import (
     planes_of,
     scale_values,
     store_tokens,
+    words_of_chunk,
     words_of_run,
     zeros,
 )
@@ -156,12 +157,13 @@ def _products_of_kind(
         fields = run_table + run * FIELDS
         chunks, low, high = tl.load(fields + RUN_CHUNKS), tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH)
         parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-        own = words_of_run(fields, words, m, w, quarter, BITS)
+        own = words_of_run(fields, words, m, w, quarter, BITS, PART)
         inputs = source + (tl.load(fields + RUN_COLUMN) + w // 16 * 64 + w % 16)[None, :]
         for chunk in range(0, chunks, WORDS // 16):
             valid = ((chunk + w // 16) < chunks)[None, :]
             there = valid & (m < quarter)[:, None]
-            planes = plain_planes(own + chunk * stride * BITS, there, stride, m, quarter, GROUPS, TERMS, PART)
+            start = own + chunk * words_of_chunk(quarter, BITS, PART)
+            planes = plain_planes(start, there, stride, GROUPS, TERMS, PART)
             for bit in tl.static_range(4):
                 k = (chunk + w // 16) * 64 + bit * 16 + w % 16
                 inside = (k >= low) & (k < high)
@@ -242,11 +244,12 @@ def _write_run(
     stride = quarter * 16
     low, high, stop = tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH), tl.load(fields + RUN_STOP)
     parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-    own = words_of_run(fields, words, m, w, quarter, BITS)
+    own = words_of_run(fields, words, m, w, quarter, BITS, PART)
     into = dense + tl.load(fields + RUN_COLUMN) + w[None, :]
     for chunk in range(tl.load(fields + RUN_CHUNKS)):
         valid = (m < quarter)[:, None] & (w < 16)[None, :]
-        planes = plain_planes(own + chunk * stride * BITS, valid, stride, m, quarter, GROUPS, TERMS, PART)
+        start = own + chunk * words_of_chunk(quarter, BITS, PART)
+        planes = plain_planes(start, valid, stride, GROUPS, TERMS, PART)
         for bit in tl.static_range(4):
             k = chunk * 64 + bit * 16 + w
             inside = (k >= low) & (k < high)

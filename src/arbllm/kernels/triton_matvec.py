@@ -38,6 +38,7 @@ from arbllm.kernels.triton_parts import (
     planes_of,
     scale_values,
     store_tokens,
+    words_of_chunk,
     words_of_run,
     zeros,
 )
@@ -169,7 +170,7 @@ def scale_inputs(
 @triton.jit
 def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr):
     """Words of sign chi_h(g), term-major, then those of chi_h(g) alone for h of 1 and above: a tuple."""
-    stored = plain_planes(words, valid & (m < quarter)[:, None], stride, m, quarter, GROUPS, TERMS, PART)
+    stored = plain_planes(words, valid & (m < quarter)[:, None], stride, GROUPS, TERMS, PART)
     first = stored[0]
     found = (first,)
     if GROUPS > 1:
@@ -238,12 +239,12 @@ def _products_of_run(
     chunks = tl.load(fields + RUN_CHUNKS)
     first_tile = block * tiles + tl.load(fields + RUN_TILE)
     w, n = tl.arange(0, WORDS), tl.arange(0, N)
-    own = words_of_run(fields, words, m, w, quarter, BITS)
+    own = words_of_run(fields, words, m, w, quarter, BITS, PART)
     inputs = z + (first_tile.to(tl.int64) + w // 16 * USED)[:, None] * (64 * N) + (w % 16)[:, None] * N + n[None, :]
     products = zeros(4 * (PLANES + OTHERS), M, N)
     for chunk in range(0, chunks, WORDS // 16):
         valid = (chunk + w // 16) < chunks
-        first = own + chunk * quarter * 16 * BITS
+        first = own + chunk * words_of_chunk(quarter, BITS, PART)
         planes = _planes(first, valid[None, :], quarter * 16, m, quarter, GROUPS, TERMS, PART)
         for tile in tl.static_range(USED):
             tokens = ()

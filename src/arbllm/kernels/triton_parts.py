@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from arbllm.kernels.triton_plan import ROWS_BEFORE as _ROWS_BEFORE
 from arbllm.kernels.triton_plan import Run
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -49,29 +50,39 @@ def exclusive_or(first, second):
         return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [first, second], tl.int16, True, 2)
 
 
-@triton.jit
-def _rows_above(words, valid, m, quarter, DISTANCE: tl.constexpr):
-    """Words with so many rows above in each of their four rows; zeros above the matrix."""
-    crossing = (m < DISTANCE)[:, None]  # to the word's row before
-    found = tl.load(words + tl.where(crossing, quarter - DISTANCE, -DISTANCE) * 16, mask=valid, other=0)
-    return tl.where(crossing, found << 4, found)
+@triton.constexpr_function
+def _rows_before(part: int) -> int:
+    """Rows of words before those of the first plane, see `triton_plan.ROWS_BEFORE`."""
+    return _ROWS_BEFORE if part else 0
 
 
 @triton.jit
-def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr):
+def _rows_above(words, valid, DISTANCE: tl.constexpr):
+    """Words with so many rows above in each of their four rows; zeros above the matrix.
+
+    They are loaded, not put together of loaded ones: a compiler would send those through shared memory.
+    """
+    return tl.load(words - DISTANCE * 16, mask=valid, other=0)
+
+
+@triton.jit
+def words_of_chunk(quarter, PLANES: tl.constexpr, PART: tl.constexpr):
+    """How many words lie from one chunk of a run to the next."""
+    return (quarter * PLANES + _rows_before(PART)) * 16
+
+
+@triton.jit
+def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr, PART: tl.constexpr):
     """Addresses (M, words) of the first plane of a run's first chunks, `w` counting words over these, 16 in each."""
-    start = words + tl.load(fields + RUN_WORDS).to(tl.int64) * 16
-    return start + m[:, None] * 16 + (w // 16 * (quarter * 16 * PLANES) + w % 16)[None, :]
+    start = words + (tl.load(fields + RUN_WORDS).to(tl.int64) + _rows_before(PART)) * 16
+    return start + m[:, None] * 16 + (w // 16 * words_of_chunk(quarter, PLANES, PART) + w % 16)[None, :]
 
 
 @triton.jit
-def plain_planes(
-    words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr
-):  # fmt: skip
+def plain_planes(words, valid, stride, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr):
     """A tuple of words: first signs, second signs, low and high bits of the group number, as far as there are any.
 
-    `words` are the addresses (M, words) of those of the first plane, planes being `stride` apart; `m` is (M), rows of
-    words, of which there are `quarter`.
+    `words` are the addresses (M, words) of those of the first plane, planes being `stride` apart.
     """
     now = tl.load(words, mask=valid, other=0)
     if PART == 0:
@@ -79,9 +90,9 @@ def plain_planes(
         for plane in tl.static_range(1, planes_of(GROUPS, TERMS, PART)):
             found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
     else:  # what `expand.PARTS` says, from the outputs of the code in arbllm/binarize/code.py
-        z1 = exclusive_or(now, _rows_above(words, valid, m, quarter, 16))
-        z1 = exclusive_or(z1, _rows_above(words, valid, m, quarter, 40))
-        z0 = _rows_above(words, valid, m, quarter, 24)
+        z1 = exclusive_or(now, _rows_above(words, valid, 16))
+        z1 = exclusive_or(z1, _rows_above(words, valid, 40))
+        z0 = _rows_above(words, valid, 24)
         if PART > 1:
             second = tl.load(words + stride, mask=valid, other=0)
         if PART > 2:

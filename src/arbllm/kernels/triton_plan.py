@@ -21,6 +21,8 @@ WORDS = 16
 ROWS_OF_A_WORD = 4
 SINGLES = 16
 """Single columns that are multiplied together."""
+ROWS_BEFORE = ROWS_APART * MEMORY
+"""Rows of words before those of first signs, in a chunk with a trellis: the first words' rows have these above them."""
 LONGEST_RUN = 16
 """Chunks that a run touches at most."""
 
@@ -193,7 +195,7 @@ def plan_of(layout: Layout) -> Plan:
     runs: list[Run] = []
     tile = 0
     for family in families:
-        for run in _runs(family, family.kind.planes * rows_of_words(layout) * WORDS):
+        for run in _runs(family, _chunk_words(layout, family.kind)):
             runs.append(run._replace(tile=tile))
             tile += run.chunks * tiles_of(layout, family.kind)
     return Plan(layout, families, tuple(piece for piece in pieces if piece.segment in alone), tuple(runs))
@@ -209,8 +211,13 @@ def _families(layout: Layout, pieces: Sequence[Piece]) -> Iterator[Family]:
         words = next((start for other, start in starts.items() if _shares_words(kind, other)), end)
         yield Family(kind, together, chunks, column, words, shares=words < end)
         starts[kind] = words
-        end = max(end, words + chunks * kind.planes * rows_of_words(layout) * WORDS)
+        end = max(end, words + chunks * _chunk_words(layout, kind))
         column += chunks * CHUNK
+
+
+def _chunk_words(layout: Layout, kind: Kind) -> int:
+    """Words of a chunk: its planes, before them what lies above the first rows of words."""
+    return (kind.planes * rows_of_words(layout) + (ROWS_BEFORE if kind.part else 0)) * WORDS
 
 
 def rows_of_words(layout: Layout) -> int:

@@ -18,6 +18,7 @@ CHECKS = 4
 PATIENCE = 2  # checks in a row without a gain
 KEEP_SECONDS = 60.0
 SCALE_RATE, NORM_RATE = 3e-3, 1e-3
+HALF_GRADIENTS = 2.0**10  # times the loss of a model in float16, whose gradients would be 0; Adam does not mind
 _ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it knows of a parameter that has had a gradient
 
 
@@ -65,8 +66,11 @@ class Keeper(Protocol):
 class Trainer:
     """Adam with a cosine schedule over scales and norms, which alone require gradients until `finish`.
 
+    Norms in half precision are trained as float32, since a step is less than half precision can tell: the module has
+    them rounded.
+
     Attributes:
-        parameters: all that is trained.
+        parameters: all that is trained, in float32 or finer.
     """
 
     def __init__(
@@ -78,11 +82,14 @@ class Trainer:
     ) -> None:
         """Norms learn at a rate of their own, in units of their size."""
         scales = [change for layer in layers for change in (layer.row_changes, layer.column_changes)]
-        self.parameters = [*scales, *norms]
-        for parameter in self.parameters:
+        finer = [norm if norm.dtype.itemsize >= 4 else nn.Parameter(norm.detach().float()) for norm in norms]
+        self.parameters = [*scales, *finer]
+        self._rounded = {fine: norm for fine, norm in zip(finer, norms, strict=True) if fine is not norm}
+        for parameter in [*self.parameters, *norms]:
             parameter.requires_grad_(True)
+        self._times = HALF_GRADIENTS if any(norm.dtype == torch.float16 for norm in norms) else 1.0
         groups: list[dict[str, Any]] = [{"params": scales, "lr": tuning.rate}]
-        groups += [{"params": [norm], "lr": NORM_RATE * float(norm.detach().abs().mean())} for norm in norms]
+        groups += [{"params": [norm], "lr": NORM_RATE * float(norm.detach().abs().mean())} for norm in finer]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         self._rates = [group["lr"] for group in groups]
         self._steps = tuning.steps
@@ -124,6 +131,7 @@ class Trainer:
                 keeper.keep_training(self._training(best, losses))
                 kept = time.perf_counter()
         best.restore()
+        self._round()
         self.finish()
         return best
 
@@ -132,12 +140,21 @@ class Trainer:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self._steps))
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (self._times * loss).backward()
+        for fine, norm in self._rounded.items():
+            fine.grad, norm.grad = None if norm.grad is None else norm.grad.float(), None
         if self._ranks.count > 1:  # an expert may have run on some of them
             for each in self.parameters:
                 each.grad = torch.zeros_like(each) if each.grad is None else each.grad
         self._ranks.average([each.grad for each in self.parameters if each.grad is not None])
         self._optimizer.step()
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Give the module the norms as they are now."""
+        for fine, norm in self._rounded.items():
+            norm.copy_(fine)
 
     def _training(self, best: Best, losses: list[float]) -> Training:
         tensors: dict[str, Tensor] = {}
@@ -156,12 +173,13 @@ class Trainer:
             if adam:
                 moments = {name: adam[name].to(parameter.device) for name in _ADAM[1:]}
                 self._optimizer.state[parameter] = {"step": adam["step"], **moments}
+        self._round()
         states = [tensors[f"best.{number}"].to(each.device) for number, each in enumerate(self.parameters)]
         return Best.again(self.parameters, states, found.values["best"]), losses
 
     def finish(self) -> None:
         """Leave the parameters as ordinary ones."""
-        for parameter in self.parameters:
+        for parameter in [*self.parameters, *self._rounded.values()]:
             parameter.requires_grad_(False)
             parameter.grad = None
 

@@ -2,8 +2,8 @@
 
 No GPU is needed.
 
-Prints as JSON which of the instructions below each kernel has, and how many barriers. Launches do nothing, so results
-are not looked at.
+Prints as JSON, for each kernel, which of the instructions below it has, how many barriers, and how many times it was
+compiled. Launches do nothing, so results are not looked at.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ INSTRUCTIONS = {
     "cp.async.cg": "loads under way during products",
 }
 COLUMNS = ((512, 2, 1), (64, 1, 2, True), (1, 1, 1))
+MORE_COLUMNS = ((1024, 2, 1), (192, 1, 2, True), *[(1, 1, 1)] * 17)  # of the same kinds
 
 
-def compile_only(found: dict[str, Any], barriers: dict[str, int]) -> Callable[[Any, Any], Callable[..., None]]:
+def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Callable[..., None]]:
     """What takes the place of `kernel[grid]`."""
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
-            code = kernel.run(*arguments, grid=grid, warmup=True, **options).asm
-            assert code["cubin"]
-            found[kernel.__name__] = [name for text, name in INSTRUCTIONS.items() if text in code["ptx"]]
-            barriers[kernel.__name__] = code["ptx"].count("bar.sync")
+            compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            assert compiled.asm["cubin"]
+            code = compiled.asm["ptx"]
+            facts = found.setdefault(kernel.__name__, {"variants": []})
+            facts["means"] = [name for text, name in INSTRUCTIONS.items() if text in code]
+            facts["barriers"] = code.count("bar.sync")
+            if compiled.hash not in facts["variants"]:
+                facts["variants"].append(compiled.hash)
 
         return launch
 
@@ -47,8 +52,7 @@ def compile_only(found: dict[str, Any], barriers: dict[str, int]) -> Callable[[A
 
 
 if __name__ == "__main__":
-    means: dict[str, list[str]] = {}
-    barriers: dict[str, int] = {}
+    found: dict[str, dict[str, Any]] = {}
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -56,14 +60,15 @@ if __name__ == "__main__":
             get_current_stream=lambda device: 0,
         )
     )
-    KernelInterface.__getitem__ = compile_only(means, barriers)
+    KernelInterface.__getitem__ = compile_only(found)
     default = triton_configuration.load("any")
-    matrix = prepare(in_segments(256, *COLUMNS))
+    matrix, other = prepare(in_segments(256, *COLUMNS)), prepare(in_segments(512, *MORE_COLUMNS))
     few = replace(default.few, most_tokens=1)
     for tokens, most in ((1, 2), (2, 2), (3, 2)):
         launch = replace(default, few=few, many=replace(default.many, most_tokens=most))
         triton.multiply_prepared(torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16), matrix, launch)
+    triton.multiply_prepared(torch.zeros(1, other.plan.layout.columns, dtype=torch.bfloat16), other, default)
     for dtype in (torch.bfloat16, torch.float32):
         codes, scales = torch.zeros(100, 576, dtype=torch.int8), torch.zeros(100, dtype=torch.float16)
         triton_rows.multiply(torch.zeros(1, 576, dtype=dtype), codes, scales)
-    print(json.dumps({"means": means, "barriers": barriers}))
+    print(json.dumps(found))

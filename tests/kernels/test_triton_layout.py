@@ -4,7 +4,7 @@ import torch
 from arbllm.format.bitplanes import unpack
 from arbllm.kernels.expand import expanded
 from arbllm.kernels.triton_layout import prepare
-from arbllm.kernels.triton_plan import CHUNK, LONGEST_RUN, WORDS
+from arbllm.kernels.triton_plan import CHUNK, LONGEST_RUN, ROWS_BEFORE, ROWS_OF_A_WORD, WORDS
 from tests.kernels.triton_matrices import MATRICES, in_segments
 
 
@@ -26,15 +26,20 @@ def test_signs_are_where_words_hold_them(name):
     order = matrix.column_order()
     signs = unpack(matrix.signs, layout.columns)
     for run in ready.plan.runs:
-        size = run.kind.planes * ready.plan.quarter * WORDS
+        before = ROWS_BEFORE * WORDS if run.kind.part else 0
+        size = before + run.kind.planes * ready.plan.quarter * WORDS
         piece = next(piece for piece in plain.pieces if piece.place.row_scale == run.step)
         for k in range(run.low, run.high, 7):
             column = piece.source.column + run.factor + k - piece.place.column_scale
             chunk, inside = divmod(k, CHUNK)
-            words = ready.words[run.words * WORDS + chunk * size :][: ready.plan.quarter * WORDS].view(-1, WORDS)
+            start = run.words * WORDS + chunk * size + before
+            words = ready.words[start:][: ready.plan.quarter * WORDS].view(-1, WORDS)
             bits = [words[:, inside % WORDS] >> (4 * quarter + inside // WORDS) & 1 for quarter in range(4)]
             assert torch.equal(torch.cat(bits)[: layout.rows].bool(), signs[:, column])
             assert ready.order[run.column + k] == (column if order is None else order[column])
+            if before:
+                above = ready.words[start - before :][:before].view(-1, WORDS)
+                assert torch.equal(above, words[-ROWS_BEFORE:] << 4)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 100])
@@ -55,11 +60,13 @@ def test_units_divide_the_work(name, chunks):
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_memory_is_that_of_the_packed_tensors(name):
-    """Up to what rounds each kind of columns up to a chunk and rows to four, tables, and scales of plain segments."""
+    """Up to what rounds each kind of columns up to a chunk and rows to four, rows above, tables, scales of segments."""
     matrix = MATRICES[name]()
     ready = prepare(matrix)
     rows = 4 * ready.plan.quarter
     padding = sum(CHUNK * kind.planes for kind in ready.plan.kinds) * rows // 8
+    trellis = sum(CHUNK * family.chunks for family in ready.plan.families if family.kind.part)
+    padding += trellis * ROWS_OF_A_WORD * ROWS_BEFORE // 8
     tables = ready.order.nbytes + ready.single_columns.nbytes + ready.run_table.nbytes + ready.singles.nbytes
     scales = ready.row_scales.nbytes + ready.column_scales.nbytes + ready.steps.nbytes
     assert ready.nbytes <= matrix.nbytes * rows / matrix.layout.rows + padding + tables + scales
@@ -74,5 +81,5 @@ def test_memory_of_a_large_matrix_is_within_three_percent():
 def test_words_of_a_trellis_are_its_stored_bits(terms):
     rows, columns = 2048, 2048
     ready = prepare(in_segments(rows, *[(columns // 4, 1, terms, True)] * 4))
-    assert ready.words.nbytes == rows * columns * terms // 8
+    assert ready.words.nbytes == columns * (rows * terms + ROWS_OF_A_WORD * ROWS_BEFORE) // 8
     assert ready.nbytes <= 1.06 * ready.words.nbytes

@@ -197,7 +197,7 @@ def _products_of_singles(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count"])  # as in `triton_matvec.few_tokens`
 def many_tokens(
     xs, words, row_scales, row_means, run_table, units, singles, single_columns, column_scales, steps,
     partial, counters, y,
@@ -261,7 +261,7 @@ def _write_run(
                 tl.store(place, weights.to(dense.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "piece", "runs", "count"])  # likewise
 def dequantize(
     words, row_scales, row_means, run_table, singles, single_columns, column_scales, steps, dense,
     start, piece, runs, columns, single_start, rows, quarter, count,

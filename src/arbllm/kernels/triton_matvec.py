@@ -78,7 +78,7 @@ def walsh(H: tl.constexpr, group):
     return 1.0 - 2.0 * ((shared ^ (shared >> 1)) & 1).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "tiles", "tokens", "counts"])  # as in `few_tokens`
 def scale_inputs(
     x,
     order,
@@ -348,7 +348,8 @@ def _single_columns(
     return outputs
 
 
-@triton.jit
+# Compiling takes seconds, so that there are no kernels for numbers that are 1 or multiples of 16 in some layers alone.
+@triton.jit(do_not_specialize=["runs", "tiles", "tokens", "count"])
 def few_tokens(
     x, words, z, norms, sums, row_scales, row_means, run_table, units, singles, single_columns, column_scales, steps,
     partial, counters, y,

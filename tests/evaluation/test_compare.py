@@ -1,9 +1,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +203,38 @@ def test_a_step_ends_when_its_job_is_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         module._isolated(exec, f"open({str(begun)!r}, 'w').close(); import time; time.sleep(600)")
     assert time.perf_counter() - start < 300
+
+
+def test_a_step_ends_when_its_job_is_killed(tmp_path):
+    """A process that is killed has no time to say so."""
+    begun = tmp_path / "begun"
+    step = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    lines = [
+        "from arbllm.evaluation.compare import _isolated",
+        "if __name__ == '__main__':",
+        f"    _isolated(exec, {step!r})",
+    ]
+    (tmp_path / "job.py").write_text("\n".join(lines))
+    with subprocess.Popen([sys.executable, str(tmp_path / "job.py")]) as process:
+        wait_until(lambda: begun.exists() and begun.read_text())
+        process.kill()
+    wait_until(lambda: not is_running(int(begun.read_text())))
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"  # nobody may have reaped it
 
 
 def test_no_method_is_an_error_that_leaves_nothing(protocol, tmp_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +238,25 @@ def _items(protocol: Protocol) -> str:
 
 def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """The function's result, from a process that begins and ends with it, and that ends when this one is stopped."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except KeyboardInterrupt:
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that began it is gone, in whatever way that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it was begun by another"
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _quantize(recipe: Recipe, protocol: Protocol, out: Path) -> dict[str, Any]:

@@ -56,5 +56,5 @@ def test_local_paths_stay_private(tmp_path):
 
 
 def test_rounded_embeddings_are_told():
-    assert "embeddings, norms and head are\nas they were" in model_card(FACTS)
+    assert "embeddings and head are\nas they were" in model_card(FACTS)
     assert "embeddings and head\nin 8 bits" in model_card(dataclasses.replace(FACTS, embedding_bits=8))

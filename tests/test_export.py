@@ -36,7 +36,7 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path, monkeypatch):
     write_gguf(file)
     # The tiny file has no tokenizer.
     monkeypatch.setattr(
-        "arbllm.export.open_model", lambda path, dtype: (open_model_only(path, dtype), byte_tokenizer())
+        "arbllm.export.open_model", lambda path, dtype, **_: (open_model_only(path, dtype), byte_tokenizer())
     )
     export(file, tmp_path / "dense", dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -81,6 +81,14 @@ def test_in_memory(packed):
     assert dense_model(model, torch.float16) is model
     assert model.dtype == torch.float16
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+
+
+def test_by_the_name_that_transformers_has_for_it(packed):
+    expected, model = arbllm.load(packed)(TOKENS).logits, arbllm.load(packed)
+    model.dequantize()
+    assert not any(isinstance(module, BinaryLinear) for module in model.modules())
+    assert not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_frequencies_stay_precise(packed):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import arbllm
 from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
 from arbllm.evaluation.report import report
+from arbllm.export import export
 from arbllm.format.checkpoint import bytes_on_disk, verify
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
 from arbllm.model.training import Tuning
@@ -102,6 +103,16 @@ def test_the_model_behind_the_card_is_the_one_on_disk(job):
             ConfigError,
             "size cannot be chosen with method 'arb'",
         ),
+        (
+            {"config": arbllm.BinarizationConfig(groups=4)},
+            ConfigError,
+            "groups is no option of method 'arb-rcx'; leave it out, or choose one of the paper's methods",
+        ),
+        (
+            {"config": arbllm.BinarizationConfig("arb-rc", trellis=False)},
+            ConfigError,
+            "trellis is no option of method 'arb-rc'",
+        ),
         ({"distill_windows": 4}, ConfigError, "distill_windows is of no use without distill"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"evaluate": "no such file"}, TextError, "no such file"),
@@ -111,6 +122,37 @@ def test_what_cannot_be_done_leaves_nothing_behind(dense, tmp_path, changes, err
     with pytest.raises(error, match=message):
         arbllm.quantize(dense, tmp_path / "packed", **{**OPTIONS, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_text_of_the_calibration_flatters_and_this_is_said(dense, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 200)
+    with pytest.warns(UserWarning, match=r"text\.txt will flatter"), pytest.raises(ConfigError, match="int3"):
+        arbllm.quantize(
+            dense, tmp_path / "packed", **{**OPTIONS, "calibration": str(text), "evaluate": str(text), "dtype": "int3"}
+        )
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class CustomConfig(LlamaConfig):
+    model_type = "custom"
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
+"""
+
+
+def test_models_that_bring_their_own_code(tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    classes = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"model_type": "custom", "architectures": ["CustomForCausalLM"], "auto_map": classes}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "custom.py").write_text(CUSTOM)
+    packed = tmp_path / "packed"
+    arbllm.quantize(dense, packed, **OPTIONS, evaluate="builtin", trust_remote_code=True)
+    export(packed, tmp_path / "again", trust_remote_code=True)
+    assert (tmp_path / "again" / "custom.py").exists()
 
 
 def test_an_existing_directory_is_kept_unless_told_otherwise(dense, tmp_path):

@@ -42,10 +42,8 @@ True bits count everything that is stored for a linear layer: signs, group and c
 Nominal bits count signs alone, as papers do.
 """
 
-_EMBEDDINGS = {
-    16: "embeddings, norms and head are\nas they were.",
-    8: "embeddings and head\nin 8 bits with one scale a row; norms are as they were.",
-}
+_EMBEDDINGS = {16: "embeddings and head are\nas they were", 8: "embeddings and head\nin 8 bits with one scale a row"}
+_NORMS = {True: "norms were tuned with the scales.", False: "norms are as they were."}
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,10 @@ class CardFacts:
     embedding_bits: int = 16
 
 
+def _is_tuned(calibration: Mapping[str, Any]) -> bool:
+    return bool(calibration.get("tune") or calibration.get("distill"))
+
+
 def model_card(facts: CardFacts) -> str:
     """The text of `README.md`: front matter for model hubs, the lines that load the model, and a table of facts."""
     config, calibration = facts.config, facts.calibration
@@ -103,7 +105,7 @@ def model_card(facts: CardFacts) -> str:
         version=facts.version,
         path=facts.name,
         true_bits=facts.true_bits,
-        embeddings=_EMBEDDINGS[facts.embedding_bits],
+        embeddings=f"{_EMBEDDINGS[facts.embedding_bits]}; {_NORMS[_is_tuned(calibration)]}",
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
 

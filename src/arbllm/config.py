@@ -13,6 +13,8 @@ PARTITIONS = ("none", "column", "group", "column+group", "cgb")
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
 COMPENSATIONS = ("exact", "reference")
+PAPERS_OPTIONS = ("partition", "groups", "split_on", "compensation")
+JOINT_OPTIONS = ("allocation", "scale_block", "trellis")
 DEFAULT_BITS, FEWEST_BITS, MOST_BITS = 2.25, 1.1, 4.0
 
 
@@ -91,6 +93,18 @@ class BinarizationConfig:
             object.__setattr__(self, "bits", DEFAULT_BITS)
         if not isinstance(self.bits, (int, float)) or not FEWEST_BITS <= self.bits <= MOST_BITS:
             raise ConfigError(f"bits must lie between {FEWEST_BITS} and {MOST_BITS}, not {self.bits!r}")
+
+    def check_options(self) -> None:
+        """Refuse what somebody has chosen and makes no difference.
+
+        Raises:
+            ConfigError: an option is not the default one, and not one of the method's; names it.
+        """
+        joint = get_method(self.method).joint
+        for name in PAPERS_OPTIONS if joint else JOINT_OPTIONS:
+            if getattr(self, name) != getattr(BinarizationConfig, name):
+                others = "one of the paper's methods, such as arb-rc" if joint else "arb-rcx"
+                raise ConfigError(f"{name} is no option of method {self.method!r}; leave it out, or choose {others}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""

@@ -60,7 +60,9 @@ def dense_layer(module: BinaryLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
     return layer
 
 
-def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool = False) -> None:
+def export(
+    checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False
+) -> None:
     """Write a packed checkpoint, or a GGUF file, as an ordinary Hugging Face one, its weights dequantized.
 
     Args:
@@ -68,6 +70,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool 
         out: directory to write; it must not exist, or be empty, unless `overwrite` is set.
         dtype: `float32`, `bfloat16` or `float16`; `auto` keeps the dtype of embeddings and norms.
         overwrite: replace an existing directory.
+        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         CheckpointError: `checkpoint` is not a packed checkpoint, or is damaged.
@@ -78,7 +81,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "auto", overwrite: bool 
     with output_directory(out, overwrite) as work:
         if checkpoint.suffix != ".gguf":
             open_checkpoint(checkpoint)
-        model, tokenizer = open_model(str(checkpoint), dtype=dtype)
+        model, tokenizer = open_model(str(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
         check_disk_space(dense_bytes(model), work)
         dense_model(model).save_pretrained(work)
         tokenizer.save_pretrained(work)

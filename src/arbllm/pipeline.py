@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,6 +120,7 @@ def quantize(
             that can be known.
     """
     model, out, config = str(model), Path(out), config or BinarizationConfig()
+    config.check_options()
     place = own_device(choose_device(device))
     tuning = choose_tuning(config, tune, distill)
     if stream:
@@ -132,6 +133,8 @@ def quantize(
         raise ConfigError("distill_windows is of no use without distill; leave it out, or say how many steps")
     if size is not None and bitmap == CSR:
         raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
+    if evaluate and Path(evaluate).is_file() and Path(evaluate).resolve() == Path(calibration).resolve():
+        warnings.warn(f"perplexity on {evaluate} will flatter: it is the text of the calibration, too", stacklevel=2)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise ConfigError(f"{out} is the model itself; choose another output directory")
     with naming_lack_of_memory(), joined(place) as ranks:
@@ -178,7 +181,7 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
         dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
         del opened, model
         packed = open_checkpoint(work).size.linears
-        score = _evaluate(work, held_out, job.device) if held_out is not None else None
+        score = _evaluate(work, held_out, job) if held_out is not None else None
         summary = QuantizationSummary(
             path=out,
             linears=len(results),
@@ -248,9 +251,10 @@ def _held_out(model: PreTrainedModel, text: str, tokenizer: PreTrainedTokenizerB
     return cut_windows(model, evaluation_tokens(text, tokenizer), min(DEFAULT_CONTEXT, longest_context(model.config)))
 
 
-def _evaluate(checkpoint: Path, held_out: Tensor, device: torch.device) -> Perplexity:
+def _evaluate(checkpoint: Path, held_out: Tensor, job: Job) -> Perplexity:
     """Perplexity of the checkpoint as it lies on the disk, on windows (N, L)."""
-    model, _ = open_model(str(checkpoint), dtype=evaluation_dtype("auto", device), device=device)
+    dtype = evaluation_dtype("auto", job.device)
+    model, _ = open_model(str(checkpoint), dtype=dtype, device=job.device, trust_remote_code=job.trust_remote_code)
     return perplexity(model, held_out.flatten(), held_out.shape[1])
 
 

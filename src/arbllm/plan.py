@@ -108,6 +108,7 @@ def plan(
         TextError: likewise, windows.
     """
     config = config or BinarizationConfig()
+    config.check_options()
     tuning = choose_tuning(config, tune, distill)
     for count in (windows, windows if distill_windows is None else distill_windows):
         check_amount(count, window_length)

@@ -237,6 +237,13 @@ def is_running(process: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"  # nobody may have reaped it
 
 
+def test_a_library_that_is_missing_is_told_before_any_work(protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr("arbllm.evaluation.peers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="method hqq-4 needs the library hqq: pip install hqq"):
+        compare(protocol, ["fp16", "gptq-4", "hqq-4"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_method_is_an_error_that_leaves_nothing(protocol, tmp_path):
     with pytest.raises(ConfigError, match="no method is named"):
         compare(protocol, [], tmp_path / "out")

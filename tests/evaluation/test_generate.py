@@ -41,6 +41,8 @@ def test_drawing_depends_on_the_seed_alone(model):
     [
         ("", {}, "prompt is empty"),
         ("Hello", {"max_new_tokens": 0}, "at least 1"),
+        ("Hello", {"max_new_tokens": 124}, "5 tokens of the prompt and 124 new ones; the model takes 128: ask for 123"),
+        ("Hello" * 26, {}, "the model takes 128: shorten the prompt"),
         ("Hello", {"temperature": -1.0}, "0 or more"),
         ("Hello", {"repetition_penalty": 0.0}, "above 0"),
         ("Hello", {"repetition_penalty": float("nan")}, "above 0"),

@@ -181,7 +181,7 @@ def test_shards_of_two_checkpoints_do_not_mix(tmp_path):
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
 def test_a_version_from_the_future_is_refused(tmp_path, version):
     write(tmp_path, change_config=lambda config: config.update(format_version=version))
-    with pytest.raises(CheckpointError, match=rf"version {version}, this release .* pip install --upgrade arbllm"):
+    with pytest.raises(CheckpointError, match=rf"version {version}, this release .* upgrade arbllm"):
         open_checkpoint(tmp_path)
 
 

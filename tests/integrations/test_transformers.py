@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import arbllm
-from arbllm.errors import CheckpointError
+from arbllm.errors import CheckpointError, ConfigError
 from arbllm.format.checkpoint import bytes_on_disk, file_metadata, open_checkpoint, verify
 from arbllm.integrations.transformers import ArbllmConfig, load, mark_packed, packed_linears
 from arbllm.nn import BinaryLinear
@@ -362,6 +362,16 @@ def test_what_is_not_a_packed_checkpoint(tmp_path):
         load(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="neither a directory here nor one that the hub gives"):
         load("./nowhere")
+
+
+def test_what_is_wrong_with_the_device_is_not_blamed_on_the_checkpoint(saved):
+    with pytest.raises(ConfigError, match="device 'cuda:99' is not known or not there"):
+        load(saved, device="cuda:99")
+
+
+def test_a_path_in_the_home_directory(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load(f"~/{saved.name}").config.quantization_config
 
 
 def test_a_dense_model_is_not_packed_by_naming_the_config(tmp_path):

@@ -53,7 +53,7 @@ def test_kernels_compile_for_an_h100():
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "triton", None)
     cuda._triton.cache_clear()
-    with pytest.warns(UserWarning, match=r"Triton is not installed.*arbllm\[gpu\]"):
+    with pytest.warns(UserWarning, match=r"Triton is not installed .pip install triton"):
         assert not cuda.available()
     assert not cuda.available()
     assert not recwarn.list

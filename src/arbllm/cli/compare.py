@@ -72,10 +72,12 @@ def compare(
     """
     with command(debug):
         from arbllm.evaluation.compare import compare as run
+        from arbllm.evaluation.figures import require_matplotlib
         from arbllm.evaluation.methods import Calibration
         from arbllm.evaluation.protocol import Protocol
         from arbllm.evaluation.write_report import markdown, write_report
 
+        require_matplotlib()  # for the report, hours later
         protocol = Protocol(
             model,
             Calibration(calibration, windows, window_length, seed, device, dtype, trust_remote_code, distill_windows),

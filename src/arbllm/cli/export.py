@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from arbllm.cli.options import Debug, Dtype, Json, Overwrite
+from arbllm.cli.options import Debug, Dtype, Json, Overwrite, TrustRemoteCode
 from arbllm.cli.output import command, format_bytes, print_facts, print_json
 
 
@@ -17,6 +17,7 @@ def export(
     ],
     dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The directory to write.")],
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     json: Json = False,
     debug: Debug = False,
@@ -39,7 +40,7 @@ def export(
         from arbllm.format.checkpoint import bytes_on_disk
 
         with measure() as measured:
-            run(checkpoint, dense, dtype=dtype, overwrite=overwrite)
+            run(checkpoint, dense, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
         size = bytes_on_disk(dense)
         if json:
             print_json({"path": str(dense), "bytes_on_disk": size, **measured.to_dict()})

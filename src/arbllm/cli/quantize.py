@@ -119,7 +119,7 @@ def quantize(
 
     A job that was stopped goes on where it was when the same command is given again.
 
-    As the paper's own code: `--split-on saliency --compensation reference`
+    As the paper's own code: `--method arb-rc --split-on saliency --compensation reference`
     """
     with command(debug):
         from arbllm.config import BinarizationConfig

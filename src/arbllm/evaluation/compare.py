@@ -21,6 +21,7 @@ from arbllm.device import choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known, make
+from arbllm.evaluation.peers import check_library
 from arbllm.evaluation.perplexity import check_context, count_windows
 from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings, shown_settings
 from arbllm.evaluation.speed import tokens_per_second, write_samples
@@ -67,6 +68,9 @@ def compare(
     recipes = [find_recipe(name) for name in dict.fromkeys(methods)]
     if not recipes:
         raise ConfigError("no method is named; see arbllm compare --help")
+    for recipe in recipes:
+        if recipe.is_peer:
+            check_library(recipe.name)
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
     pieces = begin(protocol, out)
     for place, recipe in enumerate(recipes):

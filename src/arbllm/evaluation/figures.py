@@ -40,7 +40,7 @@ def require_matplotlib() -> None:
         ConfigError: they cannot, without matplotlib.
     """
     if find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install 'arbllm[compare]'")
+        raise ConfigError("pictures need matplotlib: pip install matplotlib")
 
 
 def all_figures(rows: Sequence[Row]) -> dict[str, Any]:

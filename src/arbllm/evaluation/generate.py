@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from arbllm.errors import ConfigError
+from arbllm.evaluation.perplexity import longest_context
 
 
 class _Callback(TextStreamer):
@@ -63,6 +64,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model some text to continue")
+    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pieces: list[str] = []
@@ -83,3 +85,10 @@ def generate(
             **sampling,
         )
     return "".join(pieces)
+
+
+def _check_length(model: PreTrainedModel, given: int, wanted: int) -> None:
+    longest = longest_context(model.config, given + wanted)
+    if given + wanted > longest:
+        rest = f"ask for {longest - given} or fewer" if given < longest else "shorten the prompt"
+        raise ConfigError(f"{given} tokens of the prompt and {wanted} new ones; the model takes {longest}: {rest}")

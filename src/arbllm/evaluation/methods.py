@@ -97,6 +97,11 @@ class Recipe:
         return replace(self, name=self.name.removesuffix(DISTILLED), distill=0) if self.distill else None
 
     @property
+    def is_peer(self) -> bool:
+        """Whether it is none of our own."""
+        return self.config is None and self.name != FULL
+
+    @property
     def family(self) -> str:
         """The method without its bits."""
         if self.config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -41,10 +42,12 @@ class Adapter:
     Attributes:
         bits: bits of a code that it knows.
         build: from bits, the function that rounds one linear.
+        library: that it needs, by the name that Python knows it by, which is also its package's.
     """
 
     bits: tuple[int, ...]
     build: Callable[[int], RoundLinear]
+    library: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,17 @@ def find_peer(name: str) -> tuple[RoundLinear, int]:
     if adapter is None or bits not in map(str, adapter.bits):
         raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(peer_names())}")
     return adapter.build(int(bits)), int(bits)
+
+
+def check_library(name: str) -> None:
+    """See that a peer can run.
+
+    Raises:
+        ConfigError: its library is not installed.
+    """
+    library = ADAPTERS[name.rpartition("-")[0]].library
+    if library and find_spec(library) is None:
+        raise ConfigError(f"method {name} needs the library {library}: pip install {library}")
 
 
 def peer_names() -> list[str]:
@@ -115,6 +129,7 @@ def quantize_peer(
         ArbllmError: the model, the text, the method or the disk do not allow it.
     """
     round_linear, bits = find_peer(method)
+    check_library(method)
     out = Path(out)
     with output_directory(out, overwrite) as work:
         with measure() as measured:
@@ -178,4 +193,4 @@ def _hqq(bits: int) -> RoundLinear:
 
 
 # A new peer is a function that rounds one matrix, and an entry here.
-ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq), "hqq": Adapter(HQQ_BITS, _hqq)}
+ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq), "hqq": Adapter(HQQ_BITS, _hqq, "hqq")}

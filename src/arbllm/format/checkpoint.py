@@ -237,7 +237,7 @@ def check_version(quantization: Mapping[str, Any]) -> None:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"config.json: the checkpoint has format version {version}, this release of arbllm reads version "
-            f"{FORMAT_VERSION}; upgrade with: pip install --upgrade arbllm"
+            f"{FORMAT_VERSION}; upgrade arbllm"
         )
     if version < FORMAT_VERSION:
         raise CheckpointError(

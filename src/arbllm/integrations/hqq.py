@@ -28,7 +28,7 @@ def hqq_round(weight: Tensor, bits: int, *, group_size: int = GROUP_SIZE) -> Rou
     try:
         from hqq.core.quantize import Quantizer
     except ImportError as error:
-        raise ConfigError("method hqq needs the library hqq: pip install 'arbllm[compare]'") from error
+        raise ConfigError("method hqq needs the library hqq: pip install hqq") from error
     if weight.shape[1] % group_size:
         group_size = math.gcd(weight.shape[1], group_size)
     codes, meta = Quantizer.quantize(

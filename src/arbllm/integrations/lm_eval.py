@@ -1,6 +1,6 @@
 """lm-evaluation-harness: hands it a model that is open already, packed or dense.
 
-Only the functions here import the harness, which is an optional dependency (`pip install arbllm[eval]`).
+Only the functions here import the harness, which is an optional dependency (lm-eval).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_harness() -> None:
         ConfigError: it is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise ConfigError("tasks need lm-evaluation-harness: pip install 'arbllm[eval]'")
+        raise ConfigError("tasks need lm-evaluation-harness: pip install lm-eval")
 
 
 def _wrap(

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
+from arbllm.device import choose_device
 from arbllm.errors import ArbllmError, CheckpointError
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
@@ -65,11 +66,15 @@ def load(
     Raises:
         CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the
             tensor.
+        ConfigError: `device` is not there.
+        ImportError: `device` needs the library accelerate.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if Path(path).exists():
-        open_checkpoint(path)
+    if (local := Path(path).expanduser()).exists():
+        open_checkpoint(path := local)
+    if device is not None:
+        choose_device(str(device))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
@@ -84,7 +89,7 @@ def load(
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: neither a directory here nor one that the hub gives ({reason})") from error
-    except ArbllmError:
+    except (ArbllmError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged config.json fails in any way that transformers knows
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -263,6 +268,11 @@ class ArbllmQuantizer(HfQuantizer):
             if isinstance(module, BinaryLinear):
                 _decode_bitmaps(module, name, checkpoint)
         return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from arbllm.export import dense_model
+
+        return dense_model(model, dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` is about to write, and the metadata of the files: checksums of all their tensors."""

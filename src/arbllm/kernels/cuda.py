@@ -88,7 +88,7 @@ def _triton() -> ModuleType | None:
         try:
             import_module("triton")
         except ImportError:
-            reason = "Triton is not installed (pip install arbllm[gpu])"
+            reason = "Triton is not installed (pip install triton)"
         else:
             return import_module("arbllm.kernels.triton")
     warnings.warn(f"{reason}, so packed layers run on the slow PyTorch kernel", stacklevel=2)

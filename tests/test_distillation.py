@@ -155,18 +155,20 @@ def test_a_stopped_distillation_goes_on(dense, packed, distilled, tmp_path, monk
         ({"model": "narrow"}, ModelError, r"no linear model.layers.0.* as .*packed has; give the model that"),
         ({"model": "packed"}, ModelError, "no linear model.layers.0.* dense weights"),
         ({"model": "verbose"}, ModelError, "has 300 tokens"),
+        ({"model": "other"}, ModelError, r"embeddings of .*other are not those of .*; give the model that"),
         ({"windows": 10**6}, arbllm.TextError, "windows"),
     ],
 )
 def test_what_cannot_be_done_leaves_nothing_behind(dense, packed, tmp_path, changes, error, message):
     save_tiny(tmp_path / "narrow", intermediate_size=32)
     save_tiny(tmp_path / "verbose", vocab_size=300)
-    models = {"narrow": tmp_path / "narrow", "verbose": tmp_path / "verbose", "packed": packed}
+    save_tiny(tmp_path / "other", initializer_range=0.03)
+    models = {name: tmp_path / name for name in ("narrow", "verbose", "other")} | {"packed": packed}
     options = {"steps": 1, "device": "cpu"} | changes
     options["model"] = models.get(str(changes.get("model")), dense)
     with pytest.raises(error, match=message):
         arbllm.distill(packed, tmp_path / "out", **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow", "verbose"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow", "other", "verbose"]
 
 
 def test_a_checkpoint_that_cannot_be_distilled(dense, packed, tmp_path):

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import arbllm
 from arbllm.errors import CheckpointError, ConfigError
-from arbllm.export import dense_bytes, dense_model, export
+from arbllm.export import dense_bytes, export
 from arbllm.format.checkpoint import bytes_on_disk
+from arbllm.integrations.dense import dense_model
 from arbllm.model.source import open_model_only
 from arbllm.nn import BinaryLinear
 from tests.model.test_source import write_gguf

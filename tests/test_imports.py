@@ -15,7 +15,7 @@ SOURCE = Path(arbllm.__file__).parent
 LAYERS = (
     ("cli", "__main__"),
     ("pipeline", "distillation", "job", "plan", "sizes", "export", "card", "progress", "evaluation"),
-    ("model", "text", "hub", "device"),
+    ("model", "text", "hub"),
     ("integrations",),
     ("nn", "tunable", "embedding"),
     ("kernels", "rebuild"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("factor",),
     ("config",),
     ("format", "binarize"),
-    ("errors", "native", "summary"),
+    ("errors", "native", "summary", "device"),
 )
 RANK = {name: rank for rank, row in enumerate(reversed(LAYERS)) for name in row}
 

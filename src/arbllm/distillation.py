@@ -15,11 +15,13 @@ import arbllm
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, naming_lack_of_memory
+from arbllm.embedding import Int8Embedding
 from arbllm.errors import ConfigError, ModelError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.report import CheckpointReport, report
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
+from arbllm.format.rows import quantize_rows
 from arbllm.job import choose_tuning, shown, versions
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
@@ -203,7 +205,20 @@ def _open_dense(model: str, checkpoint: Path, packed: PreTrainedModel, trust_rem
     if (found := _vocabulary(dense)) != (wanted := _vocabulary(packed)):
         message = f"{model} has {found} tokens, {checkpoint} {wanted}; give the model that it was quantized from"
         raise ModelError(message)
+    if not _same_embeddings(dense, packed):
+        message = f"embeddings of {model} are not those of {checkpoint}; give the model that it was quantized from"
+        raise ModelError(message)
     return dense
+
+
+def _same_embeddings(dense: PreTrainedModel, packed: PreTrainedModel) -> bool:
+    """Quantization leaves embeddings as they are, or rounds them in one way: they tell one model from another."""
+    weight, embedding = dense.get_input_embeddings().weight.detach(), packed.get_input_embeddings()
+    if isinstance(embedding, Int8Embedding):
+        codes, scales = quantize_rows(weight)  # perhaps of weights in another dtype than those that were rounded
+        near = (codes.int() - embedding.get_buffer("codes").int()).abs() <= 1
+        return bool(near.all()) and torch.allclose(scales, embedding.get_buffer("scales"), rtol=0.01)
+    return torch.equal(weight.to(embedding.weight.dtype), embedding.weight)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -26,7 +26,7 @@ from arbllm.model.stream import empty_model
 from arbllm.model.training import Tuning
 from arbllm.model.walk import DecoderBlock, Linear, find_blocks
 from arbllm.model.workers import solver_memory
-from arbllm.sizes import largest_layout
+from arbllm.sizes import header_bytes, largest_layout
 from arbllm.text import check_amount
 
 FLOAT_BYTES = 4
@@ -131,12 +131,13 @@ def plan(
         stages |= _distilling(empty, blocks, (distill_windows or windows, window_length), rest + packed)
     stage = max(stages, key=lambda name: sum(stages[name].values()))
     memory = {"program": peak_memory_bytes() + PROGRAM_BYTES} | stages[stage]
+    linears = sum(len(block.linears) for block in blocks)
     return Plan(
         blocks=len(blocks),
-        linears=sum(len(block.linears) for block in blocks),
+        linears=linears,
         weights=weights,
         true_bits_per_weight=8 * packed / weights,
-        result_bytes=packed + rest,
+        result_bytes=packed + rest + header_bytes(empty, linears),
         peak_memory_bytes=sum(memory.values()),
         stage=stage,
         memory=memory,

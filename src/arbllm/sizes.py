@@ -34,8 +34,8 @@ def bits_for_size(model: PreTrainedModel, size: int) -> float:
     dense_bytes, dense_linear_bytes = dense_sizes(model)
     linears = [linear for block in find_blocks(model) for linear in block.linears]
     weights = sum(linear.weight.numel() for linear in linears)
-    headers = HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * len(linears))
-    rest = dense_bytes - dense_linear_bytes + sum(e.nbytes for e in packed_embeddings(model).values()) + headers
+    embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
+    rest = dense_bytes - dense_linear_bytes + embeddings + header_bytes(model, len(linears))
     bits = 8 * (size - rest) / weights
     if bits < FEWEST_BITS:
         raise ConfigError(
@@ -43,6 +43,11 @@ def bits_for_size(model: PreTrainedModel, size: int) -> float:
             f"{ceil(FEWEST_BITS * weights / 8):,}; ask for more, or for --embeddings 8"
         )
     return min(bits, MOST_BITS)
+
+
+def header_bytes(model: PreTrainedModel, linears: int) -> int:
+    """Bytes that files take beside their tensors, about, once so many linears are packed."""
+    return HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * linears)
 
 
 def largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:

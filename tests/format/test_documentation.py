@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from arbllm.export import dense_model
 from arbllm.format.checkpoint import CHECKSUMS_KEY, EMBEDDINGS_KEY, LINEARS_KEY
 from arbllm.format.coding import coded_planes, encode
+from arbllm.integrations.dense import dense_model
 from arbllm.model.embeddings import quantize_embeddings
 from tests.helpers import pack_randomly
 from tests.strategies import matrices

@@ -13,8 +13,9 @@ import arbllm
 from arbllm.config import BinarizationConfig
 from arbllm.embedding import Int8Embedding, Int8Linear
 from arbllm.errors import CheckpointError, ConfigError, ModelError
-from arbllm.export import dense_bytes, dense_model
+from arbllm.export import dense_bytes
 from arbllm.format.checkpoint import open_checkpoint
+from arbllm.integrations.dense import dense_model
 from arbllm.integrations.transformers import mark_packed
 from arbllm.model.capture import capture_inputs
 from arbllm.model.embeddings import quantize_embeddings

@@ -12,11 +12,11 @@ from arbllm.cli.options import (
     CalibrationText,
     Context,
     Debug,
+    DenseModel,
     Device,
     Dtype,
     Json,
     MaxWindows,
-    Model,
     Seed,
     TrustRemoteCode,
     WindowLength,
@@ -25,7 +25,7 @@ from arbllm.cli.output import command, print_json, say
 
 
 def ablate(
-    model: Model,
+    model: DenseModel,
     out: Annotated[Path, typer.Option(help="Directory of the ablations; a second run goes on where one stopped.")],
     studies: Annotated[
         str | None,

@@ -7,12 +7,22 @@ from typing import Annotated
 
 import typer
 
-from arbllm.cli.options import CalibrationText, Debug, Dtype, Json, Model, Seed, TrustRemoteCode, WindowLength, Windows
+from arbllm.cli.options import (
+    CalibrationText,
+    Debug,
+    DenseModel,
+    Dtype,
+    Json,
+    Seed,
+    TrustRemoteCode,
+    WindowLength,
+    Windows,
+)
 from arbllm.cli.output import command, print_json, say
 
 
 def analyze(
-    model: Model,
+    model: DenseModel,
     out: Annotated[Path, typer.Option(help="Directory of the page, its picture and its figures.")],
     linear: Annotated[
         str | None,

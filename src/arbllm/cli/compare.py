@@ -12,11 +12,11 @@ from arbllm.cli.options import (
     CalibrationText,
     Context,
     Debug,
+    DenseModel,
     Device,
     Dtype,
     Json,
     MaxWindows,
-    Model,
     Seed,
     TrustRemoteCode,
     WindowLength,
@@ -28,7 +28,7 @@ METHODS = "fp16,rtn-4,gptq-4,gptq-3,gptq-2,hqq-4,hqq-2,hqq-1,billm,arb,arb-x,arb
 
 
 def compare(
-    model: Model,
+    model: DenseModel,
     out: Annotated[Path, typer.Option(help="Directory of the comparison; a second run goes on where one stopped.")],
     methods: Annotated[
         str,

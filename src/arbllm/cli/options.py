@@ -9,6 +9,7 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a local directory (dense or packed), or a .gguf file.")
 ]
+DenseModel = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local directory, or a .gguf file.")]
 CalibrationText = Annotated[
     str, typer.Option(help="c4, wikitext2 or ptb (from the hub), a text file, or builtin (needs no network).")
 ]

@@ -10,10 +10,10 @@ import typer
 from arbllm.cli.options import (
     CalibrationText,
     Debug,
+    DenseModel,
     Device,
     Dtype,
     Json,
-    Model,
     Overwrite,
     Seed,
     TrustRemoteCode,
@@ -24,7 +24,7 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json, sa
 
 
 def peer(
-    model: Model,
+    model: DenseModel,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     method: Annotated[str, typer.Option(help="rtn, gptq or hqq and its bits: rtn-4, gptq-3, hqq-2.")] = "gptq-3",
     calibration: CalibrationText = "c4",

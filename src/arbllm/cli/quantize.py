@@ -10,10 +10,10 @@ import typer
 from arbllm.cli.options import (
     CalibrationText,
     Debug,
+    DenseModel,
     Device,
     Dtype,
     Json,
-    Model,
     Overwrite,
     Seed,
     TrustRemoteCode,
@@ -29,7 +29,7 @@ PAPER = "Methods of the paper"
 
 
 def quantize(
-    model: Model,
+    model: DenseModel,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     method: Annotated[str, typer.Option(help="arb-rcx, or as in the paper billm, arb, arb-x, arb-rc.")] = "arb-rcx",
     bits: Annotated[

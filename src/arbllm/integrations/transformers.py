@@ -270,7 +270,7 @@ class ArbllmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from arbllm.export import dense_model
+        from arbllm.integrations.dense import dense_model
 
         return dense_model(model, dtype)
 

@@ -25,7 +25,7 @@ from arbllm.evaluation.compare import (
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import DISTILLATION_STEPS, PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
-from arbllm.evaluation.protocol import ROWS, Protocol
+from arbllm.evaluation.protocol import ROWS, Protocol, merged_settings
 from arbllm.factor import factorize
 from arbllm.format.checkpoint import bytes_on_disk
 from arbllm.integrations.hqq import hqq_round
@@ -180,10 +180,23 @@ def test_rows_of_ablations_are_left_out(protocol, finished):
 def test_other_settings_are_refused(protocol, finished):
     with pytest.raises(ConfigError, match=r"context was 64, not 32"):
         compare(replace(protocol, context=32), ["fp16"], finished[0], isolate=False)
+    with pytest.raises(ConfigError, match=r"settings \(windows was 4, not 5\)"):
+        compare(replace(protocol, calibration=replace(protocol.calibration, windows=5)), ["fp16"], finished[0])
     with pytest.raises(ConfigError, match="have one name; rename"):
         compare(replace(protocol, texts=("elsewhere/builtin",)), ["fp16"], finished[0], isolate=False)
     with pytest.raises(TextError, match="max-windows must be at least 1, not 0"):
         compare(replace(protocol, max_windows=0), ["fp16"], finished[0], isolate=False)
+
+
+def test_what_distils_may_change_until_something_was_distilled(protocol, tmp_path):
+    (tmp_path / ROWS).mkdir()
+    (tmp_path / ROWS / "fp16.json").write_text("{}")
+    (tmp_path / "settings.json").write_text(json.dumps(merged_settings(protocol, tmp_path / "none")))
+    other = replace(protocol, calibration=replace(protocol.calibration, distill_windows=7))
+    assert merged_settings(other, tmp_path)["calibration"]["distill_windows"] == 7
+    (tmp_path / ROWS / "arb-rcx-2-distilled.json").write_text("{}")
+    with pytest.raises(ConfigError, match="distill_windows was None, not 7"):
+        merged_settings(other, tmp_path)
 
 
 def test_a_step_in_a_process_of_its_own():

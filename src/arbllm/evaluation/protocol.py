@@ -61,14 +61,15 @@ def merged_settings(protocol: Protocol, out: Path) -> dict[str, Any]:
     begun = settings
     if (out / SETTINGS).exists() and any((out / ROWS).glob("*.json")):
         begun = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    for name in ("model", "calibration", "context"):
-        if begun.get(name) != settings[name]:
+    before, free = _fixed(begun), set() if any((out / ROWS).glob("*-distilled.json")) else {"distill_windows"}
+    for name, value in _fixed(settings).items():
+        if before.get(name) != value and name not in free:
             raise ConfigError(
-                f"{out} holds a comparison with other settings ({name} was {begun.get(name)}, not "
-                f"{settings[name]}); choose another --out, or the same settings"
+                f"{out} holds a comparison with other settings ({name} was {before.get(name)}, not {value}); choose "
+                "another --out, or the same settings"
             )
-    before = begun.get("contents", {})
-    if changed := [name for name, found in settings["contents"].items() if before.get(name, found) != found]:
+    known = begun.get("contents", {})
+    if changed := [name for name, found in settings["contents"].items() if known.get(name, found) != found]:
         raise ConfigError(f"{changed[0]} is not what it was when {out} was begun; choose another --out")
     texts = list(dict.fromkeys([*begun["texts"], *settings["texts"]]))
     named = {Path(text).name: text for text in reversed(texts)}
@@ -81,7 +82,13 @@ def merged_settings(protocol: Protocol, out: Path) -> dict[str, Any]:
             f"{settings['task_data'] or 'the hub'}; choose another --out, or the same --task-data"
         )
     tasks = {} if settings["tasks"] else {"tasks": begun["tasks"], "task_data": begun["task_data"]}
-    return settings | tasks | {"texts": texts, "contents": before | settings["contents"]}
+    return settings | tasks | {"texts": texts, "contents": known | settings["contents"]}
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a comparison have in common."""
+    calibration = {"calibration" if name == "text" else name: value for name, value in settings["calibration"].items()}
+    return {"model": settings["model"], "context": settings["context"], **calibration}
 
 
 def contents(protocol: Protocol) -> dict[str, str]:

@@ -8,7 +8,6 @@ import arbllm
 from arbllm.errors import CheckpointError, ConfigError
 from arbllm.export import dense_bytes, export
 from arbllm.format.checkpoint import bytes_on_disk
-from arbllm.integrations.dense import dense_model
 from arbllm.model.source import open_model_only
 from arbllm.nn import BinaryLinear
 from tests.model.test_source import write_gguf
@@ -75,27 +74,6 @@ def test_the_model_can_be_quantized_again(packed, tmp_path):
     export(packed, tmp_path / "dense")
     options = {"calibration": "builtin", "windows": 2, "window_length": 32, "device": "cpu"}
     assert arbllm.quantize(tmp_path / "dense", tmp_path / "again", **options).linears == 14
-
-
-def test_in_memory(packed):
-    model = arbllm.load(packed)
-    assert dense_model(model, torch.float16) is model
-    assert model.dtype == torch.float16
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
-
-
-def test_by_the_name_that_transformers_has_for_it(packed):
-    expected, model = arbllm.load(packed)(TOKENS).logits, arbllm.load(packed)
-    model.dequantize()
-    assert not any(isinstance(module, BinaryLinear) for module in model.modules())
-    assert not hasattr(model.config, "quantization_config")
-    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_rotary_frequencies_stay_precise(packed):
-    model = dense_model(arbllm.load(packed), torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
 def test_a_dense_model_is_not_a_packed_checkpoint(packed, tmp_path):

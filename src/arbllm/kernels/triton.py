@@ -49,7 +49,7 @@ def _make_units(numbers: tuple[int, ...], device: torch.device) -> None:
             for parts in set(PARTS.values()):
                 plan.units(_divide_few(plan, configuration.few, tokens, parts).chunks, device)
         else:
-            plan.units(_divide_many(plan, configuration.many, tokens).chunks, device)
+            plan.units(_divide_many(plan, configuration.many, tokens)[-1], device)
 
 
 def _numbers(layout: Layout) -> list[int]:
@@ -148,7 +148,7 @@ def multiply_few(x: Tensor, matrix: Prepared, configuration: Configuration) -> T
 def multiply_many(xs: Tensor, matrix: Prepared, configuration: Configuration) -> Tensor:
     """y = x W^T with weights made in registers; xs (tokens, columns) is in the order of `Prepared.order`."""
     plan, launch, tokens = matrix.plan, configuration.many, len(xs)
-    _, _, blocks, places, chunks = _divide_many(plan, launch, tokens)
+    blocks, places, chunks = _divide_many(plan, launch, tokens)
     units = plan.units(chunks, xs.device)
     split = len(units) > 1
     counters = torch.zeros(blocks * places if split else 1, dtype=torch.int32, device=xs.device)
@@ -187,7 +187,7 @@ def multiply_dense(xs: Tensor, matrix: Prepared, configuration: Configuration) -
 
 
 class _Division(NamedTuple):
-    """How a product is divided among programs.
+    """How a product of a few tokens is divided among programs.
 
     Attributes:
         size: tokens of a program.
@@ -214,9 +214,10 @@ def _divide_few(plan: Plan, launch: FewTokens, tokens: int, parts: int) -> _Divi
     return _Division(size, max(SLICE, size * most * parts), blocks, places, chunks)
 
 
-def _divide_many(plan: Plan, launch: ManyTokens, tokens: int) -> _Division:
+def _divide_many(plan: Plan, launch: ManyTokens, tokens: int) -> tuple[int, int, int]:
+    """Blocks of tokens, places of rows, and about how many chunks of columns a program has."""
     blocks, places = triton.cdiv(tokens, launch.tokens), triton.cdiv(plan.quarter, launch.rows)
-    return _Division(launch.tokens, launch.tokens, blocks, places, _chunks(plan, launch.programs, places * blocks))
+    return blocks, places, _chunks(plan, launch.programs, places * blocks)
 
 
 def _tokens_at_a_time(tokens: int, columns: int, planes: int, launch: FewTokens) -> int:

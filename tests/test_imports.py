@@ -17,7 +17,7 @@ LAYERS = (
     ("pipeline", "distillation", "job", "plan", "sizes", "export", "card", "progress", "evaluation"),
     ("model", "text", "hub"),
     ("integrations",),
-    ("nn", "tunable", "embedding"),
+    ("nn", "tunable", "embedding", "experts"),
     ("kernels", "rebuild"),
     ("solver", "baselines"),
     ("segments", "budget"),

@@ -15,6 +15,9 @@ from arbllm.format.matrix import BinaryMatrix, check_order
 from arbllm.kernels import cpu, reference
 from arbllm.kernels.dispatch import preparing_kernel
 
+NARROWEST = 8
+"""Linears with fewer rows or columns stay dense: scales would take more than their weights."""
+
 _version = attrgetter("_version")
 
 

@@ -12,6 +12,7 @@ from arbllm.model.source import open_model_only
 from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
+from tests.model.tiny_models import MIXTURES, tiny_model
 from tests.tiny import save_tiny, tiny_llama
 
 CONFIG = BinarizationConfig(iterations=1, allocation="uniform")
@@ -67,6 +68,51 @@ def test_dense_weights_are_gone_when_a_block_is_done(dense):
     assert waiting[0] == [(1, True)]
     linears = [module for module in streamed.model.modules() if isinstance(module, torch.nn.Linear)]
     assert linears == [streamed.model.lm_head]
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request, tmp_path):
+    """A mixture as its makers store it, expert by expert."""
+    tiny_model(request.param).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_experts_are_put_together_as_transformers_does(mixture):
+    streamed, whole = StreamedModel(mixture), open_model_only(str(mixture))
+    for block in find_blocks(streamed.model):
+        streamed.load_block(block)
+    streamed.load_head()
+    find_blocks(whole)
+    state = streamed.model.state_dict()
+    assert state.keys() == whole.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def damaged_mixture(directory, change):
+    """A Mixtral with something done to the tensors of its file; its second block is then read."""
+    tiny_model("mixtral").save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors, "model.layers.1.block_sparse_moe.experts.2")
+    save_file(tensors, directory / "model.safetensors")
+    streamed = StreamedModel(directory)
+    streamed.load_block(find_blocks(streamed.model)[1])
+
+
+def test_a_mixture_without_one_of_its_experts(tmp_path):
+    def remove(tensors, expert):
+        for letter in "123":
+            del tensors[f"{expert}.w{letter}.weight"]
+
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.\w+: the files have 3 of 4 experts"):
+        damaged_mixture(tmp_path, remove)
+
+
+def test_an_expert_of_another_shape(tmp_path):
+    def replace(tensors, expert):
+        tensors[f"{expert}.w1.weight"] = torch.zeros(3, 3)
+
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: its parts do not go together"):
+        damaged_mixture(tmp_path, replace)
 
 
 def find_others(model, index):

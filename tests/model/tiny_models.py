@@ -29,6 +29,29 @@ FALCON = {
     "num_ln_in_parallel_attn": None,
 }
 
+ROUTED = {
+    **GROUPED,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+DEEPSEEK = {
+    **ROUTED,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+
 # name -> (architecture, what differs)
 MODELS: dict[str, tuple[str, dict]] = {
     "opt": ("OPT", OPT),
@@ -46,8 +69,15 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", GPT2),
     "falcon": ("Falcon", {**FALCON, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
     "falcon-new": ("Falcon", {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "mixtral": ("Mixtral", ROUTED),
+    "qwen3-moe": ("Qwen3Moe", ROUTED),
+    "qwen2-moe": ("Qwen2Moe", {**ROUTED, "shared_expert_intermediate_size": 24}),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    "gpt-oss": ("GptOss", ROUTED),
     "falcon-alibi": ("Falcon", {**FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
 }
+
+MIXTURES = ["mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3", "gpt-oss"]
 
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
@@ -60,7 +90,7 @@ def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, f"{architecture}{head}")(configuration(**{**options, **changes}))
     # Initial weights are so small that every block is close to the identity, and biases are zero; not so here.
     for parameter_name, parameter in model.named_parameters():
-        if parameter.ndim == 2 or parameter_name.endswith("bias"):
+        if parameter.ndim in (2, 3) or parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
 

@@ -20,6 +20,7 @@ from arbllm.baselines import BITS, Rounded, gptq, round_to_nearest
 from arbllm.device import check_disk_space, choose_device
 from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
+from arbllm.experts import fuse_experts
 from arbllm.factor import Factor
 from arbllm.format.output import output_directory
 from arbllm.integrations.hqq import BITS as HQQ_BITS
@@ -141,6 +142,7 @@ def quantize_peer(
             results = round_model(
                 opened, tokens, round_linear, nominal_bits=bits, device=choose_device(device), on_event=on_event
             )
+            fuse_experts(opened)  # as engines know them
             opened.save_pretrained(work)
             tokenizer.save_pretrained(work)
         weights = sum(result.rows * result.columns for result in results)

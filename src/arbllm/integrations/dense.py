@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from arbllm.experts import fuse_experts
 from arbllm.integrations.embeddings import dense_embeddings
 from arbllm.nn import BinaryLinear
 
@@ -25,6 +26,7 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
+    fuse_experts(model)
     dense_embeddings(model, dtype)
     for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
         parameter.data = parameter.data.to(dtype)

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from arbllm import __version__
 from arbllm.device import choose_device
 from arbllm.errors import ArbllmError, CheckpointError
+from arbllm.experts import split_experts
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
     FORMAT_VERSION,
@@ -218,6 +219,8 @@ class ArbllmQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         self.checkpoint = checkpoint = check_structure(files, self.quantization_config.to_dict())
         checkpoint.verify_contents()
+        if any(_find_place(model, name) is None for name in checkpoint.layouts):
+            split_experts(model)
         _check_dense(model, checkpoint)
         self._modules = {}
         for name, layout in checkpoint.layouts.items():

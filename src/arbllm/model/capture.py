@@ -77,8 +77,8 @@ class InputGroup:
 
     Attributes:
         linears: one or more.
-        hessian: H = (2 / N) sum x x^T over the N tokens of all windows, float32 (m, m).
-        tokens: N.
+        hessian: H = (2 / N) sum x x^T over the N tokens of all windows, float32 (m, m); zero where N is.
+        tokens: N; zero for an expert that no token was sent to.
     """
 
     linears: tuple[Linear, ...]
@@ -91,7 +91,18 @@ class InputGroup:
 
         Shrunk by so much (see `factorize`), H gives less error on text that it was not measured on.
         """
-        return float((self.hessian.shape[0] / self.tokens) ** 0.5)
+        return float((self.hessian.shape[0] / self.tokens) ** 0.5) if self.tokens else 0.0
+
+    def trusted(self) -> Tensor:
+        """H, of whose diagonal the zeros of an expert's are made the mean of the rest, or 1 without any, in place.
+
+        That an input never fired on the few tokens that came to an expert does not say that it never will.
+        """
+        diagonal = self.hessian.diagonal()
+        silent = diagonal <= 0
+        if self.linears[0].routed and silent.any():
+            diagonal[silent] = 1.0 if silent.all() else diagonal[~silent].mean()
+        return self.hessian
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -149,7 +160,7 @@ def gather_hessians(
         outputs: where to put its outputs, (N, L, d); None drops them.
 
     Raises:
-        ModelError: a linear never ran; names it.
+        ModelError: a linear that is not an expert's never ran; names it.
     """
     recorder = _InputRecorder(block.linears)
     with recorder.attached():
@@ -220,7 +231,11 @@ class _InputRecorder:
 
     def groups(self) -> list[InputGroup]:
         for linear in self._linears:
-            if linear not in self._leaders:
+            if linear not in self._leaders and linear.routed:
+                columns = linear.weight.shape[1]
+                self._leaders[linear], self._tokens[linear] = linear, 0
+                self._sums[linear] = torch.zeros(columns, columns, device=linear.weight.device)
+            elif linear not in self._leaders:
                 raise ModelError(
                     f"{linear.name}: never ran on the calibration text; calibrate on more windows if it is an expert's "
                     "(if the model uses its weight without calling it, such an architecture is not supported)"
@@ -231,7 +246,8 @@ class _InputRecorder:
         groups = []
         for leader, linears in members.items():
             tokens = self._tokens[leader]
-            groups.append(InputGroup(tuple(linears), _mirror_upper(self._sums[leader]).mul_(2 / tokens), tokens))
+            hessian = _mirror_upper(self._sums[leader]).mul_(2 / max(tokens, 1))
+            groups.append(InputGroup(tuple(linears), hessian, tokens))
         return groups
 
     def _observe(self, linear: Linear, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -257,12 +257,13 @@ class _BlockJob:
         factors: dict[Linear, Factor] = {}
         mine = self.ranks.sum_hessians(groups, owners)
         groups.clear()
+        self._tell_unseen(mine)
         while mine:
             group = mine.pop(0)
             with _named(group.linears[0].name):
                 config = self.configs[group.linears[0].name]
                 joint = get_method(config.method).joint
-                factor = factorize(group.hessian, config.damping, group.sampling_error if joint else 0.0)
+                factor = factorize(group.trusted(), config.damping, group.sampling_error if joint else 0.0)
                 factors |= dict.fromkeys(group.linears, factor.without_upper() if joint else factor)
                 del factor, group
         futures: dict[Linear, Future[tuple[BinaryMatrix, float]]] = {}
@@ -280,6 +281,16 @@ class _BlockJob:
             self.emit(record)
             solved.append((linear, matrix, record))
         return solved
+
+    def _tell_unseen(self, groups: list[InputGroup]) -> None:
+        """Warn of experts that no token came to, whose weights are all that the solver has to go by."""
+        unseen = sorted({group.linears[0].name.rpartition(".")[0] for group in groups if not group.tokens})
+        if unseen:
+            warnings.warn(
+                f"{self.block.name}: no token of the calibration text came to {len(unseen)} of its experts (the first "
+                f"is {unseen[0]}), which are quantized by their weights alone; calibrate on more windows or other text",
+                stacklevel=2,
+            )
 
     def _tune(self, solved: list[Solved], hidden: Tensor, goal: Goal) -> list[Solved]:
         assert self.tuning

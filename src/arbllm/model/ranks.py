@@ -124,7 +124,7 @@ class ManyRanks(Ranks):
         self._sum(tokens)
         mine = []
         for group, total in zip(groups, tokens.tolist(), strict=True):
-            group.hessian.mul_(group.tokens / total)
+            group.hessian.mul_(group.tokens / max(total, 1))
             self._sum(group.hessian, {owners[linear] for linear in group.linears})
             linears = tuple(linear for linear in group.linears if owners[linear] == self.rank)
             if linears:

@@ -86,7 +86,7 @@ def _round_block(
         laps.append(time.perf_counter())
         for group in groups:
             with naming(group.linears[0].name):
-                factor = factorize(group.hessian)
+                factor = factorize(group.trusted())
             for linear in group.linears:
                 results[linear] = _round_one(linear, block.index, blocks, factor, round_linear, nominal_bits)
         for linear in block.linears:

@@ -99,11 +99,26 @@ def measured_shares(
         linear.name: Demand(linear.weight.shape[0], linear.weight.shape[1], rises[linear] * probe.effort)
         for linear, probe in probes.items()
     }
+    demands |= _alike(demands, blocks)
     shares = allocate(demands, config.bits, config.scale_block, config.trellis)
     groups = group_linears(blocks)
     errors = {linear: probe.error.mul_(_weight_error(shares[linear.name]) ** 0.5) for linear, probe in probes.items()}
     divergences = measure_divergences(model, groups, errors, windows, device)
     return allocate(_corrected(demands, shares, groups, divergences), config.bits, config.scale_block, config.trellis)
+
+
+def _alike(demands: Mapping[str, Demand], blocks: list[DecoderBlock]) -> dict[str, Demand]:
+    """Demands of experts' linears, of which those of one kind in a block are worth the same.
+
+    The few tokens of a measurement do not show which experts other text needs.
+    """
+    alike: dict[str, Demand] = {}
+    for block in blocks:
+        for members in group_linears([block]).values():
+            routed = [linear.name for linear in members if linear.routed]
+            worth = sum(demands[name].worth for name in routed) / max(len(routed), 1)
+            alike |= {name: replace(demands[name], worth=worth) for name in routed}
+    return alike
 
 
 def _weight_error(bits: float) -> float:
@@ -194,6 +209,6 @@ def _factorize(group: InputGroup, shrinkage: float = 0.0) -> Factor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return factorize(group.hessian, DAMPING, shrinkage)
+            return factorize(group.trusted(), DAMPING, shrinkage)
         except ModelError as error:
             raise ModelError(f"{group.linears[0].name}: {error}") from error

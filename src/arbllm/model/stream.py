@@ -6,21 +6,18 @@ seventh of its size and stays.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from arbllm.errors import CheckpointError, ModelError
+from arbllm.errors import ModelError
 from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from arbllm.format.checksum import canonical_checksum, checksum
-from arbllm.format.header import StoredTensor, read_header
 from arbllm.model.source import DTYPES, check_dtype
+from arbllm.model.stored import StoredModel
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
 
 SAMPLE = 32768
@@ -52,12 +49,13 @@ class StreamedModel:
             ModelError: it is no such directory, or its files do not hold what the model needs; names the tensor.
         """
         self.directory = Path(directory).expanduser()
-        self._stored = _stored(self.directory)
         self.model = empty_model(self.directory, dtype, trust_remote_code).eval()
+        self._stored = StoredModel(self.directory, self.model)
         self.model.tie_weights()
+        blocks = find_blocks(self.model)  # splits experts
         self._check_names()
         head = self.model.get_output_embeddings()
-        later = [block.module for block in find_blocks(self.model)] + ([head] if head is not None else [])
+        later = [block.module for block in blocks] + ([head] if head is not None else [])
         prefixes = tuple(f"{name}." for name, module in self.model.named_modules() if module in later)
         self._load(self.model, "", [name for name in self._missing(self.model, "") if not name.startswith(prefixes)])
         self.model.tie_weights()
@@ -88,22 +86,24 @@ class StreamedModel:
     def fingerprint(self) -> str:
         """Checksum of all names, dtypes, shapes, and of the first `SAMPLE` numbers of each tensor."""
         sums: dict[str, Any] = {}
-        for name, tensor in self._read(list(self._stored), sample=True):
-            stored = self._stored[name]
-            sums[name] = [stored.dtype, list(stored.shape), checksum(tensor)]
+        for name, tensor in self._stored.read_stored(list(self._stored.tensors)):
+            stored = self._stored.tensors[name]
+            sums[name] = [stored.dtype, list(stored.shape), checksum(tensor.flatten()[:SAMPLE])]
         return canonical_checksum(sums)
 
     def _check_names(self) -> None:
         """Refuse files whose tensors are not the model's, by name and shape."""
         for name in self._missing(self.model, ""):
-            stored, wanted = self._stored.get(name), list(_tensor(self.model, name).shape)
-            if stored is None:
+            wanted = list(_tensor(self.model, name).shape)
+            try:
+                shape = self._stored.shape(name)
+            except KeyError as error:
                 raise ModelError(
                     f"{self.directory}: {name} is not in its files under this name; such a model cannot be streamed: "
                     "leave out --stream"
-                )
-            if list(stored.shape) != wanted:
-                raise ModelError(f"{stored.file}: {name} is {list(stored.shape)}, but {wanted} in the model")
+                ) from error
+            if shape is not None and shape != wanted:
+                raise ModelError(f"{self._stored.file(name)}: {name} is {shape}, but {wanted} in the model")
 
     def _missing(self, module: nn.Module, prefix: str) -> list[str]:
         """Full names of a module's tensors on the meta device, each shared one once and without tied ones."""
@@ -115,28 +115,17 @@ class StreamedModel:
         ]
 
     def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        for name, tensor in self._read(names):
+        for name, tensor in self._stored.read(names):
             owner_name, _, key = name.removeprefix(prefix).rpartition(".")
             owner, empty = module.get_submodule(owner_name), _tensor(module, name.removeprefix(prefix))
-            value = tensor.to(empty.dtype, copy=True)
+            if tensor.shape != empty.shape:
+                found, wanted = list(tensor.shape), list(empty.shape)
+                raise ModelError(f"{self._stored.file(name)}: {name} is {found}, but {wanted} in the model")
+            value = tensor.to(empty.dtype, copy=True, memory_format=torch.contiguous_format)
             if key in owner._parameters:
                 owner._parameters[key] = nn.Parameter(value, requires_grad=empty.requires_grad)
             else:
                 owner._buffers[key] = value
-
-    def _read(self, names: list[str], sample: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as they are stored, memory-mapped: to be copied before the next one."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._stored[name].file, []).append(name)
-        for file, members in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as reader:
-                    for name in members:
-                        tensor = reader.get_tensor(name)
-                        yield name, tensor.flatten()[:SAMPLE] if sample else tensor
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: not readable ({error}); download or copy the model again") from error
 
 
 def can_stream(name_or_path: str) -> bool:
@@ -171,27 +160,6 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
     except Exception as error:  # configuration and remote code fail in any way that they know
         raise ModelError(f"{source}: its model cannot be built ({str(error).strip().partition(chr(10))[0]})") from error
     return model
-
-
-def _stored(directory: Path) -> Mapping[str, StoredTensor]:
-    """All tensors of a directory's safetensors files."""
-    files = [directory / WEIGHTS_FILE]
-    if not files[0].exists():
-        try:
-            files = sorted({directory / name for name in _index(directory).values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{directory}: has no readable safetensors files; leave out --stream") from error
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            tensors |= read_header(file)[1]
-        except CheckpointError as error:
-            raise ModelError(str(error)) from error
-    return tensors
-
-
-def _index(directory: Path) -> dict[str, str]:
-    return dict(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from arbllm.errors import ModelError
-from arbllm.nn import BinaryLinear
-
-NARROWEST = 8
-"""Linears with fewer rows or columns stay dense: scales would take more than their weights."""
+from arbllm.experts import SplitExperts, split_experts
+from arbllm.nn import NARROWEST, BinaryLinear
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,13 @@ class Linear:
         name: full name in the model, as `named_modules` gives it.
         module: an `nn.Linear`, or a `Conv1D` of transformers.
         transposed: whether the module stores its weight as inputs by outputs (`Conv1D`).
+        routed: whether it is an expert's, which is given some of the tokens, or none.
     """
 
     name: str
     module: nn.Linear | Conv1D
     transposed: bool
+    routed: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -63,13 +63,15 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     """The decoder blocks: the list of modules that holds more linear weights than any other, nested ones aside.
 
     Embeddings, norms, head and whatever else lies outside that list are not touched, nor are linears of fewer rows or
-    columns than NARROWEST.
+    columns than NARROWEST. Experts in one tensor have no linears: they are split, which changes the model's modules,
+    but nothing that it computes (see `arbllm.experts`).
 
     Raises:
         ModelError: the model is an encoder-decoder, is quantized already, has no such list, or a block without linears
             in it; the message names what was found.
     """
     _refuse_other_kinds(model)
+    split_experts(model)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     # A list comes before the lists inside its modules and holds at least as many weights, so the outermost one wins.
     name, blocks = max(lists, key=lambda found: _linear_weights(found[1]), default=("", nn.ModuleList()))
@@ -141,7 +143,7 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
 
 
 def _check_share(block: DecoderBlock) -> None:
-    """Refuse a block that would stay mostly dense, such as one whose experts are fused into one tensor.
+    """Refuse a block that would stay mostly dense, such as one whose experts are in one tensor and cannot be split.
 
     Raises:
         ModelError: names the largest parameter outside its linears.
@@ -152,12 +154,15 @@ def _check_share(block: DecoderBlock) -> None:
         largest = max(others, key=lambda name: others[name].numel())
         raise ModelError(
             f"{block.name}: most of its weights are not in linear layers, the largest being {largest} "
-            f"{list(others[largest].shape)}; such an architecture (fused experts, for example) is not supported"
+            f"{list(others[largest].shape)}; such an architecture is not supported"
         )
 
 
 def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:
+    experts: set[nn.Module] = set()
     for name, module in block.named_modules(prefix=prefix):
+        if isinstance(module, SplitExperts):
+            experts.update(module.modules())
         if isinstance(module, Conv1D):
             widths = module.weight.shape
         elif isinstance(module, nn.Linear):
@@ -165,7 +170,7 @@ def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:
         else:
             continue
         if min(widths) >= NARROWEST:
-            yield Linear(name, module, transposed=isinstance(module, Conv1D))
+            yield Linear(name, module, isinstance(module, Conv1D), routed=module in experts)
 
 
 def _linear_weights(module: nn.Module) -> int:

@@ -1,0 +1,171 @@
+"""Mixtures of experts, each expert with linears of its own.
+
+transformers holds a layer's experts in one tensor for each of their projections, where nothing is a linear layer that
+could be calibrated, packed or multiplied by a kernel. `SplitExperts` takes the place of such a module, and computes the
+same.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from arbllm.errors import ModelError
+from arbllm.nn import NARROWEST
+
+INNER, OUTER = ("gate_up_proj", "up_proj"), "down_proj"
+BIAS = "_bias"
+
+
+class SplitExperts(nn.Module):
+    """The experts of a layer, as children "0", "1" and so on, each with the projections of the fused module.
+
+    A projection is a linear layer: `gate_up_proj` (or `up_proj`, where there is no gate) and `down_proj`. Other
+    children, such as an activation or a norm, are those of the fused module under their names.
+
+    Attributes:
+        num_experts: how many there are.
+        fused: the module whose place this is, without its tensors; it knows what is between the projections.
+    """
+
+    num_experts: int
+    fused: nn.Module
+
+    def __init__(self, fused: nn.Module) -> None:
+        """Take the weights out of `fused`, without copying them unless they are stored as inputs by outputs."""
+        super().__init__()
+        self.num_experts = cast(int, fused.num_experts)
+        object.__setattr__(self, "fused", fused)  # no submodule: its children are this one's
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        projections = {name: _take_linears(fused, name) for name in _projections(fused)}
+        for number in range(self.num_experts):
+            expert = nn.ModuleDict({name: linears[number] for name, linears in projections.items()})
+            self.add_module(str(number), expert)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of what a token's experts make of it.
+
+        Args:
+            hidden_states: float (tokens, d).
+            top_k_index: each token's experts, int64 (tokens, k); numbers from `num_experts` on stand for none.
+            top_k_weights: their weights, float (tokens, k).
+
+        Returns:
+            As `hidden_states`; sums over experts in the order of their numbers.
+        """
+        result = torch.zeros_like(hidden_states)
+        for number, chosen in self._routed(top_k_index):
+            tokens, weights = chosen // top_k_index.shape[1], top_k_weights.flatten()[chosen]
+            output = self.expert(number, hidden_states[tokens]) * weights[:, None]
+            result.index_add_(0, tokens, output.to(result.dtype))
+        return result
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """What one expert makes of x, (tokens, d) to (tokens, d)."""
+        fused, linears = self.fused, cast(nn.ModuleDict, self.get_submodule(str(number)))
+        inner, outer = linears.values()
+        x = inner(x)
+        x = fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)  # type: ignore[operator]
+        x = outer(x)
+        return fused.post_expert_norm(x) if fused.has_post_expert_norm else x  # type: ignore[operator]
+
+    @torch.compiler.disable
+    def _routed(self, top_k_index: Tensor) -> list[tuple[int, Tensor]]:
+        """Experts that any token goes to, and the places of the flattened `top_k_index` that say so, int64."""
+        flat = top_k_index.flatten()
+        counts = flat.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+        places = flat.argsort(stable=True)[: sum(counts)].split(counts)
+        return [(number, chosen) for number, chosen in enumerate(places) if len(chosen)]
+
+
+def split_experts(model: nn.Module) -> None:
+    """Put `SplitExperts` in the place of every module that has its experts in one tensor, in place.
+
+    Known are those of transformers' common interface of experts; others stay as they are, as do those whose linears
+    would be too narrow to be packed.
+    """
+    for name, module in list(model.named_modules()):
+        if _is_fused(module):
+            model.set_submodule(name, SplitExperts(module))
+
+
+def fuse_experts(model: nn.Module) -> None:
+    """The reverse of `split_experts`, in place; weights are copied, one layer's at a time.
+
+    Raises:
+        ModelError: an expert is packed; names it.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, SplitExperts):
+            continue
+        for projection in _projections_of(module):
+            _give_linears(module, f"{name}.", projection)
+        model.set_submodule(name, module.fused)
+
+
+def fused_name(name: str) -> str:
+    """What the fused module calls an expert's `gate_up_proj.weight`, `gate_up_proj.bias` and so on."""
+    projection, _, kind = name.partition(".")
+    return projection if kind == "weight" else projection + BIAS
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module follows the common interface and has no tensors beside those of the projections."""
+    if not {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys() or isinstance(module, SplitExperts):
+        return False
+    names = _projections(module)
+    expected = {*names, *(f"{name}{BIAS}" for name in names if module.has_bias)}
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    if own.keys() != expected or module._buffers:
+        return False
+    return all(own[name].ndim == 3 and min(own[name].shape[1:]) >= NARROWEST for name in names)
+
+
+def _projections(fused: nn.Module) -> tuple[str, str]:
+    return INNER[0 if fused.has_gate else 1], OUTER
+
+
+def _projections_of(split: SplitExperts) -> tuple[str, ...]:
+    return _projections(split.fused)
+
+
+def _take_linears(fused: nn.Module, name: str) -> list[nn.Linear]:
+    """Linears of a projection, one an expert, out of the fused module's tensors."""
+    weights = fused._parameters.pop(name)
+    biases = fused._parameters.pop(f"{name}{BIAS}", None)
+    assert weights is not None, "the caller has seen to it"
+    trainable = weights.requires_grad
+    linears = []
+    for number, stored in enumerate(weights.detach()):
+        weight = stored.mT.contiguous() if fused.is_transposed else stored
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None)
+        linear.weight = nn.Parameter(weight, requires_grad=trainable)
+        if biases is not None:
+            linear.bias = nn.Parameter(biases.detach()[number], requires_grad=trainable)
+        linears.append(linear)
+    return linears
+
+
+def _give_linears(split: SplitExperts, prefix: str, name: str) -> None:
+    """Stack the linears of a projection to the fused module's tensors.
+
+    Raises:
+        ModelError: one is packed.
+    """
+    linears = []
+    for number in range(split.num_experts):
+        linear = split.get_submodule(f"{number}.{name}")
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(f"{prefix}{number}.{name}: is packed; a mixture is fused when all its experts are dense")
+        linears.append(linear)
+    fused, trainable = split.fused, linears[0].weight.requires_grad
+    weights = [linear.weight.detach() for linear in linears]
+    stacked = torch.stack([weight.mT for weight in weights] if fused.is_transposed else weights)
+    fused.register_parameter(name, nn.Parameter(stacked, requires_grad=trainable))
+    if fused.has_bias:
+        biases = torch.stack([linear.bias.detach() for linear in linears])
+        fused.register_parameter(f"{name}{BIAS}", nn.Parameter(biases, requires_grad=trainable))

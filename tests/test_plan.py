@@ -6,10 +6,11 @@ from typer.testing import CliRunner
 import arbllm
 from arbllm.cli.app import app
 from arbllm.errors import ArbllmError, ModelError
+from arbllm.model.distill import LENGTH
 from arbllm.model.events import BlockFinished
 from arbllm.model.resume import FinishedBlock, Progress, unfinished_directory
 from arbllm.plan import plan
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, save_tiny_mixture
 
 CONFIG = arbllm.BinarizationConfig(iterations=1, allocation="uniform")
 TEXT = {"windows": 3, "window_length": 32}
@@ -18,6 +19,18 @@ TEXT = {"windows": 3, "window_length": 32}
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"), max_position_embeddings=4096)
+
+
+def test_experts_have_hessians_each_and_the_tokens_that_come_to_them(tmp_path):
+    dense = save_tiny_mixture(tmp_path / "dense")
+    foretold = plan(dense, tmp_path / "packed", config=CONFIG, tune=0, **TEXT)
+    assert foretold.linears == 3 * (4 + 4 * 2)
+    attention, experts = 3 * 32**2, 4 * (32**2 + 56**2)
+    assert foretold.memory["hessians"] == 4 * (attention + experts)
+    distilled = plan(dense, tmp_path / "packed", config=CONFIG, tune=0, distill=1, windows=1, window_length=128)
+    assert distilled.stage == "distilling"
+    wide = sum(map(sum, [(32, 32), (16, 32), (16, 32), (32, 32)])) + 2 * (32 + 112 + 56 + 32)  # two of four a token
+    assert distilled.memory["activations"] == 3 * int(1.3 * 4 * min(128, LENGTH) * wide)
 
 
 @pytest.mark.parametrize("embedding_bits", [8, 16])

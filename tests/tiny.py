@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import arbllm
+from tests.model.tiny_models import tiny_model
 
 VOCABULARY = 257
 END = 256
@@ -48,6 +49,14 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def save_tiny(directory: Path, **changes) -> Path:
     """The model and its tokenizer as a Hugging Face checkpoint."""
     tiny_llama(**changes).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_tiny_mixture(directory: Path) -> Path:
+    """A random Mixtral of three layers of four experts, of which each token gets two, with the same tokenizer."""
+    options = {"vocab_size": VOCABULARY, "eos_token_id": END, "pad_token_id": END, "max_position_embeddings": 128}
+    tiny_model("mixtral", **options).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
+from arbllm.experts import SplitExperts
 from arbllm.format.accounting import matrix_size
 from arbllm.format.rows import ROW_BITS, RowLayout
 from arbllm.job import choose_tuning, streamed_config
@@ -180,7 +181,7 @@ def _at_blocks(
     numbers, stored = _numbers(block), sum(linear.weight.nbytes for linear in block.linears)
     passing = PASSING * FLOAT_BYTES * length * max(sum(linear.weight.shape) for linear in block.linears)
     begin = min(length, Tuning().length) if tuned else 0  # of each window, what tuning uses
-    tuning = _trainer([block]) + _kept(block, begin) if tuned else 0
+    tuning = _trainer([block]) + _kept(model, block, begin) if tuned else 0
     return {
         "activations": windows * (length + begin) * _width(model) * FLOAT_BYTES,
         "block": stored,
@@ -195,7 +196,7 @@ def _measuring(model: PreTrainedModel, blocks: list[DecoderBlock], length: int) 
     return {
         "model": _bytes(model, FLOAT_BYTES),
         "activations": len(blocks) * length * _width(model) * FLOAT_BYTES,
-        "work": max(_kept(block, length) for block in blocks),
+        "work": max(_kept(model, block, length) for block in blocks),
     }
 
 
@@ -229,7 +230,7 @@ def _distilling(
         | {
             "head": head,
             "trainer": _trainer(blocks),
-            "activations": sum(_kept(block, length) for block in blocks),
+            "activations": sum(_kept(model, block, length) for block in blocks),
             "logits": LOGITS * length * model.get_input_embeddings().num_embeddings * FLOAT_BYTES,
         },
     }
@@ -259,16 +260,28 @@ def _trainer(blocks: list[DecoderBlock]) -> int:
     return CODE_BYTES * sum(map(_numbers, blocks)) + REBUILT * FLOAT_BYTES * largest
 
 
-def _kept(block: DecoderBlock, tokens: int) -> int:
-    """Bytes of what a block keeps of some tokens to go backward."""
-    return int(KEPT * FLOAT_BYTES * tokens * sum(sum(linear.weight.shape) for linear in block.linears))
+def _kept(model: PreTrainedModel, block: DecoderBlock, tokens: int) -> int:
+    """Bytes of what a block keeps of some tokens to go backward; experts are given as many each."""
+    routed = _routed_share(model)
+    numbers = sum(sum(linear.weight.shape) * (routed if linear.routed else 1) for linear in block.linears)
+    return int(KEPT * FLOAT_BYTES * tokens * numbers)
+
+
+def _routed_share(model: PreTrainedModel) -> float:
+    """The share of all tokens that comes to an expert of a mixture, on average."""
+    experts = max((module.num_experts for module in model.modules() if isinstance(module, SplitExperts)), default=1)
+    return min(1.0, (getattr(model.config.get_text_config(), "num_experts_per_tok", None) or experts) / experts)
 
 
 def _hessian_bytes(model: PreTrainedModel, block: DecoderBlock) -> int:
-    """Bytes of the Hessians of a block's inputs; attention and MLP read inputs of one width, but not the same ones."""
-    widths = {linear.weight.shape[1] for linear in block.linears}
+    """Bytes of the Hessians of a block's inputs; attention and MLP read inputs of one width, but not the same ones.
+
+    An expert's linears have one each.
+    """
+    widths = {linear.weight.shape[1] for linear in block.linears if not linear.routed}
     repeated = 2 * _width(model) ** 2 if len(block.linears) > 1 and _width(model) in widths else 0
-    return FLOAT_BYTES * (sum(width**2 for width in widths) + repeated)
+    routed = sum(linear.weight.shape[1] ** 2 for linear in block.linears if linear.routed)
+    return FLOAT_BYTES * (sum(width**2 for width in widths) + repeated + routed)
 
 
 def _seconds(directory: Path, blocks: int) -> float | None:

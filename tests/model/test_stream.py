@@ -13,7 +13,7 @@ from arbllm.model.stream import StreamedModel, can_stream
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear
 from tests.model.tiny_models import MIXTURES, tiny_model
-from tests.tiny import save_tiny, tiny_llama
+from tests.tiny import save_tiny, save_tiny_mixture, tiny_llama
 
 CONFIG = BinarizationConfig(iterations=1, allocation="uniform")
 
@@ -113,6 +113,15 @@ def test_an_expert_of_another_shape(tmp_path):
 
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: its parts do not go together"):
         damaged_mixture(tmp_path, replace)
+
+
+def test_a_streamed_mixture_makes_the_same_checkpoint(tmp_path):
+    dense = save_tiny_mixture(tmp_path / "dense")
+    options = {"calibration": "builtin", "windows": 3, "window_length": 32, "device": "cpu", "tune": 2}
+    arbllm.quantize(dense, tmp_path / "whole", config=CONFIG, **options)
+    arbllm.quantize(dense, tmp_path / "streamed", config=CONFIG, stream=True, **options)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def find_others(model, index):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
+from operator import mul
 
 from arbllm.config import FEWEST_BITS, MOST_BITS
 from arbllm.errors import ConfigError
-from arbllm.format.accounting import matrix_size, total_size
+from arbllm.format.accounting import matrix_size
 from arbllm.format.layout import Layout, Segment
 
 KINDS = ((1, 1, False), (2, 1, False), (2, 2, False), (4, 2, False))
@@ -160,10 +162,9 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int, trell
 
     def spent(level: float) -> float:
         wanted = spend(level)
-        layouts = (
-            joint_layout(d.rows, d.columns, wanted[name], scale_block, trellis=trellis) for name, d in demands.items()
-        )
-        return total_size(layouts).true_bits
+        alike = Counter((demand.rows, demand.columns, wanted[name]) for name, demand in demands.items())  # experts are
+        sizes = (matrix_size(joint_layout(*matrix, scale_block, trellis=trellis)).nbytes for matrix in alike)
+        return 8 * sum(map(mul, sizes, alike.values())) / total
 
     low, high = -max(wishes.values()), MOST_BITS - min(wishes.values())
     for _ in range(BISECTIONS):

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +97,18 @@ def test_a_packed_mixture_becomes_an_ordinary_model_again(name, tmp_path):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     torch.testing.assert_close(logits(opened), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dense_mixture_is_written_as_its_makers_wrote_it(tmp_path):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "original")
+    quantize_model(model, random_windows(), CONFIG)
+    mark_packed(model, {"binarization": CONFIG.to_dict()})
+    model.save_pretrained(tmp_path / "packed")
+    dense_model(arbllm.load(tmp_path / "packed")).save_pretrained(tmp_path / "dense")
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("original", "dense")]
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names[0]
+    assert names[0] == names[1]
 
 
 def send_nothing_to(model: nn.Module, number: int) -> None:

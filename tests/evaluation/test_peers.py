@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arbllm.baselines import true_bits
@@ -9,7 +10,7 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.peers import SUMMARY_FILE, find_peer, peer_names, quantize_peer
 from arbllm.model.walk import find_blocks
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, save_tiny_mixture
 
 TEXT = {"calibration": "builtin", "windows": 4, "window_length": 64, "device": "cpu"}
 BITS = (2, 3, 4, 8)
@@ -55,6 +56,15 @@ def test_the_checkpoint_is_an_ordinary_model(dense, tmp_path):
     assert scores[1].texts["builtin"].perplexity == pytest.approx(scores[0].texts["builtin"].perplexity, rel=0.01)
     weights = [AutoModelForCausalLM.from_pretrained(model).lm_head.weight for model in (dense, tmp_path / "out")]
     assert torch.equal(*weights)
+
+
+def test_a_mixture_is_written_as_its_makers_wrote_it(tmp_path):
+    dense = save_tiny_mixture(tmp_path / "dense")
+    quantize_peer(dense, tmp_path / "out", "rtn-8", **TEXT)
+    original, rounded = (load_file(path / "model.safetensors") for path in (dense, tmp_path / "out"))
+    assert rounded.keys() == original.keys()
+    expert = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    assert 0 < (rounded[expert] - original[expert]).norm() < 0.01 * original[expert].norm()
 
 
 def test_names():

@@ -27,6 +27,7 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
     fuse_experts(model)
+    model._weight_conversions = None  # it is to be saved as its makers name things, as transformers does by default
     dense_embeddings(model, dtype)
     for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
         parameter.data = parameter.data.to(dtype)

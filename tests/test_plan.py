@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from transformers import Llama4TextConfig
 from typer.testing import CliRunner
 
 import arbllm
@@ -19,6 +20,18 @@ TEXT = {"windows": 3, "window_length": 32}
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"), max_position_embeddings=4096)
+
+
+def test_models_that_the_job_would_refuse_are_refused(dense, tmp_path):
+    arbllm.quantize(dense, tmp_path / "packed", config=CONFIG, calibration="builtin", device="cpu", tune=0, **TEXT)
+    with pytest.raises(ModelError, match=r"packed: is quantized already \(arbllm\); start from the original model"):
+        plan(tmp_path / "packed", tmp_path / "out", **TEXT)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Llama4TextConfig(**sizes, num_hidden_layers=2, vocab_size=64, num_local_experts=32)
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path / "unknown")
+    with pytest.raises(ModelError, match=r"layers\.0: most of its weights .*feed_forward\.experts\.gate_up_proj"):
+        plan(tmp_path / "unknown", tmp_path / "out", **TEXT)
 
 
 def test_experts_have_hessians_each_and_the_tokens_that_come_to_them(tmp_path):

@@ -25,7 +25,7 @@ from arbllm.model.resume import unfinished_directory
 from arbllm.model.sensitivity import uniform_shares
 from arbllm.model.stream import empty_model
 from arbllm.model.training import Tuning
-from arbllm.model.walk import DecoderBlock, Linear, find_blocks
+from arbllm.model.walk import DecoderBlock, Linear, check_shares, find_blocks
 from arbllm.model.workers import solver_memory
 from arbllm.sizes import header_bytes, largest_layout
 from arbllm.text import check_amount
@@ -119,6 +119,7 @@ def plan(
     empty = empty_model(model, dtype, trust_remote_code)
     empty.tie_weights()
     blocks = find_blocks(empty)
+    check_shares(blocks)
     weights = sum(linear.weight.numel() for block in blocks for linear in block.linears)
     check_length(empty, window_length)
     packed = _packed_bytes(blocks, config)

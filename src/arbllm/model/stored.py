@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -171,15 +172,9 @@ def _sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict
             target, pattern = name, None
         source = sources.setdefault(target, _Source())
         if pattern is not None and source.converter is None:
-            source.converter = _fresh(by_pattern[pattern])
+            source.converter = deepcopy(by_pattern[pattern])  # which collects the parts of this one
         source.names.append((name, pattern or name))
     return sources
-
-
-def _fresh(converter: WeightConverter) -> WeightConverter:
-    """A converter of its own, for each tensor: it collects the parts."""
-    patterns = converter._original_source_patterns, converter._original_target_patterns
-    return converter.copy(*patterns, operations=list(converter.operations))
 
 
 def _stored(directory: Path) -> Mapping[str, StoredTensor]:

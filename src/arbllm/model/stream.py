@@ -144,7 +144,7 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
 
     Raises:
         ConfigError: the dtype is unknown.
-        ModelError: config.json cannot be read, or describes no causal language model.
+        ModelError: config.json cannot be read, or describes no causal language model, or a quantized one.
     """
     check_dtype(dtype)
     from accelerate import init_empty_weights
@@ -159,6 +159,9 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
             model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:  # configuration and remote code fail in any way that they know
         raise ModelError(f"{source}: its model cannot be built ({str(error).strip().partition(chr(10))[0]})") from error
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "by a method that it does not name")
+        raise ModelError(f"{source}: is quantized already ({method}); start from the original model")
     return model
 
 

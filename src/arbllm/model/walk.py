@@ -102,8 +102,8 @@ def check_weights(blocks: list[DecoderBlock]) -> None:
         ModelError: a weight is not in memory, not a matrix of floats, or has NaN or infinite entries; names the layer.
     """
     owners: dict[Tensor, str] = {}
+    check_shares(blocks)
     for block in blocks:
-        _check_share(block)
         for linear in block.linears:
             if (owner := owners.setdefault(linear.module.weight, linear.name)) != linear.name:
                 raise ModelError(f"{linear.name} shares its weight with {owner}; such an architecture is not supported")
@@ -123,6 +123,23 @@ def check_weights(blocks: list[DecoderBlock]) -> None:
             )
 
 
+def check_shares(blocks: list[DecoderBlock]) -> None:
+    """Refuse blocks that would stay mostly dense, such as those whose experts are in one tensor and cannot be split.
+
+    Raises:
+        ModelError: most weights of a block are not in linears; names the largest of them.
+    """
+    for block in blocks:
+        linears = {linear.module.weight for linear in block.linears}
+        others = {name: parameter for name, parameter in block.module.named_parameters() if parameter not in linears}
+        if sum(other.numel() for other in others.values()) > sum(weight.numel() for weight in linears):
+            largest = max(others, key=lambda name: others[name].numel())
+            raise ModelError(
+                f"{block.name}: most of its weights are not in linear layers, the largest being {largest} "
+                f"{list(others[largest].shape)}; such an architecture is not supported"
+            )
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place called `name`."""
     parent, _, child = name.rpartition(".")
@@ -139,22 +156,6 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
         method = getattr(model.config.quantization_config, "quant_method", "another method")
         raise ModelError(
             f"{kind} is quantized already ({getattr(method, 'value', method)}); start from the original model"
-        )
-
-
-def _check_share(block: DecoderBlock) -> None:
-    """Refuse a block that would stay mostly dense, such as one whose experts are in one tensor and cannot be split.
-
-    Raises:
-        ModelError: names the largest parameter outside its linears.
-    """
-    linears = {linear.module.weight for linear in block.linears}
-    others = {name: parameter for name, parameter in block.module.named_parameters() if parameter not in linears}
-    if sum(other.numel() for other in others.values()) > sum(weight.numel() for weight in linears):
-        largest = max(others, key=lambda name: others[name].numel())
-        raise ModelError(
-            f"{block.name}: most of its weights are not in linear layers, the largest being {largest} "
-            f"{list(others[largest].shape)}; such an architecture is not supported"
         )
 
 

@@ -219,14 +219,18 @@ class ArbllmQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files]
         self.checkpoint = checkpoint = check_structure(files, self.quantization_config.to_dict())
         checkpoint.verify_contents()
-        if any(_find_place(model, name) is None for name in checkpoint.layouts):
+        places = _Places(model)
+        if any(places.find(name) is None for name in checkpoint.layouts):
             split_experts(model)
+            places = _Places(model)
         _check_dense(model, checkpoint)
         self._modules = {}
+        taken: set[str] = set()
         for name, layout in checkpoint.layouts.items():
-            place, dense = _find_module(model, name)
-            if place in self._modules.values():
+            place, dense = places.module(name)
+            if place in taken:
                 raise CheckpointError(f"config.json: {name} is packed twice, under two names")
+            taken.add(place)
             options = self.quantization_config.linears[name]
             weight = dense.get_parameter("weight")
             shape = tuple(weight.T.shape if options["transposed"] else weight.shape)
@@ -243,9 +247,9 @@ class ArbllmQuantizer(HfQuantizer):
             self._modules[name] = place
         embeddings = {}
         for name, rows in checkpoint.embeddings.items():
-            if model.get_output_embeddings() is None and _find_place(model, name) is None:
+            if model.get_output_embeddings() is None and places.find(name) is None:
                 continue  # the head, which this model does not have
-            self._modules[name] = place = _find_module(model, name)[0]
+            self._modules[name] = place = places.module(name)[0]
             embeddings[place] = rows
         make_room(model, embeddings)
 
@@ -338,23 +342,29 @@ def _check_dense(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def _find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
-    """A packed module and its place in the model.
+class _Places:
+    """Where modules of a checkpoint lie in a model, which may be without its head (`AutoModel`), or have one more."""
 
-    Raises:
-        CheckpointError: it is not there.
-    """
-    place = _find_place(model, name)
-    if place is None:
-        raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(model).__name__}")
-    return place, model.get_submodule(place)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._prefix = f"{model.base_model_prefix}."
+        self._names = {name for name, _ in model.named_modules()}
 
+    def find(self, name: str) -> str | None:
+        """A module's name in the model."""
+        names = name, name.removeprefix(self._prefix), self._prefix + name
+        return next((place for place in names if place in self._names), None)
 
-def _find_place(model: PreTrainedModel, name: str) -> str | None:
-    """Where a module lies in this model, which may be the model without its head (`AutoModel`), or have one more."""
-    prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    return next((place for place in (name, name.removeprefix(prefix), prefix + name) if place in modules), None)
+    def module(self, name: str) -> tuple[str, nn.Module]:
+        """The name, and the module.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        place = self.find(name)
+        if place is None:
+            raise CheckpointError(f"config.json: the packed linear {name} is not in a {type(self._model).__name__}")
+        return place, self._model.get_submodule(place)
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint, verify
 from arbllm.model.events import DistillationFinished, Event
 from arbllm.model.training import Trainer
 from arbllm.nn import BinaryLinear
-from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
+from tests.tiny import byte_tokenizer, save_tiny, save_tiny_mixture, tiny_llama
 
 OPTIONS = {"calibration": "builtin", "windows": 8, "window_length": 64, "device": "cpu"}
 STEPS = 8
@@ -102,6 +102,14 @@ def test_quantize_distils_on_more_text_than_it_calibrates_on(dense, packed, tmp_
     with pytest.raises(arbllm.ArbllmError, match="at least one window"):
         arbllm.quantize(dense, tmp_path / "none", **options, distill=1, distill_windows=0)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_mixture(tmp_path):
+    dense = save_tiny_mixture(tmp_path / "dense")
+    arbllm.quantize(dense, tmp_path / "packed", tune=0, **OPTIONS)
+    made = arbllm.distill(tmp_path / "packed", tmp_path / "distilled", model=dense, steps=STEPS, device="cpu")
+    verify(made.path)
+    assert made.divergence_after <= made.divergence_before
 
 
 def test_a_half_precision_model_stays_one(tmp_path):

@@ -11,6 +11,7 @@ from arbllm.model.distill import LENGTH
 from arbllm.model.events import BlockFinished
 from arbllm.model.resume import FinishedBlock, Progress, unfinished_directory
 from arbllm.plan import plan
+from tests.model.tiny_models import tiny_model
 from tests.tiny import save_tiny, save_tiny_mixture
 
 CONFIG = arbllm.BinarizationConfig(iterations=1, allocation="uniform")
@@ -32,6 +33,11 @@ def test_models_that_the_job_would_refuse_are_refused(dense, tmp_path):
     config.save_pretrained(tmp_path / "unknown")
     with pytest.raises(ModelError, match=r"layers\.0: most of its weights .*feed_forward\.experts\.gate_up_proj"):
         plan(tmp_path / "unknown", tmp_path / "out", **TEXT)
+
+
+def test_experts_chosen_by_a_number_for_each_layer(tmp_path):
+    tiny_model("hunyuan-moe").save_pretrained(tmp_path / "dense")
+    assert plan(tmp_path / "dense", tmp_path / "packed", config=CONFIG, **TEXT).linears == 3 * (4 + 3 + 8 * 2)
 
 
 def test_experts_have_hessians_each_and_the_tokens_that_come_to_them(tmp_path):

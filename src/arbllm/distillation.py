@@ -19,6 +19,7 @@ from arbllm.embedding import Int8Embedding
 from arbllm.errors import ConfigError, ModelError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.report import CheckpointReport, report
+from arbllm.experts import split_experts
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.rows import quantize_rows
@@ -192,6 +193,7 @@ def _open_dense(model: str, checkpoint: Path, packed: PreTrainedModel, trust_rem
         ModelError: it is not what the packed one was made of; names the first linear that differs.
     """
     dense = open_model_only(model, trust_remote_code=trust_remote_code)
+    split_experts(dense)  # as the packed one has them
     modules = dict(dense.named_modules())
     for name, module in packed.named_modules():
         if isinstance(module, BinaryLinear):

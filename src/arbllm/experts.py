@@ -17,6 +17,8 @@ from arbllm.nn import NARROWEST
 
 INNER, OUTER = ("gate_up_proj", "up_proj"), "down_proj"
 BIAS = "_bias"
+INTERFACE = {"has_gate", "has_bias", "is_transposed", "has_post_expert_norm"}
+"""What `transformers.integrations.moe.use_experts_implementation` tells of a module."""
 
 
 class SplitExperts(nn.Module):
@@ -56,12 +58,18 @@ class SplitExperts(nn.Module):
         Returns:
             As `hidden_states`; sums over experts in the order of their numbers.
         """
-        result = torch.zeros_like(hidden_states)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # sums of half precision would be coarse
+        result = torch.zeros_like(hidden_states, dtype=dtype)
         for number, chosen in self._routed(top_k_index):
             tokens, weights = chosen // top_k_index.shape[1], top_k_weights.flatten()[chosen]
-            output = self.expert(number, hidden_states[tokens]) * weights[:, None]
-            result.index_add_(0, tokens, output.to(result.dtype))
-        return result
+            output = self.expert(number, hidden_states[tokens]).to(dtype) * weights[:, None]
+            result.index_add_(0, tokens, output.to(dtype))
+        return result.to(hidden_states.dtype)
+
+    def fused_names(self) -> list[str]:
+        """Names of the tensors that the fused module has."""
+        names = _projections(self.fused)
+        return [*names, *(f"{name}{BIAS}" for name in names if self.fused.has_bias)]
 
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of x, (tokens, d) to (tokens, d)."""
@@ -98,12 +106,11 @@ def fuse_experts(model: nn.Module) -> None:
     Raises:
         ModelError: an expert is packed; names it.
     """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, SplitExperts):
-            continue
-        for projection in _projections_of(module):
-            _give_linears(module, f"{name}.", projection)
-        model.set_submodule(name, module.fused)
+    for name in [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]:
+        split = cast(SplitExperts, model.get_submodule(name))
+        for projection in _projections(split.fused):
+            _give_linears(split, f"{name}.", projection)
+        model.set_submodule(name, split.fused)
 
 
 def fused_name(name: str) -> str:
@@ -114,7 +121,7 @@ def fused_name(name: str) -> str:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether a module follows the common interface and has no tensors beside those of the projections."""
-    if not {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys() or isinstance(module, SplitExperts):
+    if not vars(module).keys() >= INTERFACE:
         return False
     names = _projections(module)
     expected = {*names, *(f"{name}{BIAS}" for name in names if module.has_bias)}
@@ -126,10 +133,6 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _projections(fused: nn.Module) -> tuple[str, str]:
     return INNER[0 if fused.has_gate else 1], OUTER
-
-
-def _projections_of(split: SplitExperts) -> tuple[str, ...]:
-    return _projections(split.fused)
 
 
 def _take_linears(fused: nn.Module, name: str) -> list[nn.Linear]:

@@ -271,7 +271,9 @@ def _kept(model: PreTrainedModel, block: DecoderBlock, tokens: int) -> int:
 def _routed_share(model: PreTrainedModel) -> float:
     """The share of all tokens that comes to an expert of a mixture, on average."""
     experts = max((module.num_experts for module in model.modules() if isinstance(module, SplitExperts)), default=1)
-    return min(1.0, (getattr(model.config.get_text_config(), "num_experts_per_tok", None) or experts) / experts)
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    return min(1.0, (max(chosen) if isinstance(chosen, list) else chosen) / experts)
 
 
 def _hessian_bytes(model: PreTrainedModel, block: DecoderBlock) -> int:

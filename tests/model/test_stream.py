@@ -98,6 +98,17 @@ def damaged_mixture(directory, change):
     streamed.load_block(find_blocks(streamed.model)[1])
 
 
+@pytest.mark.parametrize("experts", [3, 5])
+def test_fused_experts_of_another_number(tmp_path, experts):
+    tiny_model("gpt-oss").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[name] = torch.cat([tensors[name], tensors[name]])[:experts].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"layers\.1\.mlp\.experts\.down_proj: the files have {experts} of 4 experts"):
+        StreamedModel(tmp_path)
+
+
 def test_a_mixture_without_one_of_its_experts(tmp_path):
     def remove(tensors, expert):
         for letter in "123":

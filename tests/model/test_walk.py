@@ -57,6 +57,17 @@ def test_every_expert_has_linears():
         assert routed == dict.fromkeys(attention, False) | dict.fromkeys(experts, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "router"), [("phimoe", "mlp.router"), ("hunyuan-moe", "mlp.gate.wg"), ("afmoe", "mlp.router.gate")]
+)
+def test_routers_stay_dense(name, router):
+    block = find_blocks(tiny_model(name))[2]
+    assert isinstance(block.module.get_submodule(router), nn.Linear)
+    names = {linear.name.removeprefix(f"{block.name}.") for linear in block.linears}
+    assert router not in names
+    assert {"self_attn.q_proj", "mlp.experts.7.down_proj"} <= names
+
+
 def test_weights_are_outputs_by_inputs():
     linear = find_blocks(tiny_model("gpt2"))[0].linears[0]
     assert linear.transposed

@@ -37,6 +37,7 @@ ROUTED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
 }
+EIGHT = {**ROUTED, "num_experts": 8, "num_local_experts": 8}  # routers that are wide enough to be packed
 DEEPSEEK = {
     **ROUTED,
     "num_key_value_heads": 4,
@@ -74,10 +75,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen2-moe": ("Qwen2Moe", {**ROUTED, "shared_expert_intermediate_size": 24}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK),
     "gpt-oss": ("GptOss", ROUTED),
+    "phimoe": ("Phimoe", EIGHT),
+    "hunyuan-moe": ("HunYuanMoEV1", {**EIGHT, "moe_topk": [2] * 3}),
+    "afmoe": ("Afmoe", EIGHT),
     "falcon-alibi": ("Falcon", {**FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
 }
 
-MIXTURES = ["mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3", "gpt-oss"]
+MIXTURES = ["mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3", "gpt-oss", "phimoe", "hunyuan-moe", "afmoe"]
 
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:

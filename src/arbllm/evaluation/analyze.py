@@ -216,7 +216,7 @@ def _reach(
                 propagate(block, call.to(device), hidden)
                 continue
             groups = gather_hessians(block, call.to(device), hidden)
-            found = {linear.name: (linear, group.hessian) for group in groups for linear in group.linears}
+            found = {linear.name: (linear, group.trusted()) for group in groups for linear in group.linears}
             linear, hessian = found[name]
             return linear.weight.float().clone(), hessian
     raise AssertionError("the block is one of the model's")

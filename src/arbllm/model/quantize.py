@@ -256,8 +256,8 @@ class _BlockJob:
         owners = assign_owners(groups, self.ranks.count)
         factors: dict[Linear, Factor] = {}
         mine = self.ranks.sum_hessians(groups, owners)
+        self._tell_unseen(groups)
         groups.clear()
-        self._tell_unseen(mine)
         while mine:
             group = mine.pop(0)
             with _named(group.linears[0].name):
@@ -284,8 +284,11 @@ class _BlockJob:
 
     def _tell_unseen(self, groups: list[InputGroup]) -> None:
         """Warn of experts that no token came to, whose weights are all that the solver has to go by."""
-        unseen = sorted({group.linears[0].name.rpartition(".")[0] for group in groups if not group.tokens})
-        if unseen:
+        tokens = torch.tensor([float(group.tokens) for group in groups])
+        self.ranks.average([tokens])
+        names = [group.linears[0].name.rpartition(".")[0] for group in groups]
+        unseen = list(dict.fromkeys(name for name, count in zip(names, tokens, strict=True) if not count))
+        if unseen and self.ranks.rank == 0:
             warnings.warn(
                 f"{self.block.name}: no token of the calibration text came to {len(unseen)} of its experts (the first "
                 f"is {unseen[0]}), which are quantized by their weights alone; calibrate on more windows or other text",

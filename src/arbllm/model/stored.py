@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -71,6 +72,25 @@ class StoredModel:
         whole, part = self._fused(name)
         source = self._sources[whole]
         return None if source.converter or part is not None else list(self._stored_as(source).shape)
+
+    def check_experts(self) -> None:
+        """See that the files have all experts, as far as names and shapes tell.
+
+        Raises:
+            ModelError: some are missing, or there are more; names the tensor.
+        """
+        for module, split in self._model.named_modules():
+            if not isinstance(split, SplitExperts):
+                continue
+            for name in {f"{module}.{short}" for short in split.fused_names()}:
+                source = self._sources.get(name, _Source())
+                counts = set(Counter(pattern for _, pattern in source.names).values())
+                if source.converter is None and source.names:
+                    counts = {self._stored_as(source).shape[0]}
+                elif counts == {1}:
+                    continue  # of one tensor, which is not split along its experts for all that is known
+                for found in counts - {split.num_experts}:
+                    raise self._incomplete(name, found, split.num_experts)
 
     def file(self, name: str) -> Path:
         """The file where the model's tensor `name`, or a part of it, lies."""
@@ -139,8 +159,15 @@ class StoredModel:
         """
         source = self._sources[name]
         parts = {stored: tensor.clone() for stored, tensor in self.read_stored([stored for stored, _ in source.names])}
-        if source.converter is None:
-            return parts.popitem()[1]
+        tensor = parts.popitem()[1] if source.converter is None else self._convert(name, source, parts)
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, SplitExperts) and len(tensor) != owner.num_experts:
+            raise self._incomplete(name, len(tensor), owner.num_experts)
+        return tensor
+
+    def _convert(self, name: str, source: _Source, parts: dict[str, Tensor]) -> Tensor:
+        """The tensor that transformers makes of these, which are used up."""
+        assert source.converter
         for stored, pattern in source.names:
             source.converter.add_tensor(name, stored, pattern, partial(parts.pop, stored))
         try:
@@ -150,12 +177,10 @@ class StoredModel:
                 f"{name}: its parts do not go together ({error}); the model's files are damaged"
             ) from error
         tensor: Tensor = made[0] if isinstance(made, list) else made
-        owner = self._model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, SplitExperts) and len(tensor) != owner.num_experts:
-            raise ModelError(
-                f"{name}: the files have {len(tensor)} of {owner.num_experts} experts; download the model again"
-            )
         return tensor
+
+    def _incomplete(self, name: str, found: int, wanted: int) -> ModelError:
+        return ModelError(f"{name}: the files have {found} of {wanted} experts; download the model again")
 
 
 def _sources(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, _Source]:

@@ -93,6 +93,7 @@ class StreamedModel:
 
     def _check_names(self) -> None:
         """Refuse files whose tensors are not the model's, by name and shape."""
+        self._stored.check_experts()
         for name in self._missing(self.model, ""):
             wanted = list(_tensor(self.model, name).shape)
             try:

@@ -14,6 +14,9 @@ from arbllm.errors import ModelError
 from arbllm.experts import SplitExperts, split_experts
 from arbllm.nn import NARROWEST, BinaryLinear
 
+ROUTERS = frozenset(("router", "gate"))
+"""What models call what chooses among experts."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -63,8 +66,10 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     """The decoder blocks: the list of modules that holds more linear weights than any other, nested ones aside.
 
     Embeddings, norms, head and whatever else lies outside that list are not touched, nor are linears of fewer rows or
-    columns than NARROWEST. Experts in one tensor have no linears: they are split, which changes the model's modules,
-    but nothing that it computes (see `arbllm.experts`).
+    columns than NARROWEST, nor those of a mixture's routers, which are small and on which all else depends.
+
+    Experts in one tensor have no linears: they are split, which changes the model's modules, but nothing that it
+    computes (see `arbllm.experts`).
 
     Raises:
         ModelError: the model is an encoder-decoder, is quantized already, has no such list, or a block without linears
@@ -160,10 +165,11 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
 
 
 def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:
-    experts: set[nn.Module] = set()
+    mixtures = [module for module in block.modules() if isinstance(module, SplitExperts)]
+    experts = {module for mixture in mixtures for module in mixture.modules()}
     for name, module in block.named_modules(prefix=prefix):
-        if isinstance(module, SplitExperts):
-            experts.update(module.modules())
+        if mixtures and module not in experts and not ROUTERS.isdisjoint(name.split(".")):
+            continue
         if isinstance(module, Conv1D):
             widths = module.weight.shape
         elif isinstance(module, nn.Linear):

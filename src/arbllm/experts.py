@@ -61,9 +61,8 @@ class SplitExperts(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # sums of half precision would be coarse
         result = torch.zeros_like(hidden_states, dtype=dtype)
         for number, chosen in self._routed(top_k_index):
-            tokens, weights = chosen // top_k_index.shape[1], top_k_weights.flatten()[chosen]
-            output = self.expert(number, hidden_states[tokens]).to(dtype) * weights[:, None]
-            result.index_add_(0, tokens, output.to(dtype))
+            tokens, weights = chosen // top_k_index.shape[1], top_k_weights.flatten()[chosen].to(dtype)
+            result.index_add_(0, tokens, self.expert(number, hidden_states[tokens]) * weights[:, None])
         return result.to(hidden_states.dtype)
 
     def fused_names(self) -> list[str]:

@@ -82,7 +82,7 @@ class StoredModel:
         for module, split in self._model.named_modules():
             if not isinstance(split, SplitExperts):
                 continue
-            for name in {f"{module}.{short}" for short in split.fused_names()}:
+            for name in (f"{module}.{short}" for short in split.fused_names()):
                 source = self._sources.get(name, _Source())
                 counts = set(Counter(pattern for _, pattern in source.names).values())
                 if source.converter is None and source.names:

@@ -13,7 +13,7 @@ from arbllm.config import BinarizationConfig
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 {base_model}tags:
 - arbllm
 - binarized
@@ -31,7 +31,7 @@ import arbllm  # teaches transformers to read this checkpoint; without it the we
 model = arbllm.load("{path}")
 ```
 
-After `import arbllm`, `AutoModelForCausalLM.from_pretrained` works too.
+After `import arbllm`, `{auto}.from_pretrained` works too.
 On the command line: `arbllm generate {path} "Once upon a time"`.
 
 | | |
@@ -43,6 +43,11 @@ Nominal bits count signs alone, as papers do.
 """
 
 _EMBEDDINGS = {16: "embeddings and head are\nas they were", 8: "embeddings and head\nin 8 bits with one scale a row"}
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
 _NORMS = {True: "norms were tuned with the scales.", False: "norms are as they were."}
 
 
@@ -63,6 +68,7 @@ class CardFacts:
         output_error: mean relative output error of the linears.
         perplexity: text name -> (perplexity, context), where measured.
         embedding_bits: 8 where embeddings and head were rounded to 8 bits, 16 where they are as they were.
+        auto: name of transformers' class that opens the model, see `arbllm.integrations.auto`.
     """
 
     name: str
@@ -76,6 +82,7 @@ class CardFacts:
     output_error: float
     perplexity: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     embedding_bits: int = 16
+    auto: str = "AutoModelForCausalLM"
 
 
 def _is_tuned(calibration: Mapping[str, Any]) -> bool:
@@ -99,6 +106,8 @@ def model_card(facts: CardFacts) -> str:
         rows[f"perplexity, {_named(text)}"] = f"{perplexity:.2f} at a context of {context}"
     return _CARD.format(
         base_model=f"base_model: {json.dumps(facts.source)}\n" if _is_hub_id(facts.source) else "",
+        task=_TASKS[facts.auto],
+        auto=facts.auto,
         method=config.method,
         name=facts.name,
         source=f"`{_named(facts.source)}`",

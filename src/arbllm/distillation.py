@@ -23,11 +23,12 @@ from arbllm.experts import split_experts
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.rows import quantize_rows
+from arbllm.integrations.auto import auto_class
 from arbllm.job import choose_tuning, shown, versions
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
 from arbllm.model.resume import Progress, fingerprint, resumable_output
-from arbllm.model.source import open_model, open_model_only
+from arbllm.model.source import open_config, open_model, open_model_only
 from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear
 from arbllm.pipeline import CARD_FILE, LOG_FILE, both, save_packed
@@ -126,7 +127,8 @@ def distill(
             steps=finished.steps,
             **asdict(measured),
         )
-        (work / CARD_FILE).write_text(_card(model, summary, after), encoding="utf-8")
+        auto = auto_class(open_config(str(work), trust_remote_code)).__name__
+        (work / CARD_FILE).write_text(_card(model, summary, after, auto), encoding="utf-8")
     return summary
 
 
@@ -155,7 +157,7 @@ class _Job:
         with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
             emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, distillation_rate(self.steps))
             distill_model(packed, teacher.pop, tokens, tuning, self.device, emit, progress)  # popped: to be let go
-        save_packed(packed, tokenizer, work, _facts(self.checkpoint, self.text, self.steps))
+        save_packed(packed, tokenizer, self.checkpoint, work, _facts(self.checkpoint, self.text, self.steps))
         if (self.checkpoint / LOG_FILE).exists():
             shutil.copy(self.checkpoint / LOG_FILE, work)
         assert isinstance(events[-1], DistillationFinished), "the last event of a distillation is its end"
@@ -236,7 +238,7 @@ def _facts(checkpoint: Path, text: dict[str, Any], steps: int) -> dict[str, Any]
     return {**facts, "calibration": {**calibration, **further, "distill": calibration.get("distill", 0) + steps}}
 
 
-def _card(model: str, summary: DistillationSummary, after: CheckpointReport) -> str:
+def _card(model: str, summary: DistillationSummary, after: CheckpointReport, auto: str) -> str:
     facts = CardFacts(
         name=summary.path.absolute().name,
         source=model,
@@ -248,5 +250,6 @@ def _card(model: str, summary: DistillationSummary, after: CheckpointReport) -> 
         nominal_bits=summary.nominal_bits_per_weight,
         bytes_on_disk=summary.bytes_on_disk,
         output_error=summary.output_error,
+        auto=auto,
     )
     return model_card(facts)

@@ -7,6 +7,7 @@ same.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,8 +18,44 @@ from arbllm.nn import NARROWEST
 
 INNER, OUTER = ("gate_up_proj", "up_proj"), "down_proj"
 BIAS = "_bias"
-INTERFACE = {"has_gate", "has_bias", "is_transposed", "has_post_expert_norm"}
-"""What `transformers.integrations.moe.use_experts_implementation` tells of a module."""
+LLAMA4 = "Llama4TextExperts"
+"""The class of Llama 4's experts, which follow an interface of their own."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What `transformers.integrations.moe.use_experts_implementation` tells of a module of experts.
+
+    Attributes:
+        has_gate: whether the first projection gives a gate as well.
+        has_bias: whether projections have biases.
+        is_transposed: whether weights are stored as inputs by outputs.
+        has_post_expert_norm: whether an expert ends with a norm.
+    """
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Form | None:
+        """The form of a module of experts; None of other modules."""
+        if type(module).__name__ == LLAMA4:
+            return cls(has_gate=True, has_bias=False, is_transposed=True, has_post_expert_norm=False)
+        told = vars(module)
+        names = cls.__annotations__
+        return cls(**{name: told[name] for name in names}) if told.keys() >= names.keys() else None
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """Names of the two projections."""
+        return INNER[0 if self.has_gate else 1], OUTER
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that the fused module has."""
+        return [*self.projections, *(f"{name}{BIAS}" for name in self.projections if self.has_bias)]
 
 
 class SplitExperts(nn.Module):
@@ -29,20 +66,23 @@ class SplitExperts(nn.Module):
 
     Attributes:
         num_experts: how many there are.
+        form: of the fused module.
         fused: the module whose place this is, without its tensors; it knows what is between the projections.
     """
 
     num_experts: int
+    form: Form
     fused: nn.Module
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: nn.Module, form: Form) -> None:
         """Take the weights out of `fused`, without copying them unless they are stored as inputs by outputs."""
         super().__init__()
         self.num_experts = cast(int, fused.num_experts)
+        self.form = form
         object.__setattr__(self, "fused", fused)  # no submodule: its children are this one's
         for name, child in fused.named_children():
             self.add_module(name, child)
-        projections = {name: _take_linears(fused, name) for name in _projections(fused)}
+        projections = {name: _take_linears(fused, form, name) for name in form.projections}
         for number in range(self.num_experts):
             expert = nn.ModuleDict({name: linears[number] for name, linears in projections.items()})
             self.add_module(str(number), expert)
@@ -65,19 +105,16 @@ class SplitExperts(nn.Module):
             result.index_add_(0, tokens, self.expert(number, hidden_states[tokens]) * weights[:, None])
         return result.to(hidden_states.dtype)
 
-    def fused_names(self) -> list[str]:
-        """Names of the tensors that the fused module has."""
-        names = _projections(self.fused)
-        return [*names, *(f"{name}{BIAS}" for name in names if self.fused.has_bias)]
-
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of x, (tokens, d) to (tokens, d)."""
-        fused, linears = self.fused, cast(nn.ModuleDict, self.get_submodule(str(number)))
+        linears = cast(nn.ModuleDict, self.get_submodule(str(number)))
         inner, outer = linears.values()
-        x = inner(x)
-        x = fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)  # type: ignore[operator]
-        x = outer(x)
-        return fused.post_expert_norm(x) if fused.has_post_expert_norm else x  # type: ignore[operator]
+        x = outer(self._between(inner(x)))
+        return self.fused.post_expert_norm(x) if self.form.has_post_expert_norm else x  # type: ignore[operator]
+
+    def _between(self, x: Tensor) -> Tensor:
+        """From what the first projection gives to what the second takes."""
+        return self.fused._apply_gate(x) if self.form.has_gate else self.fused.act_fn(x)  # type: ignore[operator]
 
     @torch.compiler.disable
     def _routed(self, top_k_index: Tensor) -> list[tuple[int, Tensor]]:
@@ -88,15 +125,50 @@ class SplitExperts(nn.Module):
         return [(number, chosen) for number, chosen in enumerate(places) if len(chosen)]
 
 
+class SplitLlama4Experts(SplitExperts):
+    """The experts of a layer of Llama 4, each of which is given all tokens, times the router's scores.
+
+    Those of zero score, whose output is zero, are left out.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """What each expert makes of its own copy of all tokens.
+
+        Args:
+            hidden_states: float (experts * tokens, d), those of one expert after those of another.
+
+        Returns:
+            As `hidden_states`.
+        """
+        result = torch.zeros_like(hidden_states)
+        for number, places in self._scored(hidden_states):
+            result[places] = self.expert(number, hidden_states[places])
+        return result
+
+    def _between(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return up * self.fused.act_fn(gate)  # type: ignore[operator]
+
+    @torch.compiler.disable
+    def _scored(self, hidden_states: Tensor) -> list[tuple[int, Tensor]]:
+        """Experts that any token goes to, and the rows that are theirs, int64."""
+        rows = hidden_states.any(1).nonzero()[:, 0]
+        tokens = max(len(hidden_states) // self.num_experts, 1)
+        counts = (rows // tokens).bincount(minlength=self.num_experts).tolist()
+        return [(number, places) for number, places in enumerate(rows.split(counts)) if len(places)]
+
+
 def split_experts(model: nn.Module) -> None:
     """Put `SplitExperts` in the place of every module that has its experts in one tensor, in place.
 
-    Known are those of transformers' common interface of experts; others stay as they are, as do those whose linears
-    would be too narrow to be packed.
+    Known are those of transformers' common interface of experts and Llama 4's; others stay as they are, as do those
+    whose linears would be too narrow to be packed.
     """
     for name, module in list(model.named_modules()):
-        if _is_fused(module):
-            model.set_submodule(name, SplitExperts(module))
+        form = Form.of(module)
+        if form and _has_tensors_of(module, form):
+            kind = SplitLlama4Experts if type(module).__name__ == LLAMA4 else SplitExperts
+            model.set_submodule(name, kind(module, form))
 
 
 def fuse_experts(model: nn.Module) -> None:
@@ -107,7 +179,7 @@ def fuse_experts(model: nn.Module) -> None:
     """
     for name in [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]:
         split = cast(SplitExperts, model.get_submodule(name))
-        for projection in _projections(split.fused):
+        for projection in split.form.projections:
             _give_linears(split, f"{name}.", projection)
         model.set_submodule(name, split.fused)
 
@@ -118,23 +190,15 @@ def fused_name(name: str) -> str:
     return projection if kind == "weight" else projection + BIAS
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether a module follows the common interface and has no tensors beside those of the projections."""
-    if not vars(module).keys() >= INTERFACE:
-        return False
-    names = _projections(module)
-    expected = {*names, *(f"{name}{BIAS}" for name in names if module.has_bias)}
+def _has_tensors_of(module: nn.Module, form: Form) -> bool:
+    """Whether a module has the tensors of a form and no others, none too narrow to be packed."""
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-    if own.keys() != expected or module._buffers:
+    if own.keys() != set(form.tensors) or module._buffers:
         return False
-    return all(own[name].ndim == 3 and min(own[name].shape[1:]) >= NARROWEST for name in names)
+    return all(own[name].ndim == 3 and min(own[name].shape[1:]) >= NARROWEST for name in form.projections)
 
 
-def _projections(fused: nn.Module) -> tuple[str, str]:
-    return INNER[0 if fused.has_gate else 1], OUTER
-
-
-def _take_linears(fused: nn.Module, name: str) -> list[nn.Linear]:
+def _take_linears(fused: nn.Module, form: Form, name: str) -> list[nn.Linear]:
     """Linears of a projection, one an expert, out of the fused module's tensors."""
     weights = fused._parameters.pop(name)
     biases = fused._parameters.pop(f"{name}{BIAS}", None)
@@ -142,7 +206,7 @@ def _take_linears(fused: nn.Module, name: str) -> list[nn.Linear]:
     trainable = weights.requires_grad
     linears = []
     for number, stored in enumerate(weights.detach()):
-        weight = stored.mT.contiguous() if fused.is_transposed else stored
+        weight = stored.mT.contiguous() if form.is_transposed else stored
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None)
         linear.weight = nn.Parameter(weight, requires_grad=trainable)
@@ -166,8 +230,8 @@ def _give_linears(split: SplitExperts, prefix: str, name: str) -> None:
         linears.append(linear)
     fused, trainable = split.fused, linears[0].weight.requires_grad
     weights = [linear.weight.detach() for linear in linears]
-    stacked = torch.stack([weight.mT for weight in weights] if fused.is_transposed else weights)
+    stacked = torch.stack([weight.mT for weight in weights] if split.form.is_transposed else weights)
     fused.register_parameter(name, nn.Parameter(stacked, requires_grad=trainable))
-    if fused.has_bias:
+    if split.form.has_bias:
         biases = torch.stack([linear.bias.detach() for linear in linears])
         fused.register_parameter(f"{name}{BIAS}", nn.Parameter(biases, requires_grad=trainable))

@@ -12,7 +12,7 @@ from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.output import output_directory
 from arbllm.integrations.dense import dense_model
 from arbllm.integrations.embeddings import packed_embeddings
-from arbllm.model.source import open_model
+from arbllm.model.source import open_model, save_tokenizer
 from arbllm.nn import BinaryLinear
 
 
@@ -40,7 +40,7 @@ def export(
         model, tokenizer = open_model(str(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
         check_disk_space(dense_bytes(model), work)
         dense_model(model).save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        save_tokenizer(tokenizer, checkpoint, work)
 
 
 def dense_bytes(model: PreTrainedModel) -> int:

@@ -24,6 +24,7 @@ from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_window
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.header import order_metadata
+from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
 from arbllm.job import Job, choose_tuning, shown, streamable
 from arbllm.model.distill import distill_model, distillation_rate
@@ -31,7 +32,7 @@ from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.ranks import joined, own_device
 from arbllm.model.resume import Progress, resumable_output
-from arbllm.model.source import open_model, open_model_only
+from arbllm.model.source import open_config, open_model, open_model_only, save_tokenizer
 from arbllm.model.training import Tuning
 from arbllm.progress import JsonLinesLog
 from arbllm.sizes import largest_size
@@ -177,7 +178,7 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
                 results = job.binarize(opened, emit, progress)
                 if job.distill:
                     _distill(model, job, opened.lessons, emit, progress)
-            save_packed(model, opened.tokenizer, work, _facts(job, config, results))
+            save_packed(model, opened.tokenizer, job.model, work, _facts(job, config, results))
         dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
         del opened, model
         packed = open_checkpoint(work).size.linears
@@ -196,7 +197,8 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
             perplexity=score.perplexity if score else None,
             **asdict(measured),
         )
-        (work / CARD_FILE).write_text(_card(job, summary, config, evaluate, score), encoding="utf-8")
+        auto = auto_class(open_config(str(work), job.trust_remote_code)).__name__
+        (work / CARD_FILE).write_text(_card(job, summary, config, auto, evaluate, score), encoding="utf-8")
     return summary
 
 
@@ -216,14 +218,18 @@ def _distill(
 
 
 def save_packed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, facts: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    directory: Path,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write weights, config.json, with facts as `mark_packed` takes them, and tokenizer."""
+    """Write weights, config.json, with facts as `mark_packed` takes them, and tokenizer as `save_tokenizer` does."""
     mark_packed(model, facts)
     model.save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
         order_metadata(file)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, source, directory)
 
 
 def both(first: Callable[[Event], None], second: OnEvent | None) -> OnEvent:
@@ -262,6 +268,7 @@ def _card(
     job: Job,
     summary: QuantizationSummary,
     config: BinarizationConfig,
+    auto: str,
     text: str | None,
     score: Perplexity | None,
 ) -> str:
@@ -277,5 +284,6 @@ def _card(
         bytes_on_disk=summary.bytes_on_disk,
         output_error=summary.output_error,
         perplexity={shown(text): (score.perplexity, score.context)} if text and score else {},
+        auto=auto,
     )
     return model_card(facts)

@@ -78,23 +78,79 @@ MODELS: dict[str, tuple[str, dict]] = {
     "phimoe": ("Phimoe", EIGHT),
     "hunyuan-moe": ("HunYuanMoEV1", {**EIGHT, "moe_topk": [2] * 3}),
     "afmoe": ("Afmoe", EIGHT),
+    "llama4": ("Llama4", {**EIGHT, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 40}),
     "falcon-alibi": ("Falcon", {**FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
 }
 
-MIXTURES = ["mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3", "gpt-oss", "phimoe", "hunyuan-moe", "afmoe"]
+MIXTURES = ["mixtral", "qwen3-moe", "qwen2-moe", "deepseek-v3", "gpt-oss", "phimoe", "hunyuan-moe", "afmoe", "llama4"]
 
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """A model of `MODELS` with random weights, the same each time, in evaluation mode."""
     architecture, options = MODELS[name]
-    text = "Text" if architecture == "Gemma3" else ""
+    text = "Text" if architecture in ("Gemma3", "Llama4") else ""
     configuration: Callable = getattr(transformers, f"{architecture}{text}Config")
     head = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, f"{architecture}{head}")(configuration(**{**options, **changes}))
-    # Initial weights are so small that every block is close to the identity, and biases are zero; not so here.
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.ndim in (2, 3) or parameter_name.endswith("bias"):
+    return randomize(getattr(transformers, f"{architecture}{head}")(configuration(**{**options, **changes})))
+
+
+IMAGE, VIDEO, IMAGE_START, IMAGE_END = 90, 91, 92, 93
+VISION = {"hidden_size": 32, "intermediate_size": 56, "num_heads": 4, "num_attention_heads": 4, "patch_size": 8}
+DEEP_VISION = {"depth": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "out_hidden_size": 32}
+ROTATION = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+MARKS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": IMAGE_START,
+    "vision_end_token_id": IMAGE_END,
+}
+
+# name -> (architecture, its options, those of its language model, those of its vision model)
+IMAGE_MODELS: dict[str, tuple[str, dict, dict, dict]] = {
+    # More layers of the same width look at images than there are in the language model.
+    "llava": (
+        "Llava",
+        {"image_token_index": IMAGE, "vision_feature_layer": -1},
+        {"model_type": "llama", **GROUPED},
+        {"model_type": "clip_vision_model", "image_size": 16, "num_hidden_layers": 9, **VISION},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
+        {**GROUPED, "query_pre_attn_scalar": 8, **SLIDING},
+        {"image_size": 16, "num_hidden_layers": 2, **VISION},
+    ),
+    "qwen3-vl": ("Qwen3VL", MARKS, {**GROUPED, "rope_parameters": ROTATION}, {**VISION, **DEEP_VISION}),
+}
+
+
+def tiny_image_model(name: str, **text_changes: object) -> PreTrainedModel:
+    """A model of `IMAGE_MODELS` with random weights, the same each time, in evaluation mode."""
+    architecture, options, text, vision = IMAGE_MODELS[name]
+    configuration: Callable = getattr(transformers, f"{architecture}Config")
+    torch.manual_seed(0)
+    config = configuration(text_config={**text, **text_changes}, vision_config=vision, **options)
+    return randomize(getattr(transformers, f"{architecture}ForConditionalGeneration")(config))
+
+
+def image_inputs(name: str) -> dict[str, torch.Tensor]:
+    """A text of nine tokens, four of which are an image's, and the random image of 16 x 16."""
+    ids = torch.tensor([[3, IMAGE_START, *[IMAGE] * 4, IMAGE_END, 5, 6]])
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    if name == "llava":
+        return {"input_ids": ids, "pixel_values": pixels}
+    kinds = {"input_ids": ids, ("mm_token_type_ids" if name == "qwen3-vl" else "token_type_ids"): (ids == IMAGE).int()}
+    if name == "gemma3":
+        return {**kinds, "pixel_values": pixels}
+    patches = torch.randn(16, 2 * 3 * 8 * 8, generator=torch.Generator().manual_seed(2))
+    return {**kinds, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights and biases: initial ones are so small that a block is close to the identity, or are zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim in (2, 3) or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
 

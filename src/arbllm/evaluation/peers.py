@@ -27,7 +27,7 @@ from arbllm.integrations.hqq import BITS as HQQ_BITS
 from arbllm.integrations.hqq import hqq_round
 from arbllm.model.events import OnEvent
 from arbllm.model.rounding import RoundLinear, round_model
-from arbllm.model.source import open_model_only, open_tokenizer
+from arbllm.model.source import open_model_only, open_tokenizer, save_tokenizer
 from arbllm.sizes import dense_sizes
 from arbllm.summary import JobSummary
 from arbllm.text import calibration_windows
@@ -144,7 +144,7 @@ def quantize_peer(
             )
             fuse_experts(opened)  # as engines know them
             opened.save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            save_tokenizer(tokenizer, model, work)
         weights = sum(result.rows * result.columns for result in results)
         linear_bytes = sum(result.bytes for result in results)
         summary = PeerSummary(

@@ -70,7 +70,9 @@ def load(
         ConfigError: `device` is not there.
         ImportError: `device` needs the library accelerate.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from arbllm.integrations.auto import auto_class
 
     if (local := Path(path).expanduser()).exists():
         open_checkpoint(path := local)
@@ -80,7 +82,7 @@ def load(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             path,
             dtype=dtype or "auto",
             device_map=None if device is None else {"": device},

@@ -380,7 +380,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     Raises:
         ModelError: they are longer.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ModelError(
             f"windows of {length} tokens are longer than the model's {positions} positions; "

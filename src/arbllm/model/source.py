@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,17 @@ from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.format.checkpoint import QUANT_METHOD
 from arbllm.format.header import read_header
 from arbllm.hub import hub_is_reachable
+from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import load
 
+PREPARATION_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -59,7 +70,8 @@ def open_model_only(
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         options |= {"dtype": DTYPES.get(dtype, torch.float16), **_gguf_options()}
-    model, report = _from_pretrained(AutoModelForCausalLM, "model", name_or_path, output_loading_info=True, **options)
+    auto = AutoModelForCausalLM if path.suffix == ".gguf" else auto_class(open_config(name_or_path, trust_remote_code))
+    model, report = _from_pretrained(auto, "model", name_or_path, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise ModelError(
             f"{name_or_path}: {sorted(report['missing_keys'])[0]} is not in the checkpoint; it is incomplete, or not a "
@@ -103,6 +115,42 @@ def open_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     if not tokenizer("a")["input_ids"]:  # without files, transformers makes an empty tokenizer of the model's kind
         raise ModelError(f"{name_or_path}: has no tokenizer; put the model's tokenizer files beside its weights")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path, directory: Path) -> None:
+    """Write the tokenizer, and what else prepares a model's input, such as the sizes of its images, as it stands there.
+
+    Args:
+        tokenizer: the model's.
+        name_or_path: see `open_model`; from a GGUF file there is nothing else.
+        directory: where to write.
+    """
+    tokenizer.save_pretrained(directory)
+    location = _locate(str(name_or_path))
+    for name in PREPARATION_FILES:
+        file = _beside_weights(location, name)
+        if file is not None and not (directory / name).exists():
+            shutil.copyfile(file, directory / name)
+
+
+def _beside_weights(location: Mapping[str, Any], name: str) -> Path | None:
+    """A file of a model's directory, or of its repository on the hub; None where there is none, as with GGUF.
+
+    Args:
+        location: as `_locate` gives it.
+        name: of the file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    model = location["pretrained_model_name_or_path"]
+    if Path(model).is_dir():
+        file = Path(model) / name
+        return file if file.is_file() and "gguf_file" not in location else None
+    try:
+        return Path(hf_hub_download(model, name, local_files_only=location["local_files_only"]))
+    except EntryNotFoundError:
+        return None
 
 
 def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) -> Any:

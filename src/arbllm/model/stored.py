@@ -82,7 +82,7 @@ class StoredModel:
         for module, split in self._model.named_modules():
             if not isinstance(split, SplitExperts):
                 continue
-            for name in (f"{module}.{short}" for short in split.fused_names()):
+            for name in (f"{module}.{short}" for short in split.form.tensors):
                 source = self._sources.get(name, _Source())
                 counts = set(Counter(pattern for _, pattern in source.names).values())
                 if source.converter is None and source.names:
@@ -149,7 +149,7 @@ class StoredModel:
         """An expert's part of a tensor, as its linear has it."""
         split = self._model.get_submodule(name.rsplit(".", 3)[0])
         assert isinstance(split, SplitExperts)
-        return tensor.mT if tensor.ndim == 2 and split.fused.is_transposed else tensor
+        return tensor.mT if tensor.ndim == 2 and split.form.is_transposed else tensor
 
     def _join(self, name: str) -> Tensor:
         """A tensor that transformers would make of several, or of one by other means than taking it as it is.

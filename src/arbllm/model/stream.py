@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from arbllm.errors import ModelError
 from arbllm.format.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from arbllm.format.checksum import canonical_checksum, checksum
+from arbllm.integrations.auto import auto_class
 from arbllm.model.source import DTYPES, check_dtype
 from arbllm.model.stored import StoredModel
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
@@ -155,7 +156,7 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         chosen = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
         if generation.exists():
             model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:  # configuration and remote code fail in any way that they know

@@ -65,8 +65,9 @@ class DecoderBlock:
 def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     """The decoder blocks: the list of modules that holds more linear weights than any other, nested ones aside.
 
-    Embeddings, norms, head and whatever else lies outside that list are not touched, nor are linears of fewer rows or
-    columns than NARROWEST, nor those of a mixture's routers, which are small and on which all else depends.
+    Looked for in what transformers calls the model's decoder: what reads images or sounds has such lists, too. All that
+    lies outside the list is not touched, as embeddings, norms and head, nor are linears of fewer rows or columns than
+    NARROWEST, nor those of a mixture's routers, which are small and on which all else depends.
 
     Experts in one tensor have no linears: they are split, which changes the model's modules, but nothing that it
     computes (see `arbllm.experts`).
@@ -77,7 +78,9 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     """
     _refuse_other_kinds(model)
     split_experts(model)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = set(model.get_decoder().modules())
+    lists = [(name, found) for name, found in model.named_modules() if isinstance(found, nn.ModuleList)]
+    lists = [(name, found) for name, found in lists if found in inside] or lists
     # A list comes before the lists inside its modules and holds at least as many weights, so the outermost one wins.
     name, blocks = max(lists, key=lambda found: _linear_weights(found[1]), default=("", nn.ModuleList()))
     if not _linear_weights(blocks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any, Self
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix, check_order
-from arbllm.kernels import cpu, reference
+from arbllm.kernels import cpu, gradient, reference
 from arbllm.kernels.dispatch import preparing_kernel
 
 NARROWEST = 8
@@ -135,11 +136,29 @@ class BinaryLinear(PackedModule):
         """
         kernel = preparing_kernel(x)
         if kernel is None:
-            y = reference.matmul(x, self._matrix_for(x.device))
+            y = self._multiply_followed(x)
         else:
             y = kernel.multiply(x, self._weight(kernel, x.device), self.layout.rows, exact=self.exact)
         bias = self._parameters["bias"]  # a microsecond faster than `self.bias`
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _multiply_followed(self, x: Tensor) -> Tensor:
+        """x W^T where PyTorch follows it, or gradients go back."""
+        if not gradient.is_wanted(x):
+            return reference.matmul(x, self._matrix_for(x.device))
+        with torch.no_grad():
+            kernel = preparing_kernel(x)
+        if kernel is cpu:
+            weight, (rows, columns) = self._weight(cpu, x.device), (self.out_features, self.in_features)
+            return gradient.differentiable(
+                x,
+                partial(cpu.multiply, prepared=weight, rows=rows, exact=True),
+                partial(cpu.multiply_transposed, prepared=weight, columns=columns),
+            )
+        matrix = self._matrix_for(x.device)
+        return gradient.differentiable(
+            x, partial(reference.matmul, matrix=matrix), partial(reference.multiply_transposed, matrix=matrix)
+        )
 
     def _weight(self, kernel: ModuleType, device: torch.device) -> Any:
         """The weight as the kernel reads it."""

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from arbllm import __version__
 from arbllm.device import choose_device
 from arbllm.errors import ArbllmError, CheckpointError
-from arbllm.experts import split_experts
+from arbllm.experts import SplitExperts, split_experts
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
     FORMAT_VERSION,
@@ -224,6 +224,7 @@ class ArbllmQuantizer(HfQuantizer):
         places = _Places(model)
         if any(places.find(name) is None for name in checkpoint.layouts):
             split_experts(model)
+            _spare_mixtures(model)
             places = _Places(model)
         _check_dense(model, checkpoint)
         self._modules = {}
@@ -327,6 +328,13 @@ def _stand_in() -> torch.Tensor:
     weight = torch.empty(0, device="meta")
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return weight
+
+
+def _spare_mixtures(model: PreTrainedModel) -> None:
+    """Keep transformers from initializing what holds experts: some such modules (Qwen3-Omni's) reach for fused ones."""
+    for name, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
 
 def _check_dense(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

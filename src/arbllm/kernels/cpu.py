@@ -8,6 +8,7 @@ of the output; everything else is in float32. More tokens multiply by tiles of t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
@@ -143,6 +144,27 @@ def multiply(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
+def multiply_transposed(y: Tensor, prepared: Tensor, columns: int) -> Tensor:
+    """Multiply by a prepared weight the other way, as gradients go: x = y W, in float32.
+
+    Args:
+        y: (..., n) of any floating dtype and any strides.
+        prepared: from `prepare`.
+        columns: m.
+
+    Returns:
+        (..., m) in the dtype of y.
+    """
+    rows = y.shape[-1]
+    given = y.reshape(-1, rows).float()
+    ordered = given.new_zeros(len(given), columns)
+    for tile, weight in _tiles(prepared, rows, columns, instruction_set=0):
+        with torch.autocast("cpu", enabled=False):
+            ordered.addmm_(given[:, tile], weight[:, : tile.stop - tile.start].T)
+    x = torch.empty_like(ordered).index_copy_(1, order(prepared, columns).long(), ordered)
+    return x.view(*y.shape[:-1], columns).to(y.dtype)
+
+
 def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     """Multiply by the packed weight, y = x W^T, in float32; the matrix is prepared anew each time."""
     if not available() or x.dtype == torch.float64:
@@ -218,19 +240,25 @@ def _fake(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: 
 
 def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> Tensor:
     """y = x W^T in float32, a tile of rows unpacked at a time."""
-    module, address, columns = native_module(), prepared.data_ptr(), x.shape[1]
-    ordered = x.float().index_select(1, order(prepared, columns))
+    ordered = x.float().index_select(1, order(prepared, x.shape[1]))
+    y = x.new_empty(x.shape[0], rows)
+    for tile, weight in _tiles(prepared, rows, x.shape[1], instruction_set):
+        with torch.autocast("cpu", enabled=False):
+            y[:, tile] = (ordered @ weight)[:, : tile.stop - tile.start]
+    return y
+
+
+def _tiles(prepared: Tensor, rows: int, columns: int, instruction_set: int) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of rows, and their weights in float32, (m, rows or more), columns in prepared order; for use one by one."""
+    module, address = native_module(), prepared.data_ptr()
     lanes = module.LANES
     blocks, step = -(-rows // lanes), max(1, TILE_WEIGHTS // (lanes * columns))
-    y, memory = x.new_empty(x.shape[0], rows), ordered.new_empty(columns * lanes * min(step, blocks))
+    memory = torch.empty(columns * lanes * min(step, blocks))
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
-        tile = memory[: columns * lanes * (last - first)].view(columns, -1)
-        module.unpack(address, columns, first, last, tile.data_ptr(), instruction_set, torch.get_num_threads())
-        start, stop = lanes * first, min(lanes * last, rows)
-        with torch.autocast("cpu", enabled=False):
-            y[:, start:stop] = (ordered @ tile)[:, : stop - start]
-    return y
+        weight = memory[: columns * lanes * (last - first)].view(columns, -1)
+        module.unpack(address, columns, first, last, weight.data_ptr(), instruction_set, torch.get_num_threads())
+        yield slice(lanes * first, min(lanes * last, rows)), weight
 
 
 def order(prepared: Tensor, columns: int) -> Tensor:

@@ -25,7 +25,7 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
         ValueError: x has another number of columns than the weight, or is not of floating point.
     """
     check_width(x, matrix.layout.columns)
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    dtype = _computing_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     order = matrix.column_order()
     if order is not None:
@@ -34,6 +34,31 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     for tile, weight in matrix.stored_tiles(dtype):
         y[:, tile] = rows @ weight.T
     return y.view(*x.shape[:-1], matrix.layout.rows)
+
+
+def multiply_transposed(y: Tensor, matrix: BinaryMatrix) -> Tensor:
+    """Multiply by the packed weight the other way, as gradients go: x = y W.
+
+    Args:
+        y: (..., n) of any floating dtype and any strides.
+        matrix: the packed W (n, m), on the device of y.
+
+    Returns:
+        (..., m) in the dtype of y.
+    """
+    dtype = _computing_dtype(y)
+    rows = y.reshape(-1, y.shape[-1]).to(dtype)
+    x = rows.new_zeros(len(rows), matrix.layout.columns)
+    for tile, weight in matrix.stored_tiles(dtype):
+        x += rows[:, tile] @ weight
+    order = matrix.column_order()
+    if order is not None:
+        x = torch.empty_like(x).index_copy_(1, order.long(), x)
+    return x.view(*y.shape[:-1], matrix.layout.columns).to(y.dtype)
+
+
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def check_width(x: Tensor, columns: int) -> None:

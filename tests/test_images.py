@@ -69,18 +69,19 @@ def take_packed_weights(dense: PreTrainedModel, packed: PreTrainedModel) -> None
 def test_blocks_are_those_of_the_language_model(name):
     blocks = find_blocks(tiny_image_model(name))
     assert [block.name for block in blocks] == [f"model.language_model.layers.{index}" for index in range(3)]
-    assert {linear.name for block in blocks for linear in block.linears} == {
-        f"model.language_model.layers.{index}.{linear}"
-        for index in range(3)
-        for linear in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
-    }
+    experts = [f"experts.{number}.{x}_proj" for number in range(4) for x in ("gate_up", "down")]
+    mlp = experts if name.endswith("moe") else ["gate_proj", "up_proj", "down_proj"]
+    names = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}" for x in mlp)}
+    for block in blocks:
+        assert {linear.name.removeprefix(f"{block.name}.") for linear in block.linears} == names
 
 
 @torch.no_grad()
 def test_a_packed_model_reads_images(name, dense, packed):
     original, loaded = open_model_only(str(dense)), arbllm.load(packed)
     assert type(loaded) is type(original) is type(tiny_image_model(name))
-    assert sum(isinstance(module, BinaryLinear) for module in loaded.modules()) == 21
+    packed_linears = {key for key, module in loaded.named_modules() if isinstance(module, BinaryLinear)}
+    assert packed_linears == {linear.name for block in find_blocks(tiny_image_model(name)) for linear in block.linears}
     assert vision(loaded).keys() == vision(original).keys()
     assert all(torch.equal(tensor, vision(original)[key]) for key, tensor in vision(loaded).items())
     inputs = image_inputs(name)

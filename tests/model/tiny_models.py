@@ -121,6 +121,12 @@ IMAGE_MODELS: dict[str, tuple[str, dict, dict, dict]] = {
         {**GROUPED, "query_pre_attn_scalar": 8, **SLIDING},
         {"image_size": 16, "num_hidden_layers": 2, **VISION},
     ),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoe",
+        MARKS,
+        {**ROUTED, "rope_parameters": ROTATION, "decoder_sparse_step": 1},
+        {**VISION, **DEEP_VISION},
+    ),
     "qwen3-vl": ("Qwen3VL", MARKS, {**GROUPED, "rope_parameters": ROTATION}, {**VISION, **DEEP_VISION}),
 }
 
@@ -140,7 +146,10 @@ def image_inputs(name: str) -> dict[str, torch.Tensor]:
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     if name == "llava":
         return {"input_ids": ids, "pixel_values": pixels}
-    kinds = {"input_ids": ids, ("mm_token_type_ids" if name == "qwen3-vl" else "token_type_ids"): (ids == IMAGE).int()}
+    kinds = {
+        "input_ids": ids,
+        ("mm_token_type_ids" if name.startswith("qwen3-vl") else "token_type_ids"): (ids == IMAGE).int(),
+    }
     if name == "gemma3":
         return {**kinds, "pixel_values": pixels}
     patches = torch.randn(16, 2 * 3 * 8 * 8, generator=torch.Generator().manual_seed(2))

@@ -54,13 +54,14 @@ class StoredModel:
 
         Args:
             directory: safetensors files.
-            model: as transformers makes it, on any device; its experts may be split afterwards.
+            model: as transformers makes it, on the meta device; its experts may be split afterwards.
 
         Raises:
             ModelError: there are none, or one is unreadable; names it.
         """
         self.tensors = _stored(directory)
         self._model = model
+        self._whole = deepcopy(model)  # some conversions ask it for the shapes of experts that are split by then
         self._sources = _sources(model, self.tensors)
 
     def shape(self, name: str) -> list[int] | None:
@@ -171,7 +172,7 @@ class StoredModel:
         for stored, pattern in source.names:
             source.converter.add_tensor(name, stored, pattern, partial(parts.pop, stored))
         try:
-            made = source.converter.convert(name, model=self._model, config=self._model.config)[name]
+            made = source.converter.convert(name, model=self._whole, config=self._whole.config)[name]
         except Exception as error:  # tensors of wrong shapes fail in any way that torch knows
             raise ModelError(
                 f"{name}: its parts do not go together ({error}); the model's files are damaged"

@@ -1,6 +1,7 @@
 """Models that take images as well: their language model is packed, the rest stays as it is."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def take_packed_weights(dense: PreTrainedModel, packed: PreTrainedModel) -> None
     with torch.no_grad():
         for ours, theirs in zip(find_blocks(dense), packed.get_decoder().layers, strict=True):
             for key, module in theirs.named_modules():
-                own = ours.module.get_submodule(key)
+                own: Any = ours.module.get_submodule(key)
                 if isinstance(module, BinaryLinear):
                     own.weight.copy_(module.matrix.dequantize())
                 elif isinstance(getattr(module, "weight", None), torch.Tensor):

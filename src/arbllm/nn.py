@@ -111,6 +111,12 @@ class BinaryLinear(PackedModule):
         return self.layout.rows
 
     @property
+    def qweight(self) -> Tensor:
+        """An empty tensor where the layer computes; what puts adapters beside quantized layers looks for this name."""
+        place = self._prepared[3] if self._prepared else self.get_buffer("signs").device
+        return torch.empty(0, dtype=torch.uint8, device=place)
+
+    @property
     def matrix(self) -> BinaryMatrix:
         """The packed weight; shares the buffers.
 

@@ -201,8 +201,8 @@ class ArbllmQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradients."""
-        return False
+        """Packed weights have no gradients, but pass them on: to adapters, for instance."""
+        return True
 
     def is_serializable(self, **_: Any) -> bool:
         """`save_pretrained` writes the packed form."""

@@ -2,6 +2,8 @@
 
     python benchmarks/kernels.py [--threads 2] [--bits 2.25] [--repeats 9] [--page]
 
+Each instruction set has a section of its own on the page: that of the machine which this runs on is written.
+
 The contestants take turns, so that whatever else the machine does falls on all of them. A call that counts follows one
 of its own kind that does not, as products of one kind follow each other in a model. All go through as many matrices as
 the cache cannot hold. The bandwidth limit is the time of a streaming sum over the packed bytes.
@@ -45,7 +47,7 @@ HEADINGS = (
 COMMAND = "python benchmarks/kernels.py --page"
 
 _SECTION = """\
-## Products on a CPU
+## Products on a CPU with {kernel}
 
 One product y = x Wᵀ, {threads} threads, W packed at {bits:g} bits a weight, with a trellis code or, as `--no-trellis`
 has it, with groups, against `torch.nn.functional.linear` in bfloat16 and float32. Medians of {repeats} runs in which
@@ -54,7 +56,7 @@ instead, which other jobs on the machine disturb less. Each run follows one of i
 products of one kind follow each other in a model, and all go through matrices of {cache} MB together, so that no weight
 comes from the cache. *Share of bandwidth* is the time of a streaming sum over the bytes of the packed tensors, with as
 many threads, over that of the product. *Error* is that of the output for normally distributed inputs, from tables of 8
-bits; products of more than {most} tokens are in float32.
+bits and from rounding it to bfloat16; products of more than {most} tokens are in {many}.
 
 {machine}
 
@@ -99,12 +101,14 @@ def main() -> None:
     heads = ", ".join(f"{name} {1e3 * times.middle:.2f} ms" for name, times in head_products(options.repeats).items())
     console.print(f"a head: {heads}")
     if options.page:
+        kernel, native = cpu.instruction_sets()[0], cpu.native_module()
+        many = "bfloat16, for which this processor has instructions" if native.MULTIPLIES_BFLOAT16 else "float32"
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
-            most=cpu.MOST_LOOKUP_TOKENS, machine=machine(), table=as_markdown(HEADINGS, rows), overhead=overhead,
+            most=cpu.MOST_LOOKUP_TOKENS, kernel=kernel, many=many, machine=machine(), table=as_markdown(HEADINGS, rows), overhead=overhead,
             product=product, head=" x ".join(map(str, HEAD)), head_times=heads, command=COMMAND,
         )  # fmt: skip
-        write_section(PERFORMANCE, "products on a CPU", text)
+        write_section(PERFORMANCE, f"products on a CPU with {kernel}", text)
         console.print(f"wrote {PERFORMANCE}")
 
 
@@ -141,8 +145,8 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
             partial(_stream, streams),
         ]
         dense, single, packed, stream = in_turn(contestants, repeats if tokens < MANY else max(3, repeats // 8))
-        expected = reference.matmul(x, matrix)
-        error = (cpu.multiply(x, prepared, rows) - expected).norm() / expected.norm()
+        expected = reference.matmul(xs.float(), matrix)
+        error = (cpu.multiply(xs, prepared, rows) - expected).norm() / expected.norm()
         table.append(
             (
                 f"{rows} x {columns}", "trellis" if trellis else "groups", str(tokens),

@@ -94,6 +94,7 @@ Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<i
 void bind_lookup(nb::module_& module) {
     module.attr("LANES") = LANES;
     module.attr("MOST_TOKENS") = MOST_TOKENS;
+    module.attr("MULTIPLIES_BFLOAT16") = multiplies_bfloat16();
 
     nb::class_<Packed>(module, "Packed", "A packed matrix in memory that its owner keeps.")
         .def_static("at", &packed_from, nb::arg("rows"), nb::arg("columns"), nb::arg("places"), nb::arg("planes"),

@@ -42,6 +42,16 @@ struct Avx2 {
         add_eight(to, _mm256_castsi256_si128(numbers), scale);
         add_eight(to + 8, _mm256_extracti128_si256(numbers, 1), scale);
     }
+    static void pick(const float* table, const uint32_t* words, int shift, float* to) {
+        const __m256 first = _mm256_loadu_ps(table), second = _mm256_loadu_ps(table + 8);
+        for (int i = 0; i < LANES; i += 8) {
+            const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
+            const __m256i index = _mm256_srl_epi32(word, _mm_cvtsi32_si128(shift));
+            const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+            _mm256_storeu_ps(to + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index),
+                                                      _mm256_permutevar8x32_ps(second, index), upper));
+        }
+    }
 
   private:
     static const __m128i* words_at(const uint8_t* from) { return reinterpret_cast<const __m128i*>(from); }
@@ -54,7 +64,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernel* kernel_avx2() {
-    static const Kernel kernel{"avx2", multiply<Avx2>, unpack};
+    static const Kernel kernel{"avx2", multiply<Avx2>, unpack<Avx2>};
     return &kernel;
 }
 

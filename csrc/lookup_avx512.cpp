@@ -35,6 +35,13 @@ struct Avx512 {
         add_sixteen(to, _mm512_castsi512_si256(numbers), scale);
         add_sixteen(to + 16, _mm512_extracti64x4_epi64(numbers, 1), scale);
     }
+    static void pick(const float* table, const uint32_t* words, int shift, float* to) {
+        const __m512 levels = _mm512_loadu_ps(table);
+        for (int i = 0; i < LANES; i += 16) {
+            const __m512i index = _mm512_srl_epi32(_mm512_loadu_si512(words + i), _mm_cvtsi32_si128(shift));
+            _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(index, levels));
+        }
+    }
 
   private:
     static void add_sixteen(float* to, __m256i numbers, float scale) {
@@ -46,7 +53,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernel* kernel_avx512() {
-    static const Kernel kernel{"avx512", multiply<Avx512>, unpack};
+    static const Kernel kernel{"avx512", multiply<Avx512>, unpack<Avx512>};
     return &kernel;
 }
 

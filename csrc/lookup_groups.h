@@ -1,4 +1,4 @@
-// Passes of columns with groups: their look-ups, for one token, and their weights.
+// Passes of columns with groups: their look-ups, for one token.
 //
 // In an anonymous namespace as lookup_kernel.h, which includes this and names what V must have.
 #pragma once
@@ -130,31 +130,6 @@ void add_pass(const Prepared& prepared, const Pass& pass, const Tables& tables, 
                          : pass.accumulators == 4 ? add_accumulators<V, 4>
                                                   : add_accumulators<V, 8>;
     chosen(prepared, pass, tables, tile, block, y);
-}
-
-// Adds one pass of one block, with G groups, to W^T: rows of `stride` floats.
-template <int G, bool means>
-void unpack_groups(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to, int64_t stride) {
-    const uint8_t* codes = prepared.codes_of(tile, block, pass);
-    const float* factors = prepared.factors_of(tile, block, pass);
-    const float* column_factors = prepared.column_factors + pass.column_factors;
-    const int per = pass.per_nibble;
-    for (int j = 0; j < pass.width; ++j) {
-        const int first_bit = 4 * (j / per % 2), sign_bit = first_bit + j % per;
-        const int group_bit = first_bit + (G == 2 ? 2 + j % per : 1);
-        const uint8_t* code = codes + LANES * (j / (2 * per));
-        float* row = to + j * stride;
-        for (int r = 0; r < LANES; ++r) {
-            const int own = code[2 * (r % (LANES / 2)) + r / (LANES / 2)], group = own >> group_bit & (G - 1);
-            float value = factors[r] * column_factors[j], mean = means ? factors[LANES * G + r] : 0.0f;
-            for (int g = 1; g < G; ++g) {
-                const float candidate = factors[LANES * g + r] * column_factors[g * pass.width + j];
-                value = group == g ? candidate : value;
-                mean = means && group == g ? factors[LANES * (G + g) + r] : mean;
-            }
-            row[r] += (own >> sign_bit & 1 ? value : -value) + mean;
-        }
-    }
 }
 
 }  // namespace

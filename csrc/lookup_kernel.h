@@ -15,6 +15,7 @@
 //   up8, down8          numbers of 16 bits times, or divided by, 256
 //   share16             numbers of 16 bits times share / 2^15, rounded
 //   add_scaled          to[i] += scale * numbers[i], unsigned numbers of 16 bits, to float
+//   pick                to[i] = table[words[i] >> shift & 15] for 64 words, to float
 //
 // Everything is in an anonymous namespace, since each file is compiled for its own instruction set.
 #pragma once
@@ -27,6 +28,7 @@
 #include "lookup_groups.h"
 #include "lookup_tables.h"
 #include "lookup_trellis.h"
+#include "lookup_unpack.h"
 #include "parallel.h"
 
 namespace arbllm {
@@ -185,50 +187,6 @@ void multiply(const Prepared& prepared, const Activations& activations, int thre
     const int used = work < SMALL ? 1 : threads;
     Product<V> product(prepared, activations, used);
     in_parallel(used, &Product<V>::run, &product);
-}
-
-void unpack_pass(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to, int64_t stride) {
-    if (pass.trellis) {
-        return unpack_trellis(prepared, pass, tile, block, to, stride);
-    }
-    const bool means = pass.accumulators > pass.signed_sums;
-    auto* const chosen = pass.signed_sums == 1   ? (means ? unpack_groups<1, true> : unpack_groups<1, false>)
-                         : pass.signed_sums == 2 ? (means ? unpack_groups<2, true> : unpack_groups<2, false>)
-                                                 : (means ? unpack_groups<4, true> : unpack_groups<4, false>);
-    chosen(prepared, pass, tile, block, to, stride);
-}
-
-struct Unpacking {
-    const Prepared& prepared;
-    int64_t first, last;
-    float* to;
-    Claims blocks;
-
-    static void run(void* argument) {
-        auto& job = *static_cast<Unpacking*>(argument);
-        const Header& header = *job.prepared.header;
-        const int64_t stride = LANES * (job.last - job.first);
-        for (int64_t i; (i = job.blocks.next()) >= 0;) {
-            const int64_t tile = (job.first + i) / TILE_BLOCKS, block = (job.first + i) % TILE_BLOCKS;
-            float* to = job.to + LANES * i;
-            for (int64_t j = 0; j < header.dense_column; ++j) {
-                std::fill(to + j * stride, to + j * stride + LANES, 0.0f);
-            }
-            for (int64_t p = 0; p < header.passes; ++p) {
-                const Pass& pass = job.prepared.passes[p];
-                unpack_pass(job.prepared, pass, tile, block, to + pass.column * stride, stride);
-            }
-            const float* dense = job.prepared.dense_of(tile, block);
-            for (int64_t j = 0; j < header.dense; ++j) {
-                std::copy(dense + LANES * j, dense + LANES * (j + 1), to + (header.dense_column + j) * stride);
-            }
-        }
-    }
-};
-
-void unpack(const Prepared& prepared, int64_t first, int64_t last, float* to, int threads) {
-    Unpacking job{prepared, first, last, to, Claims(last - first)};
-    in_parallel(threads, &Unpacking::run, &job);
 }
 
 }  // namespace

@@ -36,6 +36,11 @@ struct Neon {
         add_four(to, vget_low_u16(pairs(numbers)), scale);
         add_four(to + 4, vget_high_u16(pairs(numbers)), scale);
     }
+    static void pick(const float* table, const uint32_t* words, int shift, float* to) {
+        for (int i = 0; i < LANES; ++i) {
+            to[i] = table[words[i] >> shift & 15];
+        }
+    }
 
   private:
     static uint16x8_t pairs(Bytes a) { return vreinterpretq_u16_u8(a); }
@@ -48,7 +53,7 @@ struct Neon {
 }  // namespace
 
 const Kernel* kernel_neon() {
-    static const Kernel kernel{"neon", multiply<Neon>, unpack};
+    static const Kernel kernel{"neon", multiply<Neon>, unpack<Neon>};
     return &kernel;
 }
 

@@ -78,12 +78,17 @@ struct Portable {
             to[i] += scale * static_cast<float>(numbers.pairs[i]);
         }
     }
+    static void pick(const float* table, const uint32_t* words, int shift, float* to) {
+        for (int i = 0; i < LANES; ++i) {
+            to[i] = table[words[i] >> shift & 15];
+        }
+    }
 };
 
 }  // namespace
 
 const Kernel* kernel_portable() {
-    static const Kernel kernel{"portable", multiply<Portable>, unpack};
+    static const Kernel kernel{"portable", multiply<Portable>, unpack<Portable>};
     return &kernel;
 }
 

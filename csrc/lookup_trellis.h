@@ -1,4 +1,4 @@
-// Passes with a trellis (arbllm/binarize/code.py): their look-ups, for a few tokens, and their weights.
+// Passes with a trellis (arbllm/binarize/code.py): their look-ups, for a few tokens.
 //
 // Stored signs are read, what follows from rows above is put together in registers, and all signs and products of signs
 // of a weight look up in the same tables. In an anonymous namespace as lookup_kernel.h, which includes this and names
@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "lookup.h"
 #include "lookup_tables.h"
@@ -220,47 +219,6 @@ void add_trellis(const Prepared& prepared, const Pass& pass, const Tables* table
                          : pass.planes == 3 ? add_terms<V, 3>
                                             : add_terms<V, 4>;
     chosen(prepared, pass, tables, tokens, tile, first, blocks, y);
-}
-
-// The levels of weights of a pass, at the numbers that their signs make: bit t for plane t.
-void find_levels(const Pass& pass, float* levels) {
-    const int terms = pass.planes;
-    for (int number = 0; number < 2 << terms; ++number) {
-        levels[number] = 0.0f;
-        for (int s = 0; s < SUMMANDS[terms - 1]; ++s) {
-            const bool positive = __builtin_parity(number & MASKS[terms - 1][s]);
-            levels[number] += positive ? pass.coefficients[s] : -pass.coefficients[s];
-        }
-    }
-}
-
-// Writes one pass with a trellis to W^T: rows of `stride` floats.
-void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
-                    int64_t stride) {
-    float levels[2 << MOST_TERMS], scales[LANES];
-    find_levels(pass, levels);
-    for (int r = 0; r < LANES; ++r) {
-        scales[r] = prepared.factors_of(tile, block, pass)[LANES / 2 * (r % 2) + r / 2];
-    }
-    for (int j = 0; j < pass.width; ++j) {
-        const StretchCodes stretch(prepared, pass, tile, block, j / 8 / STRETCH_BYTES);
-        const int byte = j / 8 % STRETCH_BYTES, bit = j % 8;
-        const uint8_t* now = stretch.codes + stretch.step * byte;
-        uint8_t first[LAGS[1] + LANES];  // signs of rows above, then of the block
-        std::memcpy(first, stretch.above + stretch.above_step * byte + LANES - LAGS[1], LAGS[1]);
-        std::memcpy(first + LAGS[1], now, LANES);
-        const float factor = prepared.column_factors[pass.column_factors + j];
-        float* row = to + j * stride;
-        for (int r = 0; r < LANES; ++r) {
-            const uint8_t* own = first + LAGS[1] + r;
-            int number = ((own[0] ^ own[-LAGS[0]] ^ own[-LAGS[1]]) >> bit & 1) << (pass.planes - 1);
-            number |= (own[-LAG] >> bit & 1) << pass.planes;
-            for (int term = 1; term < pass.planes; ++term) {
-                number |= (now[LANES * term + r] >> bit & 1) << (term - 1);
-            }
-            row[r] = scales[r] * factor * levels[number];
-        }
-    }
 }
 
 }  // namespace

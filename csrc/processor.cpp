@@ -21,4 +21,13 @@ std::vector<std::string> instruction_sets() {
     return found;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 }  // namespace arbllm

@@ -10,6 +10,8 @@ LANES: int
 """Rows of a block: `unpack` counts in these."""
 MOST_TOKENS: int
 """That `multiply` takes at a time."""
+MULTIPLIES_BFLOAT16: bool
+"""Whether this processor has instructions for that."""
 
 class Packed:
     """A packed matrix in memory that its owner keeps."""

@@ -118,6 +118,23 @@ def test_dtypes_with_a_trellis(dtype):
         assert relative_error(y, reference.matmul(x.double(), matrix)) < allowed
 
 
+@pytest.mark.parametrize("features", [FEATURES["two groups"], FEATURES["means of four groups"]], ids=["plain", "means"])
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_many_tokens_in_bfloat16(monkeypatch, features, has_instructions):
+    """In bfloat16 where the processor multiplies that, unless an exact product is asked for."""
+    monkeypatch.setattr(cpu.native(), "MULTIPLIES_BFLOAT16", has_instructions)
+    matrix = random_matrix(300, 576, **features)
+    x, prepared = inputs(cpu.MOST_LOOKUP_TOKENS + 1, 576).bfloat16(), cpu.prepare(matrix)
+    exact = cpu.multiply(x.float(), prepared, 300, exact=True).bfloat16()
+    assert torch.equal(cpu.multiply(x, prepared, 300, exact=True), exact)
+    y = cpu.multiply(x, prepared, 300)
+    assert y.dtype == torch.bfloat16
+    if has_instructions:
+        assert relative_error(y, x.double() @ matrix.dequantize().bfloat16().double().T) < 2**-8
+    else:
+        assert torch.equal(y, exact)
+
+
 def test_threads_change_nothing_in_a_trellis():
     """Rows of a block follow from those of the block above, which another thread may have."""
     matrix = in_segments(900, Segment(320, 1, 2, True), Segment(61, 1, 4, True))
@@ -415,5 +432,5 @@ def test_inputs_that_are_no_numbers_show(instruction_set, kind, value):
 def test_the_stub_names_what_the_extension_has():
     native = cpu.native()
     stub = Path(arbllm.__file__).with_name("_native.pyi")
-    declared = re.findall(r"^(?:def |class )?([A-Za-z_]+)(?:\(|:)", stub.read_text(), re.MULTILINE)
+    declared = re.findall(r"^(?:def |class )?([A-Za-z_0-9]+)(?:\(|:)", stub.read_text(), re.MULTILINE)
     assert {name for name in dir(native) if not name.startswith("_")} == set(declared)

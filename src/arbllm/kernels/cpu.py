@@ -2,7 +2,8 @@
 
 How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to MOST_LOOKUP_TOKENS tokens,
 and where an exact product is not asked for, entries of tables are rounded to 8 bits, which makes an error of under 1 %
-of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight.
+of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight: in bfloat16, as a
+dense layer would, if they are given so and the processor has instructions for that, else in float32.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if not tokens:
         order(prepared, x.shape[1])  # refuses another width
     if exact or tokens > MOST_LOOKUP_TOKENS:
-        return _by_tiles(x, prepared, rows, instruction_set)
+        half = x.dtype == torch.bfloat16 and not exact and native_module().MULTIPLIES_BFLOAT16
+        return _by_tiles(x, prepared, rows, torch.bfloat16 if half else torch.float32, instruction_set)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
@@ -238,13 +240,13 @@ def _fake(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: 
     return x.new_empty(x.shape[0], rows)
 
 
-def _by_tiles(x: Tensor, prepared: Tensor, rows: int, instruction_set: int) -> Tensor:
-    """y = x W^T in float32, a tile of rows unpacked at a time."""
-    ordered = x.float().index_select(1, order(prepared, x.shape[1]))
+def _by_tiles(x: Tensor, prepared: Tensor, rows: int, dtype: torch.dtype, instruction_set: int) -> Tensor:
+    """y = x W^T, a tile of rows unpacked at a time, multiplied in this dtype."""
+    ordered = x.to(dtype).index_select(1, order(prepared, x.shape[1]))
     y = x.new_empty(x.shape[0], rows)
     for tile, weight in _tiles(prepared, rows, x.shape[1], instruction_set):
         with torch.autocast("cpu", enabled=False):
-            y[:, tile] = (ordered @ weight)[:, : tile.stop - tile.start]
+            y[:, tile] = (ordered @ weight.to(dtype))[:, : tile.stop - tile.start]
     return y
 
 

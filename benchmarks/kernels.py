@@ -105,7 +105,8 @@ def main() -> None:
         many = "bfloat16, for which this processor has instructions" if native.MULTIPLIES_BFLOAT16 else "float32"
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
-            most=cpu.MOST_LOOKUP_TOKENS, kernel=kernel, many=many, machine=machine(), table=as_markdown(HEADINGS, rows), overhead=overhead,
+            most=cpu.MOST_LOOKUP_TOKENS, kernel=kernel, many=many, machine=machine(),
+            table=as_markdown(HEADINGS, rows), overhead=overhead,
             product=product, head=" x ".join(map(str, HEAD)), head_times=heads, command=COMMAND,
         )  # fmt: skip
         write_section(PERFORMANCE, f"products on a CPU with {kernel}", text)

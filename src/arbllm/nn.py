@@ -152,18 +152,22 @@ class BinaryLinear(PackedModule):
         """x W^T where PyTorch follows it, or gradients go back."""
         if not gradient.is_wanted(x):
             return reference.matmul(x, self._matrix_for(x.device))
+        reference.check_width(x, self.in_features)
         with torch.no_grad():
             kernel = preparing_kernel(x)
-        if kernel is cpu:
-            weight, (rows, columns) = self._weight(cpu, x.device), (self.out_features, self.in_features)
-            return gradient.differentiable(
-                x,
-                partial(cpu.multiply, prepared=weight, rows=rows, exact=True),
-                partial(cpu.multiply_transposed, prepared=weight, columns=columns),
-            )
         matrix = self._matrix_for(x.device)
+        product, transposed = (
+            partial(reference.matmul, matrix=matrix),
+            partial(reference.multiply_transposed, matrix=matrix),
+        )
+        if kernel is not cpu:
+            return gradient.differentiable(x, product, transposed, transposed)
+        weight, (rows, columns) = self._weight(cpu, x.device), (self.out_features, self.in_features)
         return gradient.differentiable(
-            x, partial(reference.matmul, matrix=matrix), partial(reference.multiply_transposed, matrix=matrix)
+            x,
+            partial(cpu.multiply, prepared=weight, rows=rows, exact=True),
+            partial(cpu.multiply_transposed, prepared=weight, columns=columns),
+            transposed,
         )
 
     def _weight(self, kernel: ModuleType, device: torch.device) -> Any:

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import arbllm
@@ -83,6 +83,41 @@ def test_saved_adapters_are_loaded_again(packed, tmp_path):
     loaded = PeftModel.from_pretrained(arbllm.load(packed), tmp_path, config=again)
     assert torch.equal(loaded(windows()).logits, model(windows()).logits)
     assert not torch.equal(loaded(windows()).logits, arbllm.load(packed)(windows()).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": "all-linear"}, "leaves out packed linears"),
+        ({"use_dora": True}, "use_dora needs the weight"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' needs the weight"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        for_packed(LoraConfig(**{"target_modules": TARGETS, **changes}))
+
+
+def test_other_adapters_are_refused():
+    with pytest.raises(ConfigError, match="IA3Config: beside packed linears there is LoRA alone"):
+        for_packed(IA3Config(target_modules=TARGETS, feedforward_modules=[]))
+
+
+def test_the_model_beneath_is_not_saved_with_adapters_in_it(packed, tmp_path):
+    model = adapted(packed)
+    with pytest.raises(ConfigError, match=r"q_proj\.base_layer has adapters beside it"):
+        model.get_base_model().save_pretrained(tmp_path)
+    model.unload().save_pretrained(tmp_path)
+    assert torch.equal(arbllm.load(tmp_path)(windows()).logits, arbllm.load(packed)(windows()).logits)
+
+
+def test_several_adapters_in_a_batch(packed):
+    model = adapted(packed)
+    model.add_adapter("other", config())
+    learn(model, steps=2)
+    model.eval()
+    mixed = model(input_ids=windows(), adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(mixed[:1], model(input_ids=windows()[:1]).logits)
 
 
 def test_adapters_are_not_merged_into_bits(packed):

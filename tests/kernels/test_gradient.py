@@ -96,12 +96,24 @@ def test_transposed_products_undo_the_order_of_columns(matrix):
 
 
 @pytest.mark.usefixtures("kernel")
-def test_a_gradient_of_a_gradient_is_refused():
-    x = random(3, 70).requires_grad_()
-    y = BinaryLinear.from_matrix(MATRICES["groups"])(x).square().sum()
-    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("shape", [(3, 70), (2, 3, 70), (70,)])
+def test_outputs_may_be_changed_in_place(shape):
+    layer = BinaryLinear.from_matrix(MATRICES["groups"])
+    x, given = random(*shape).requires_grad_(), random(*shape[:-1], 33)
+    y = layer(x)
+    y *= 2
+    y.backward(given)
+    torch.testing.assert_close(x.grad, 2 * given @ layer.matrix.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_gradients_of_gradients():
+    layer = BinaryLinear.from_matrix(MATRICES["groups"])
+    weight = layer.matrix.dequantize()
+    x, along = random(3, 70).requires_grad_(), random(3, 70)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient, x, along)
+    torch.testing.assert_close(second, 2 * along @ weight.T @ weight, rtol=1e-3, atol=1e-3)
 
 
 def test_compiled_layers_have_gradients_too():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from arbllm.errors import ModelError
@@ -88,6 +88,31 @@ def test_an_encoder_decoder_is_refused():
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=10)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
         find_blocks(T5ForConditionalGeneration(config))
+
+
+def test_an_encoder_decoder_inside_of_another_model_is_refused():
+    model = tiny_model("llama")
+    model.config.get_text_config = lambda **_: T5Config()
+    with pytest.raises(ModelError, match="LlamaForCausalLM is an encoder-decoder"):
+        find_blocks(model)
+
+
+def test_a_model_that_does_not_read_text_alone_is_refused():
+    config = Blip2Config(
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        qformer_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+        text_config={
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "ffn_dim": 8,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 8,
+        },
+    )
+    with pytest.raises(
+        ModelError, match="Blip2ForConditionalGeneration does not read text alone: it demands pixel_values"
+    ):
+        find_blocks(Blip2ForConditionalGeneration(config))
 
 
 def test_a_model_without_blocks_of_linears_is_refused_with_what_was_found():

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from arbllm.errors import ModelError
+
 
 def auto_class(config: PretrainedConfig) -> Any:
     """`AutoModelForCausalLM`, or what opens a language model that takes images, sounds or videos as well.
@@ -15,10 +17,23 @@ def auto_class(config: PretrainedConfig) -> Any:
 
     Args:
         config: of a model, maybe with code of its own.
+
+    Raises:
+        ModelError: it is of a model that speaks as well, of which a part would have to be taken.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    if hasattr(config, "thinker_config"):
+        raise ModelError(
+            f"{type(config).__name__}: a model that also speaks; save its thinker by transformers' "
+            f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration, and take that"
+        )
     further = AutoModelForImageTextToText, AutoModelForMultimodalLM
+    remote = getattr(config, "auto_map", None) or {}
+    named = [auto for auto in (AutoModelForCausalLM, *further) if auto.__name__ in remote]
+    # transformers finds classes by their names, which a model's own code may share with its.
+    if named and not type(config).__module__.startswith("transformers."):
+        return named[0]
     language = _model_class(AutoModelForCausalLM, config)
     for auto in further:
         whole = _model_class(auto, config)
@@ -31,9 +46,7 @@ def auto_class(config: PretrainedConfig) -> Any:
                 stacklevel=2,
             )
             return AutoModelForCausalLM
-    remote = {} if language else getattr(config, "auto_map", None) or {}
-    named = [auto for auto in (AutoModelForCausalLM, *further) if auto.__name__ in remote]
-    return named[0] if named else AutoModelForCausalLM
+    return named[0] if named and not language else AutoModelForCausalLM
 
 
 def _model_class(auto: Any, config: PretrainedConfig) -> Any:

@@ -11,11 +11,17 @@ from torch import nn
 from arbllm.errors import ConfigError
 from arbllm.nn import BinaryLinear
 
+INITIALIZATIONS = (True, False, "gaussian", "eva")
+"""Those of LoRA's matrices that do not look at the weight."""
+
 
 def for_packed(config: LoraConfig) -> LoraConfig:
     """Have a configuration put adapters beside packed linears as well, in place, and return it.
 
     What it learns of that is not written with the adapters: use it again to load them.
+
+    Raises:
+        ConfigError: it is of another kind than plain LoRA, or has options that need the weight itself.
 
     >>> config = for_packed(LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     >>> model = get_peft_model(arbllm.load("packed"), config)
@@ -23,6 +29,19 @@ def for_packed(config: LoraConfig) -> LoraConfig:
     >>> config = for_packed(LoraConfig.from_pretrained("adapters"))
     >>> model = PeftModel.from_pretrained(arbllm.load("packed"), "adapters", config=config)
     """
+    if type(config) is not LoraConfig:
+        raise ConfigError(f"{type(config).__name__}: beside packed linears there is LoRA alone; use a LoraConfig")
+    if config.target_modules == "all-linear":
+        raise ConfigError(
+            "target_modules='all-linear' leaves out packed linears: name them, as in ['q_proj', 'v_proj']"
+        )
+    if config.use_dora:
+        raise ConfigError("use_dora needs the weight itself, which is packed: leave it out")
+    if config.init_lora_weights not in INITIALIZATIONS:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} needs the weight itself, which is packed: leave it out, "
+            "or choose 'gaussian'"
+        )
     config._register_custom_module({BinaryLinear: PackedLora})
     return config
 

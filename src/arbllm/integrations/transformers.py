@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
 from arbllm.device import choose_device
-from arbllm.errors import ArbllmError, CheckpointError
+from arbllm.errors import ArbllmError, CheckpointError, ConfigError
 from arbllm.experts import SplitExperts, split_experts
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
@@ -285,7 +285,11 @@ class ArbllmQuantizer(HfQuantizer):
         return dense_model(model, dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` is about to write, and the metadata of the files: checksums of all their tensors."""
+        """What `save_pretrained` is about to write, and the metadata of the files: checksums of all their tensors.
+
+        Raises:
+            ConfigError: adapters are beside packed linears.
+        """
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
         config = self.quantization_config
@@ -295,6 +299,11 @@ class ArbllmQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, BinaryLinear):
+                if name.endswith(".base_layer"):
+                    raise ConfigError(
+                        f"{name} has adapters beside it: save those by the save_pretrained of PEFT's model, or take "
+                        "them off first, by its unload()"
+                    )
                 for key, width in coded_planes(module.layout, config.bitmap).items():
                     state[f"{name}.{key}"] = encode(state[f"{name}.{key}"], width, config.bitmap)
         tensors = remove_tied_weights_from_state_dict(dict(state), model)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from arbllm.kernels.modes import is_followed
 
@@ -23,27 +22,30 @@ def is_wanted(x: Tensor) -> bool:
     return recorded and not torch.compiler.is_compiling() and not is_followed()
 
 
-def differentiable(x: Tensor, product: Product, transposed: Product) -> Tensor:
+def differentiable(x: Tensor, product: Product, transposed: Product, followed: Product) -> Tensor:
     """A product of which the weight is a constant, y = x W^T.
 
     Args:
         x: (..., m).
-        product: x -> y, (..., n).
-        transposed: the gradient of y, (..., n), -> that of x, (..., m).
+        product: x -> y, (tokens, m) -> (tokens, n).
+        transposed: the gradient of y, (tokens, n), -> that of x, (tokens, m).
+        followed: the same by PyTorch's own operators, for gradients of gradients and where PyTorch follows.
 
     Returns:
-        y; its gradient reaches x, once.
+        y, (..., n); its gradient reaches x.
     """
-    return _Product.apply(x, product, transposed)
+    # As rows: of what the function returns as a view, PyTorch lets nobody change anything in place.
+    y = _Product.apply(x.reshape(-1, x.shape[-1]), product, transposed, followed)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Product, transposed: Product) -> Tensor:
-        ctx.transposed = transposed
+    def forward(ctx: Any, x: Tensor, product: Product, transposed: Product, followed: Product) -> Tensor:
+        ctx.transposed, ctx.followed = transposed, followed
         return product(x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.transposed(gradient), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ours = ctx.followed if gradient.requires_grad or is_followed() else ctx.transposed
+        return ours(gradient), None, None, None

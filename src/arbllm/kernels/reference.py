@@ -33,7 +33,7 @@ def matmul(x: Tensor, matrix: BinaryMatrix) -> Tensor:
     y = x.new_empty(len(rows), matrix.layout.rows)
     for tile, weight in matrix.stored_tiles(dtype):
         y[:, tile] = rows @ weight.T
-    return y.view(*x.shape[:-1], matrix.layout.rows)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], matrix.layout.rows)
 
 
 def multiply_transposed(y: Tensor, matrix: BinaryMatrix) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_relative_imports
 
 from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.format.checkpoint import QUANT_METHOD
@@ -125,12 +126,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path,
         name_or_path: see `open_model`; from a GGUF file there is nothing else.
         directory: where to write.
     """
-    tokenizer.save_pretrained(directory)
     location = _locate(str(name_or_path))
+    # In a file of its own, the tokenizer's template of chats would be the processor's as well, or contradict it.
+    own_file = _beside_weights(location, "chat_template.jinja") is not None
+    tokenizer.save_pretrained(directory, save_jinja_files=own_file)
     for name in PREPARATION_FILES:
         file = _beside_weights(location, name)
         if file is not None and not (directory / name).exists():
             shutil.copyfile(file, directory / name)
+            _copy_code(location, file, directory)
+
+
+def _copy_code(location: Mapping[str, Any], file: Path, directory: Path) -> None:
+    """Copy the model's own code that a file of PREPARATION_FILES names, and what that imports from beside it."""
+    if file.suffix != ".json":
+        return
+    named = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values()
+    modules = [name.partition(".")[0] for name in named if "--" not in name]  # with it, that of another repository
+    while modules:
+        name = f"{modules.pop()}.py"
+        code = _beside_weights(location, name)
+        if code is not None and not (directory / name).exists():
+            shutil.copyfile(code, directory / name)
+            modules += get_relative_imports(code)
 
 
 def _beside_weights(location: Mapping[str, Any], name: str) -> Path | None:

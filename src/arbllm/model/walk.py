@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +75,8 @@ def find_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     computes (see `arbllm.experts`).
 
     Raises:
-        ModelError: the model is an encoder-decoder, is quantized already, has no such list, or a block without linears
-            in it; the message names what was found.
+        ModelError: the model is an encoder-decoder, does not read text alone, is quantized already, has no such list,
+            or a block without linears in it; the message names what was found.
     """
     _refuse_other_kinds(model)
     split_experts(model)
@@ -156,8 +158,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _refuse_other_kinds(model: PreTrainedModel) -> None:
     kind = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+    configs = model.config, model.config.get_text_config(decoder=True)
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
         raise ModelError(f"{kind} is an encoder-decoder; only causal language models can be binarized")
+    wanted = _demanded(model.forward) - {"input_ids"}
+    if wanted:
+        raise ModelError(
+            f"{kind} does not read text alone: it demands {', '.join(sorted(wanted))}; such an architecture is not "
+            "supported"
+        )
     if any(isinstance(module, BinaryLinear) for module in model.modules()):
         raise ModelError(f"{kind} is binarized already; start from the original model")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -165,6 +174,16 @@ def _refuse_other_kinds(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{kind} is quantized already ({getattr(method, 'value', method)}); start from the original model"
         )
+
+
+def _demanded(function: Callable[..., Any]) -> set[str]:
+    """Names of the parameters that a function cannot do without."""
+    return {
+        name
+        for name, parameter in signature(function).parameters.items()
+        if parameter.default is Parameter.empty
+        and parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    }
 
 
 def _linears(prefix: str, block: nn.Module) -> Iterator[Linear]:

@@ -17,9 +17,10 @@ struct Avx512 {
     static Bytes table(const uint8_t* from) {
         return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
-    static Bytes low(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-    static Bytes high(Bytes a) { return low(_mm512_srli_epi16(a, 4)); }
-    static Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+    // The table is there four times, so that other bits of an index choose among copies, or are ignored.
+    static Bytes low(Bytes a) { return a; }
+    static Bytes high(Bytes a) { return _mm512_srli_epi16(a, 4); }
+    static Bytes lookup(Bytes table, Bytes index) { return _mm512_permutexvar_epi8(index, table); }
     static Bytes differ(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
     template <int words>
     static Bytes join(const uint8_t* end, const uint8_t* next) {

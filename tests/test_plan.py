@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import Llama4TextConfig
+from transformers import DbrxConfig
 from typer.testing import CliRunner
 
 import arbllm
@@ -27,11 +27,11 @@ def test_models_that_the_job_would_refuse_are_refused(dense, tmp_path):
     arbllm.quantize(dense, tmp_path / "packed", config=CONFIG, calibration="builtin", device="cpu", tune=0, **TEXT)
     with pytest.raises(ModelError, match=r"packed: is quantized already \(arbllm\); start from the original model"):
         plan(tmp_path / "packed", tmp_path / "out", **TEXT)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Llama4TextConfig(**sizes, num_hidden_layers=2, vocab_size=64, num_local_experts=32)
-    config.architectures = ["Llama4ForCausalLM"]
+    experts = {"ffn_hidden_size": 64, "moe_num_experts": 32, "moe_top_k": 2}
+    config = DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, ffn_config=experts)
+    config.architectures = ["DbrxForCausalLM"]
     config.save_pretrained(tmp_path / "unknown")
-    with pytest.raises(ModelError, match=r"layers\.0: most of its weights .*feed_forward\.experts\.gate_up_proj"):
+    with pytest.raises(ModelError, match=r"layers\.0: most of its weights .*ffn\.experts\.mlp\.w1"):
         plan(tmp_path / "unknown", tmp_path / "out", **TEXT)
 
 

@@ -28,10 +28,11 @@ def test_models_that_the_job_would_refuse_are_refused(dense, tmp_path):
     with pytest.raises(ModelError, match=r"packed: is quantized already \(arbllm\); start from the original model"):
         plan(tmp_path / "packed", tmp_path / "out", **TEXT)
     experts = {"ffn_hidden_size": 64, "moe_num_experts": 32, "moe_top_k": 2}
-    config = DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, ffn_config=experts)
+    attention = {"kv_n_heads": 2, "rope_theta": 10_000.0}
+    config = DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, attn_config=attention, ffn_config=experts)
     config.architectures = ["DbrxForCausalLM"]
     config.save_pretrained(tmp_path / "unknown")
-    with pytest.raises(ModelError, match=r"layers\.0: most of its weights .*ffn\.experts\.mlp\.w1"):
+    with pytest.raises(ModelError, match=r"blocks\.0: most of its weights .*ffn\.experts\.mlp\.w1"):
         plan(tmp_path / "unknown", tmp_path / "out", **TEXT)
 
 

@@ -156,12 +156,9 @@ class BinaryLinear(PackedModule):
         with torch.no_grad():
             kernel = preparing_kernel(x)
         matrix = self._matrix_for(x.device)
-        product, transposed = (
-            partial(reference.matmul, matrix=matrix),
-            partial(reference.multiply_transposed, matrix=matrix),
-        )
+        transposed = partial(reference.multiply_transposed, matrix=matrix)
         if kernel is not cpu:
-            return gradient.differentiable(x, product, transposed, transposed)
+            return gradient.differentiable(x, partial(reference.matmul, matrix=matrix), transposed, transposed)
         weight, (rows, columns) = self._weight(cpu, x.device), (self.out_features, self.in_features)
         return gradient.differentiable(
             x,

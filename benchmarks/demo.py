@@ -30,7 +30,7 @@ PROMPT = "Python is a programming language that"
 WINDOWS, CONTEXT = 5, 1024
 CALIBRATION = ("--calibration", "builtin", "--windows", "20", "--window-length", "512")
 SHORTER = ("--iterations", "0", "--tune", "0", "--distill", "8")
-NEW_TOKENS, TEMPERATURE, REPETITION_PENALTY = 40, 0.3, 1.1
+NEW_TOKENS, REPETITION_PENALTY = 40, 1.1
 
 Row = tuple[str, str, str]
 
@@ -69,7 +69,7 @@ def evaluate(model: Path) -> dict[str, Any]:
 
 def write(model: Path) -> str:
     """What the model makes of the prompt, drawn with a fixed seed, near the likeliest: those alone run in circles."""
-    options = ("--temperature", TEMPERATURE, "--repetition-penalty", REPETITION_PENALTY)
+    options = ("--repetition-penalty", REPETITION_PENALTY)
     return arbllm("generate", model, PROMPT, "--max-new-tokens", str(NEW_TOKENS), *map(str, options))["text"]
 
 

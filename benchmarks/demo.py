@@ -68,9 +68,9 @@ def evaluate(model: Path) -> dict[str, Any]:
 
 
 def write(model: Path) -> str:
-    """What the model makes of the prompt, drawn with a fixed seed, near the likeliest: those alone run in circles."""
-    options = ("--repetition-penalty", REPETITION_PENALTY)
-    return arbllm("generate", model, PROMPT, "--max-new-tokens", str(NEW_TOKENS), *map(str, options))["text"]
+    """What the model makes of the prompt: the likeliest tokens, of which a penalty keeps it from running in circles."""
+    options = ("--max-new-tokens", str(NEW_TOKENS), "--repetition-penalty", str(REPETITION_PENALTY))
+    return arbllm("generate", model, PROMPT, *options)["text"]
 
 
 def comparison(job: dict[str, Any], original: dict[str, Any], binarized: dict[str, Any]) -> list[Row]:

@@ -14,7 +14,7 @@ from arbllm.format.checkpoint import bytes_on_disk, verify
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
 from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear
-from tests.tiny import save_tiny
+from tests.tiny import bring_own_code, save_tiny
 
 OPTIONS = {"calibration": "builtin", "windows": 4, "window_length": 64, "device": "cpu"}
 
@@ -133,22 +133,8 @@ def test_the_text_of_the_calibration_flatters_and_this_is_said(dense, tmp_path):
         )
 
 
-CUSTOM = """
-from transformers import LlamaConfig, LlamaForCausalLM
-class CustomConfig(LlamaConfig):
-    model_type = "custom"
-class CustomForCausalLM(LlamaForCausalLM):
-    config_class = CustomConfig
-"""
-
-
 def test_models_that_bring_their_own_code(tmp_path):
-    dense = save_tiny(tmp_path / "dense")
-    classes = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
-    config = json.loads((dense / "config.json").read_text())
-    config |= {"model_type": "custom", "architectures": ["CustomForCausalLM"], "auto_map": classes}
-    (dense / "config.json").write_text(json.dumps(config))
-    (dense / "custom.py").write_text(CUSTOM)
+    dense = bring_own_code(save_tiny(tmp_path / "dense"))
     packed = tmp_path / "packed"
     arbllm.quantize(dense, packed, **OPTIONS, evaluate="builtin", trust_remote_code=True)
     export(packed, tmp_path / "again", trust_remote_code=True)

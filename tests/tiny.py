@@ -1,5 +1,6 @@
 """A model and a tokenizer small enough to quantize in a test."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,6 +16,14 @@ from transformers import (
 import arbllm
 from tests.model.tiny_models import tiny_model
 
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+from transformers import LlamaConfig as Base
+class {config}(Base):
+    model_type = "custom"
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = {config}
+"""
 VOCABULARY = 257
 END = 256
 
@@ -50,6 +59,16 @@ def save_tiny(directory: Path, **changes) -> Path:
     """The model and its tokenizer as a Hugging Face checkpoint."""
     tiny_llama(**changes).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def bring_own_code(directory: Path, config_class: str = "CustomConfig") -> Path:
+    """Give a checkpoint of `save_tiny` classes of its own, in custom.py beside it."""
+    classes = {"AutoConfig": f"custom.{config_class}", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "custom", "architectures": ["CustomForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "custom.py").write_text(OWN_CODE.format(config=config_class))
     return directory
 
 

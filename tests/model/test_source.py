@@ -23,7 +23,7 @@ from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer, save_tokenizer
 from arbllm.nn import BinaryLinear
 from tests.model.tiny_models import tiny_model
-from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
+from tests.tiny import bring_own_code, byte_tokenizer, save_tiny, tiny_llama
 
 
 @pytest.fixture
@@ -173,29 +173,10 @@ def test_an_unreadable_configuration(tmp_path):
         open_model_only(str(tmp_path))
 
 
-REMOTE_MODEL = """
-from transformers import LlamaForCausalLM
-from transformers.models.llama.configuration_llama import LlamaConfig as Base
-
-
-class LlavaConfig(Base):
-    model_type = "own"
-
-
-class OwnModel(LlamaForCausalLM):
-    config_class = LlavaConfig
-"""
-
-
 def test_code_of_a_model_whose_classes_have_names_of_transformers(tmp_path):
-    save_tiny(tmp_path)
-    (tmp_path / "own.py").write_text(REMOTE_MODEL)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "architectures": ["OwnModel"]}
-    config["auto_map"] = {"AutoConfig": "own.LlavaConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    bring_own_code(save_tiny(tmp_path), config_class="LlavaConfig")
     for _ in range(2):  # the second time transformers has registered the class
-        assert type(open_model_only(str(tmp_path), trust_remote_code=True)).__name__ == "OwnModel"
+        assert type(open_model_only(str(tmp_path), trust_remote_code=True)).__name__ == "CustomForCausalLM"
 
 
 def test_a_model_that_speaks_is_refused():
@@ -207,14 +188,14 @@ def test_a_model_that_speaks_is_refused():
 
 def test_templates_of_chats_stay_as_they_are(tmp_path):
     """Those of the tokenizer in its configuration, that of the processor in a file: no file of both, no other file."""
-    source, out = save_tiny(tmp_path / "dense"), tmp_path / "out"
+    source, out = save_tiny(tmp_path / "dense"), save_tiny(tmp_path / "out")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
     tokenizer.save_pretrained(source, save_jinja_files=False)
     (source / "chat_template.json").write_text(json.dumps({"chat_template": "{{ images }}"}))
     save_tokenizer(open_tokenizer(str(source)), source, out)
     assert {file.name for file in out.iterdir() if "template" in file.name} == {"chat_template.json"}
-    assert open_tokenizer(str(source)).chat_template == tokenizer.chat_template
+    assert open_tokenizer(str(out)).chat_template == tokenizer.chat_template
 
 
 def test_code_that_prepares_input_goes_along(tmp_path):
@@ -222,7 +203,12 @@ def test_code_that_prepares_input_goes_along(tmp_path):
     (source / "images.py").write_text("from .sizes import SIZE\n")
     (source / "sizes.py").write_text("SIZE = 3\n")
     (source / "other.py").write_text("")
-    prepares = {"AutoImageProcessor": "images.OwnImages", "AutoProcessor": "somebody/else--code.Processor"}
+    (tmp_path / "outside.py").write_text("")
+    prepares = {
+        "AutoImageProcessor": "images.OwnImages",
+        "AutoProcessor": "somebody/else--code.Processor",
+        "AutoTokenizer": ["../outside.Slow", None],
+    }
     (source / "preprocessor_config.json").write_text(json.dumps({"auto_map": prepares}))
     save_tokenizer(byte_tokenizer(), source, out)
     assert {file.name for file in out.glob("*.py")} == {"images.py", "sizes.py"}

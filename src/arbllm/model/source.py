@@ -134,17 +134,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path,
         file = _beside_weights(location, name)
         if file is not None and not (directory / name).exists():
             shutil.copyfile(file, directory / name)
-            _copy_code(location, file, directory)
+            _copy_code(location, _own_modules(file), directory)
 
 
-def _copy_code(location: Mapping[str, Any], file: Path, directory: Path) -> None:
-    """Copy the model's own code that a file of PREPARATION_FILES names, and what that imports from beside it."""
-    if file.suffix != ".json":
-        return
-    named = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values()
-    modules = [name.partition(".")[0] for name in named if "--" not in name]  # with it, that of another repository
+def _own_modules(file: Path) -> list[str]:
+    """Modules beside a model's weights whose classes a file of PREPARATION_FILES names."""
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))["auto_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    named = [name for found in classes for name in (found if isinstance(found, list) else [found])]
+    return [name.partition(".")[0] for name in named if isinstance(name, str)]
+
+
+def _copy_code(location: Mapping[str, Any], modules: list[str], directory: Path) -> None:
+    """Copy a model's own code, and what that imports from beside it."""
+    modules = list(modules)
     while modules:
-        name = f"{modules.pop()}.py"
+        module = modules.pop()
+        if not module.isidentifier():  # a path, or the name of another repository
+            continue
+        name = f"{module}.py"
         code = _beside_weights(location, name)
         if code is not None and not (directory / name).exists():
             shutil.copyfile(code, directory / name)

@@ -1,9 +1,10 @@
-"""What the CPU kernel's 8-bit tables do to perplexity: a packed model reads text a few tokens at a time, as it decodes.
+"""What the CPU kernel's 8 bits do to perplexity: a packed model reads text a few tokens at a time, as it decodes.
 
     python benchmarks/eight_bits.py CHECKPOINT [--text FILE] [--windows 4] [--window-length 512] [--page]
 
-Products of up to 16 tokens are looked up in tables rounded to 8 bits, unless `BinaryLinear.exact` says that they be in
-float32. Every window is read twice with a cache, 16 tokens at a time: exactly, and by look-up.
+Products of few tokens come from tables or activations rounded to 8 bits, unless `BinaryLinear.exact` says that they be
+in float32. Every window is read three times with a cache: exactly, as many tokens at a time as come in 8 bits,
+and one by one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import arbllm.integrations.transformers  # noqa: F401  so that transformers knows packed models
 from arbllm.evaluation.perplexity import cut_windows
-from arbllm.kernels.cpu import MOST_LOOKUP_TOKENS
+from arbllm.kernels.cpu import most_tokens
 from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
 from kernels import machine
@@ -31,10 +32,10 @@ HEADINGS = ("products", "perplexity", "change")
 COMMAND = "python benchmarks/eight_bits.py out/comparison/models/{name} --text {text} --windows {windows} --page"
 
 _SECTION = """\
-## What 8-bit tables do to perplexity
+## What 8 bits do to perplexity
 
-`{name}`, at {bits:.2f} bits, reads {windows} windows of {length} tokens of {text}, {together} tokens at a
-time with a cache, all products in float32 or all by look-up in tables of 8 bits.
+`{name}`, at {bits:.2f} bits, reads {windows} windows of {length} tokens of {text} with a cache, all products of
+packed linears in float32, or all from tables or activations of 8 bits, {together} tokens at a time or one.
 
 {machine}
 
@@ -58,11 +59,13 @@ def main() -> None:
     tokens = evaluation_tokens(options.text, tokenizer)
     windows = cut_windows(model, tokens, options.window_length, options.windows)
     console = Console()
-    exact, rounded = (perplexity(model, windows, exact=exact) for exact in (True, False))
-    rows: Rows = [
-        ("float32", f"{exact:.3f}", ""),
-        ("8-bit tables", f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"),
-    ]
+    together = most_tokens()
+    exact = perplexity(model, windows, together, exact=True)
+    rows: Rows = [("float32", f"{exact:.3f}", "")]
+    for count in (together, 1):
+        rounded = perplexity(model, windows, count, exact=False)
+        tokens_at_once = f"{count} tokens at a time" if count > 1 else "one token at a time"
+        rows.append((f"8 bits, {tokens_at_once}", f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"))
     console.print(as_table(HEADINGS, rows))
     if options.page:
         linears = [module.matrix for module in model.modules() if isinstance(module, BinaryLinear)]
@@ -70,22 +73,22 @@ def main() -> None:
         name, text = Path(options.checkpoint).name, Path(options.text).name
         section = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
-            length=options.window_length, name=name, text=text, together=MOST_LOOKUP_TOKENS, machine=machine(),
+            length=options.window_length, name=name, text=text, together=together, machine=machine(),
             table=as_markdown(HEADINGS, rows), command=COMMAND.format(name=name, text=text, windows=len(windows)),
         )  # fmt: skip
-        write_section(PERFORMANCE, "8-bit tables", section)
+        write_section(PERFORMANCE, "8 bits", section)
         console.print(f"wrote {PERFORMANCE}")
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Tensor, *, exact: bool) -> float:
-    """Perplexity over windows (N, L), a few tokens at a time."""
+def perplexity(model: PreTrainedModel, windows: Tensor, together: int, *, exact: bool) -> float:
+    """Perplexity over windows (N, L), so many tokens at a time."""
     BinaryLinear.exact = exact
     total = 0.0
     for window in windows:
         cache = None
-        for start in range(0, len(window) - 1, MOST_LOOKUP_TOKENS):
-            stop = min(start + MOST_LOOKUP_TOKENS, len(window) - 1)
+        for start in range(0, len(window) - 1, together):
+            stop = min(start + together, len(window) - 1)
             output = model(input_ids=window[None, start:stop], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             total += cross_entropy(output.logits[0].float(), window[start + 1 : stop + 1], reduction="sum").item()

@@ -35,7 +35,7 @@ from solver import Rows, as_markdown, as_table
 
 SHAPES = ((4096, 11_008), (4096, 4096))
 HEAD = (49_152, 576)
-BATCHES = (1, 2, 4, 8, 16, 512)
+BATCHES = (1, 2, 4, 8, 16, 64, 128, 512)
 CACHE_BYTES = 100 * 10**6
 """Packed matrices that products go through before they come back to the first: three times a large cache."""
 MANY = 64
@@ -55,8 +55,8 @@ the contestants take turns; the spread is that of the middle half of the packed 
 instead, which other jobs on the machine disturb less. Each run follows one of its own kind that does not count, as
 products of one kind follow each other in a model, and all go through matrices of {cache} MB together, so that no weight
 comes from the cache. *Share of bandwidth* is the time of a streaming sum over the bytes of the packed tensors, with as
-many threads, over that of the product. *Error* is that of the output for normally distributed inputs, from tables of 8
-bits and from rounding it to bfloat16; products of more than {most} tokens are in {many}.
+many threads, over that of the product. *Error* is that of the output for normally distributed inputs, from tables or
+activations of 8 bits and from rounding it to bfloat16; products of more than {most} tokens are in {many}.
 
 {machine}
 
@@ -105,7 +105,7 @@ def main() -> None:
         many = "bfloat16, for which this processor has instructions" if native.MULTIPLIES_BFLOAT16 else "float32"
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
-            most=cpu.MOST_LOOKUP_TOKENS, kernel=kernel, many=many, machine=machine(),
+            most=cpu.most_tokens(), kernel=kernel, many=many, machine=machine(),
             table=as_markdown(HEADINGS, rows), overhead=overhead,
             product=product, head=" x ".join(map(str, HEAD)), head_times=heads, command=COMMAND,
         )  # fmt: skip

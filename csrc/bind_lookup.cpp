@@ -40,6 +40,8 @@ const Kernel& chosen(int number) {
     return *kernels[number];
 }
 
+Number number(bool bfloat16) { return bfloat16 ? Number::bfloat16 : Number::float32; }
+
 Prepared opened(uintptr_t address, int64_t columns) {
     const auto* header = at<const Header>(address);
     if (header->magic != MAGIC) {
@@ -93,7 +95,6 @@ Packed packed_from(int64_t rows, int64_t columns, const std::vector<std::array<i
 
 void bind_lookup(nb::module_& module) {
     module.attr("LANES") = LANES;
-    module.attr("MOST_TOKENS") = MOST_TOKENS;
     module.attr("MULTIPLIES_BFLOAT16") = multiplies_bfloat16();
 
     nb::class_<Packed>(module, "Packed", "A packed matrix in memory that its owner keeps.")
@@ -106,31 +107,47 @@ void bind_lookup(nb::module_& module) {
             nb::arg("to"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
             "Write the matrix as the kernels want it, to an address divisible by 64.");
 
+    module.def("most_tokens", [](int set) { return chosen(set).most_tokens; }, nb::arg("instruction_set"),
+               "That `multiply` takes at a time.");
+
     module.def(
         "multiply",
         [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t columns, int64_t rows, int64_t stride,
            bool bfloat16, int set, int threads) {
             const Kernel& kernel = chosen(set);
             const Prepared matrix = opened(prepared, columns);
-            check(matrix.header->rows == rows && tokens <= MOST_TOKENS);
+            check(matrix.header->rows == rows && tokens <= kernel.most_tokens);
             const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
-                                          bfloat16 ? Number::bfloat16 : Number::float32};
+                                          number(bfloat16)};
             kernel.multiply(matrix, activations, threads);
         },
         nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("rows"),
         nb::arg("stride"), nb::arg("bfloat16"), nb::arg("instruction_set"), nb::arg("threads"),
-        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most MOST_TOKENS tokens.");
+        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most `most_tokens(instruction_set)` tokens.");
+
+    module.def(
+        "put_in_order",
+        [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t columns, int64_t stride, bool bfloat16,
+           int threads) {
+            const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
+                                          number(bfloat16)};
+            put_in_order(opened(prepared, columns), activations, threads);
+        },
+        nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("stride"),
+        nb::arg("bfloat16"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+        "y (tokens, columns) = x with its columns in the prepared order.");
 
     module.def(
         "unpack",
-        [](uintptr_t prepared, int64_t columns, int64_t first, int64_t last, uintptr_t to, int set, int threads) {
+        [](uintptr_t prepared, int64_t columns, int64_t first, int64_t last, uintptr_t to, bool bfloat16, int set,
+           int threads) {
             const Prepared matrix = opened(prepared, columns);
             check(0 <= first && first <= last && last <= matrix.blocks());
-            chosen(set).unpack(matrix, first, last, at<float>(to), threads);
+            chosen(set).unpack(matrix, first, last, at<void>(to), number(bfloat16), threads);
         },
-        nb::arg("prepared"), nb::arg("columns"), nb::arg("first"), nb::arg("last"), nb::arg("to"), nb::arg("instruction_set"),
-        nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
-        "Blocks of LANES rows of W, transposed, in the prepared order: float32 (columns, LANES * (last - first)).");
+        nb::arg("prepared"), nb::arg("columns"), nb::arg("first"), nb::arg("last"), nb::arg("to"), nb::arg("bfloat16"),
+        nb::arg("instruction_set"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+        "Blocks of LANES rows of W, transposed, in the prepared order: (columns, LANES * (last - first)).");
 
     module.def(
         "order",

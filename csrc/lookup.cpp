@@ -2,9 +2,41 @@
 
 #include <cstring>
 
+#include "parallel.h"
 #include "processor.h"
 
 namespace arbllm {
+namespace {
+
+struct Ordering {
+    const Prepared& prepared;
+    const Activations& activations;
+    Claims tokens;
+
+    template <class T>
+    void order(int64_t token) const {
+        const int64_t columns = prepared.header->columns;
+        const T* x = static_cast<const T*>(activations.x) + token * activations.stride;
+        T* y = static_cast<T*>(activations.y) + token * columns;
+        for (int64_t j = 0; j < columns; ++j) {
+            y[j] = x[prepared.order[j]];
+        }
+    }
+
+    static void run(void* argument) {
+        auto& job = *static_cast<Ordering*>(argument);
+        for (int64_t token; (token = job.tokens.next()) >= 0;) {
+            job.activations.number == Number::float32 ? job.order<float>(token) : job.order<uint16_t>(token);
+        }
+    }
+};
+
+}  // namespace
+
+void put_in_order(const Prepared& prepared, const Activations& activations, int threads) {
+    Ordering job{prepared, activations, Claims(activations.tokens)};
+    in_parallel(threads, &Ordering::run, &job);
+}
 
 const Kernel* kernel_named(const char* name) {
     for (const auto& supported : instruction_sets()) {

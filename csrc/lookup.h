@@ -11,6 +11,8 @@
 //   2         2: their signs, then their groups                      2
 //   4         1: its sign, its group (2 bits)                        4
 //
+// With AVX-512, several tokens are multiplied otherwise from the same bits: lookup_dots.h.
+//
 // A second sign makes a second pass, with tables and codes of its own. A segment with a trellis code
 // (arbllm/binarize/code.py) is one pass: each weight's level is a sum of signs and products of signs, the planes of bits
 // of which look up in the same tables, and only stored signs are kept: what follows from the rows above is put together
@@ -56,6 +58,7 @@ constexpr int LAG = 24;  // the row above whose first sign z0 is
 // plane t: the stored signs but the first, then z1 and z0.
 constexpr int MOST_TERMS = 4;
 constexpr int MOST_SUMMANDS = 10;
+constexpr int MOST_LEVELS = 2 << MOST_TERMS;
 constexpr int SUMMANDS[MOST_TERMS] = {2, 4, 8, 10};
 constexpr int MASKS[MOST_TERMS][MOST_SUMMANDS] = {
     {1, 2}, {1, 2, 4, 7}, {1, 2, 4, 8, 7, 11, 13, 14}, {1, 2, 4, 8, 16, 7, 11, 19, 13, 14}};
@@ -85,7 +88,12 @@ struct Pass {
     int32_t codes_before;  // bytes of a row's codes in earlier passes
     int32_t factors_before;  // row factors in earlier passes
     int64_t column_factors;  // index of the first of signed_sums * width
-    float coefficients[MOST_SUMMANDS];  // with a trellis: of the products of MASKS
+    // With a trellis: of the products of MASKS; and the levels at the numbers that signs make, bit t being plane t, also
+    // as bytes that a unit is multiplied by.
+    float coefficients[MOST_SUMMANDS];
+    float levels[MOST_LEVELS];
+    float level_unit;
+    int8_t level_bytes[MOST_LEVELS];
 };
 
 static inline int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
@@ -144,6 +152,7 @@ struct Prepared {
 };
 
 enum class Number : int32_t { float32 = 0, bfloat16 = 1 };
+inline int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2; }
 
 // x (tokens, columns), rows of `stride` numbers; y (tokens, rows), contiguous; both of the same type of number.
 struct Activations {
@@ -151,15 +160,26 @@ struct Activations {
     void* y;
     int64_t tokens, stride;
     Number number;
+
+    // Those of the tokens from the first one on, at most so many.
+    Activations from(int64_t first, int64_t most, int64_t rows) const {
+        const int64_t bytes = bytes_of(number);
+        return {static_cast<const uint8_t*>(x) + first * stride * bytes, static_cast<uint8_t*>(y) + first * rows * bytes,
+                std::min(most, tokens - first), stride, number};
+    }
 };
 
-// One instruction set's implementation. Tokens are at most MOST_TOKENS.
+// One instruction set's implementation.
 struct Kernel {
     const char* name;
+    int most_tokens;  // of a product
     void (*multiply)(const Prepared&, const Activations&, int threads);
-    // Blocks [first, last) of W^T in the prepared order: float (columns, 64 * (last - first)), rows beyond n being 0.
-    void (*unpack)(const Prepared&, int64_t first, int64_t last, float* to, int threads);
+    // Blocks [first, last) of W^T in the prepared order: (columns, 64 * (last - first)), rows beyond n being 0.
+    void (*unpack)(const Prepared&, int64_t first, int64_t last, void* to, Number number, int threads);
 };
+
+// y (tokens, columns) = x with its columns in the prepared order.
+void put_in_order(const Prepared& prepared, const Activations& activations, int threads);
 
 // Null where the compiler had no such target.
 const Kernel* kernel_avx512();

@@ -52,9 +52,34 @@ struct Avx512 {
 };
 
 }  // namespace
+}  // namespace arbllm
+
+#include "lookup_dots.h"
+
+namespace arbllm {
+namespace {
+
+constexpr int MOST_LOOKED_UP = MOST_TOKENS;  // tokens whose look-ups take less time than finding all levels, if there are groups
+constexpr int MOST_AT_ONCE = 2 * MOST_DOT_TOKENS;
+
+bool has_groups(const Prepared& prepared) {
+    return std::any_of(prepared.passes, prepared.passes + prepared.header->passes,
+                       [](const Pass& pass) { return !pass.trellis; });
+}
+
+void multiply_tokens(const Prepared& prepared, const Activations& activations, int threads) {
+    if (activations.tokens <= (has_groups(prepared) ? MOST_LOOKED_UP : 1)) {
+        return multiply<Lookups<Avx512>>(prepared, activations, threads);
+    }
+    for (int64_t first = 0; first < activations.tokens; first += MOST_DOT_TOKENS) {
+        multiply<Dots>(prepared, activations.from(first, MOST_DOT_TOKENS, prepared.header->rows), threads);
+    }
+}
+
+}  // namespace
 
 const Kernel* kernel_avx512() {
-    static const Kernel kernel{"avx512", multiply<Avx512>, unpack<Avx512>};
+    static const Kernel kernel{"avx512", MOST_AT_ONCE, multiply_tokens, unpack<Avx512>};
     return &kernel;
 }
 

@@ -24,6 +24,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
 #include "lookup.h"
 #include "lookup_groups.h"
 #include "lookup_tables.h"
@@ -36,23 +37,6 @@ namespace {
 
 constexpr int64_t SMALL = 1 << 18;  // weights times tokens that one thread does sooner alone
 constexpr int64_t SHARES = 4;  // pieces of work for a thread, at least, if there are so many blocks of rows
-
-float widened(uint16_t bits) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-// To the nearest bfloat16, ties to even.
-uint16_t narrowed(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    if (value != value) {
-        return static_cast<uint16_t>(word >> 16 | 0x40);
-    }
-    return static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
 
 void gather(const Prepared& prepared, const Activations& activations, int64_t token, float* to) {
     const int64_t columns = prepared.header->columns;
@@ -78,21 +62,64 @@ void write(const Activations& activations, int64_t at, const float* values, int6
     }
 }
 
-// One multiplication, as its threads see it: first the tables of all tokens, then piece by piece of the rows all tokens.
+// What Product wants to know of tokens' activations, here their tables.
 template <class V>
+class Lookups {
+  public:
+    static constexpr int MOST = MOST_TOKENS;
+
+    explicit Lookups(const Prepared& prepared)
+        : prepared_(prepared), space_(prepared), stretches_(stretches_of(prepared)) {}
+
+    int64_t bytes() const { return space_.bytes(); }  // of a token's work space
+    int64_t tasks() const { return static_cast<int64_t>(stretches_.size()); }  // of building it, in any order
+
+    // x are the token's inputs, in the prepared order.
+    void build(int64_t task, const float* x, uint8_t* space) const {
+        const Stretch& stretch = stretches_[task];
+        const Pass& pass = prepared_.passes[stretch.pass];
+        build_tables(prepared_, pass, stretch.number, x + pass.column, space_.tables(space, prepared_, stretch.pass));
+    }
+
+    // y of each token += what a pass adds to the rows of some blocks of a tile.
+    void add(int p, uint8_t* const* spaces, int64_t tokens, int64_t tile, int64_t first, int64_t blocks,
+             float (*y)[TILE_ROWS]) const {
+        const Pass& pass = prepared_.passes[p];
+        Tables found[MOST];
+        for (int64_t token = 0; token < tokens; ++token) {
+            found[token] = space_.tables(spaces[token], prepared_, p);
+        }
+        if (pass.trellis) {
+            return add_trellis<V>(prepared_, pass, found, tokens, tile, first, blocks, y);
+        }
+        for (int64_t token = 0; token < tokens; ++token) {
+            for (int64_t block = 0; block < blocks; ++block) {
+                add_pass<V>(prepared_, pass, found[token], tile, first + block, y[token] + LANES * block);
+            }
+        }
+    }
+
+  private:
+    const Prepared& prepared_;
+    const Space space_;
+    const std::vector<Stretch> stretches_;
+};
+
+// One multiplication, as its threads see it: first what all tokens' activations become, then piece by piece of the rows
+// all tokens.
+template <class Inputs>
 class Product {
   public:
     Product(const Prepared& prepared, const Activations& activations, int threads)
         : prepared_(prepared),
           activations_(activations),
-          space_(prepared),
+          inputs_(prepared),
           columns_((prepared.header->columns + 15) / 16 * 16),
-          stretches_(stretches_of(prepared)),
           tokens_(activations.tokens),
-          tables_(activations.tokens * static_cast<int64_t>(stretches_.size())),
+          tasks_(activations.tokens * inputs_.tasks()),
           piece_(prepared.tiles() < SHARES * threads ? 1 : TILE_BLOCKS),
           pieces_((prepared.blocks() + piece_ - 1) / piece_) {
-        const int64_t each = space_.bytes() + 4 * columns_;
+        const int64_t each = inputs_.bytes() + 4 * columns_;
         static thread_local std::vector<uint8_t> memory;
         if (static_cast<int64_t>(memory.size()) < activations.tokens * each + 64) {
             memory.resize(activations.tokens * each + 64);
@@ -110,46 +137,29 @@ class Product {
             gather(product.prepared_, product.activations_, token, product.x_[token]);
         }
         product.tokens_.wait();
-        const auto stretches = static_cast<int64_t>(product.stretches_.size());
-        for (int64_t i; (i = product.tables_.next()) >= 0; product.tables_.done()) {
-            const Stretch& stretch = product.stretches_[i % stretches];
-            const Pass& pass = product.prepared_.passes[stretch.pass];
-            build_tables(product.prepared_, pass, stretch.number, product.x_[i / stretches] + pass.column,
-                         product.tables(i / stretches, stretch.pass));
+        const int64_t tasks = product.inputs_.tasks();
+        for (int64_t i; (i = product.tasks_.next()) >= 0; product.tasks_.done()) {
+            const int64_t token = i / tasks;
+            product.inputs_.build(i % tasks, product.x_[token], product.spaces_[token]);
         }
-        product.tables_.wait();
+        product.tasks_.wait();
         for (int64_t piece; (piece = product.pieces_.next()) >= 0;) {
             product.multiply(piece * product.piece_);
         }
     }
 
   private:
-    Tables tables(int64_t token, int64_t pass) const { return space_.tables(spaces_[token], prepared_, pass); }
-
     // The rows of one piece: blocks of one tile, from the first one on.
     void multiply(int64_t first) const {
         const Header& header = *prepared_.header;
         const int64_t tile = first / TILE_BLOCKS, skipped = first % TILE_BLOCKS, tokens = activations_.tokens;
         const int64_t blocks = std::min(piece_, prepared_.tile_blocks(tile) - skipped);
-        alignas(64) float y[MOST_TOKENS][TILE_ROWS];
+        alignas(64) float y[Inputs::MOST][TILE_ROWS];
         for (int64_t token = 0; token < tokens; ++token) {
             std::fill_n(y[token], LANES * blocks, 0.0f);
         }
-        for (int64_t p = 0; p < header.passes; ++p) {
-            Tables found[MOST_TOKENS];
-            for (int64_t token = 0; token < tokens; ++token) {
-                found[token] = tables(token, p);
-            }
-            if (prepared_.passes[p].trellis) {
-                add_trellis<V>(prepared_, prepared_.passes[p], found, tokens, tile, skipped, blocks, y);
-                continue;
-            }
-            for (int64_t token = 0; token < tokens; ++token) {
-                for (int64_t block = 0; block < blocks; ++block) {
-                    add_pass<V>(prepared_, prepared_.passes[p], found[token], tile, skipped + block,
-                                y[token] + LANES * block);
-                }
-            }
+        for (int p = 0; p < header.passes; ++p) {
+            inputs_.add(p, spaces_.data(), tokens, tile, skipped, blocks, y);
         }
         for (int64_t block = 0; block < blocks; ++block) {
             const float* dense = prepared_.dense_of(tile, skipped + block);
@@ -171,22 +181,21 @@ class Product {
 
     const Prepared& prepared_;
     const Activations& activations_;
-    const Space space_;
+    const Inputs inputs_;
     const int64_t columns_;
-    const std::vector<Stretch> stretches_;
     std::vector<float*> x_;
     std::vector<uint8_t*> spaces_;
-    Claims tokens_, tables_;
+    Claims tokens_, tasks_;
     const int64_t piece_;  // blocks of rows that a thread claims at a time
     Claims pieces_;
 };
 
-template <class V>
+template <class Inputs>
 void multiply(const Prepared& prepared, const Activations& activations, int threads) {
     const int64_t work = prepared.header->rows * prepared.header->columns * activations.tokens;
     const int used = work < SMALL ? 1 : threads;
-    Product<V> product(prepared, activations, used);
-    in_parallel(used, &Product<V>::run, &product);
+    Product<Inputs> product(prepared, activations, used);
+    in_parallel(used, &Product<Inputs>::run, &product);
 }
 
 }  // namespace

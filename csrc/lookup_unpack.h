@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
+#include "bfloat16.h"
 #include "lookup.h"
 #include "lookup_trellis.h"
 #include "parallel.h"
@@ -51,24 +53,11 @@ struct Numbers {
     }
 };
 
-// The levels of weights of a pass, at the numbers that their signs make: bit t for plane t.
-inline void find_levels(const Pass& pass, float* levels) {
-    const int terms = pass.planes;
-    for (int number = 0; number < 2 << terms; ++number) {
-        levels[number] = 0.0f;
-        for (int s = 0; s < SUMMANDS[terms - 1]; ++s) {
-            const bool positive = __builtin_parity(number & MASKS[terms - 1][s]);
-            levels[number] += positive ? pass.coefficients[s] : -pass.coefficients[s];
-        }
-    }
-}
-
 // Writes one pass with a trellis to W^T: rows of `stride` floats.
 template <class V>
 void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, float* to,
                     int64_t stride) {
-    float levels[2 * LEVELS] = {}, scales[LANES], found[LANES], others[LANES];
-    find_levels(pass, levels);
+    float scales[LANES], found[LANES], others[LANES];
     const float* factors = prepared.factors_of(tile, block, pass);
     for (int r = 0; r < LANES; ++r) {
         scales[r] = factors[LANES / 2 * (r % 2) + r / 2];
@@ -79,9 +68,9 @@ void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, in
             const Numbers numbers(stretch, pass.planes, byte);
             const int column = 8 * (STRETCH_BYTES * number + byte), columns = std::min(8, pass.width - column);
             for (int j = 0; j < columns; ++j) {
-                V::pick(levels, numbers.words, 4 * j, found);
+                V::pick(pass.levels, numbers.words, 4 * j, found);
                 if (pass.planes == MOST_TERMS) {
-                    V::pick(levels + LEVELS, numbers.words, 4 * j, others);
+                    V::pick(pass.levels + LEVELS, numbers.words, 4 * j, others);
                     for (int r = 0; r < LANES; ++r) {
                         found[r] = numbers.highest[r] >> j & 1 ? others[r] : found[r];
                     }
@@ -146,39 +135,57 @@ void unpack_pass(const Prepared& prepared, const Pass& pass, int64_t tile, int64
     chosen(prepared, pass, tile, block, to, stride);
 }
 
+// Writes W^T of one block: rows of `stride` floats.
+template <class V>
+void unpack_block(const Prepared& prepared, int64_t tile, int64_t block, float* to, int64_t stride) {
+    const Header& header = *prepared.header;
+    for (int64_t p = 0; p < header.passes; ++p) {
+        const Pass& pass = prepared.passes[p];
+        const bool begins = p == 0 || pass.column != prepared.passes[p - 1].column;
+        for (int64_t j = 0; begins && !pass.trellis && j < pass.width; ++j) {
+            std::fill_n(to + (pass.column + j) * stride, LANES, 0.0f);
+        }
+        unpack_pass<V>(prepared, pass, tile, block, to + pass.column * stride, stride);
+    }
+    const float* dense = prepared.dense_of(tile, block);
+    for (int64_t j = 0; j < header.dense; ++j) {
+        std::copy(dense + LANES * j, dense + LANES * (j + 1), to + (header.dense_column + j) * stride);
+    }
+}
+
 template <class V>
 struct Unpacking {
     const Prepared& prepared;
     int64_t first, last;
-    float* to;
+    void* to;
+    Number number;
     Claims blocks;
 
     static void run(void* argument) {
         auto& job = *static_cast<Unpacking*>(argument);
-        const Header& header = *job.prepared.header;
-        const int64_t stride = LANES * (job.last - job.first);
+        const int64_t columns = job.prepared.header->columns, stride = LANES * (job.last - job.first);
+        static thread_local std::vector<float> wide;
+        if (job.number == Number::bfloat16) {
+            wide.resize(LANES * columns);
+        }
         for (int64_t i; (i = job.blocks.next()) >= 0;) {
             const int64_t tile = (job.first + i) / TILE_BLOCKS, block = (job.first + i) % TILE_BLOCKS;
-            float* to = job.to + LANES * i;
-            for (int64_t p = 0; p < header.passes; ++p) {
-                const Pass& pass = job.prepared.passes[p];
-                const bool begins = p == 0 || pass.column != job.prepared.passes[p - 1].column;
-                for (int64_t j = 0; begins && !pass.trellis && j < pass.width; ++j) {
-                    std::fill_n(to + (pass.column + j) * stride, LANES, 0.0f);
-                }
-                unpack_pass<V>(job.prepared, pass, tile, block, to + pass.column * stride, stride);
+            if (job.number == Number::float32) {
+                unpack_block<V>(job.prepared, tile, block, static_cast<float*>(job.to) + LANES * i, stride);
+                continue;
             }
-            const float* dense = job.prepared.dense_of(tile, block);
-            for (int64_t j = 0; j < header.dense; ++j) {
-                std::copy(dense + LANES * j, dense + LANES * (j + 1), to + (header.dense_column + j) * stride);
+            unpack_block<V>(job.prepared, tile, block, wide.data(), LANES);
+            uint16_t* const to = static_cast<uint16_t*>(job.to) + LANES * i;
+            for (int64_t j = 0; j < columns; ++j) {
+                std::transform(&wide[LANES * j], &wide[LANES * j] + LANES, to + stride * j, narrowed);
             }
         }
     }
 };
 
 template <class V>
-void unpack(const Prepared& prepared, int64_t first, int64_t last, float* to, int threads) {
-    Unpacking<V> job{prepared, first, last, to, Claims(last - first)};
+void unpack(const Prepared& prepared, int64_t first, int64_t last, void* to, Number number, int threads) {
+    Unpacking<V> job{prepared, first, last, to, number, Claims(last - first)};
     in_parallel(threads, &Unpacking<V>::run, &job);
 }
 

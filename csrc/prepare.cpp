@@ -1,7 +1,9 @@
 #include "prepare.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "memory.h"
@@ -45,6 +47,35 @@ ptrdiff_t place_of(int32_t mask, int terms) {
     return found - masks;
 }
 
+// The levels of weights with a trellis, and bytes for them: of 127 over the largest, or a little less, the multiple that
+// rounds least.
+void find_levels(Pass& pass) {
+    const int count = 2 << pass.planes;
+    float largest = 0.0f;
+    for (int number = 0; number < count; ++number) {
+        for (int s = 0; s < SUMMANDS[pass.planes - 1]; ++s) {
+            const bool positive = __builtin_parity(number & MASKS[pass.planes - 1][s]);
+            pass.levels[number] += positive ? pass.coefficients[s] : -pass.coefficients[s];
+        }
+        largest = std::max(largest, std::fabs(pass.levels[number]));
+    }
+    float least = std::numeric_limits<float>::infinity();
+    for (float most = 127.0f; most > 95.0f; most -= 0.25f) {
+        float error = 0.0f;
+        for (int number = 0; number < count; ++number) {
+            const float scaled = pass.levels[number] * most / largest;
+            error += (scaled - std::nearbyint(scaled)) * (scaled - std::nearbyint(scaled)) / (most * most);
+        }
+        if (error < least) {
+            least = error;
+            pass.level_unit = largest / most;
+        }
+    }
+    for (int number = 0; number < count; ++number) {
+        pass.level_bytes[number] = static_cast<int8_t>(std::nearbyint(pass.levels[number] / pass.level_unit));
+    }
+}
+
 Plan planned(const Packed& packed) {
     Plan plan;
     Header& header = plan.header;
@@ -69,6 +100,7 @@ Plan planned(const Packed& packed) {
                 for (const Summand& summand : level) {
                     pass.coefficients[place_of(summand.mask, pass.planes)] = summand.coefficient;
                 }
+                find_levels(pass);
             }
             pass.signed_sums = static_cast<int32_t>(place.groups);
             pass.accumulators = static_cast<int32_t>(place.groups * (packed.row_means && term == 0 ? 2 : 1));

@@ -8,7 +8,7 @@ std::vector<std::string> instruction_sets() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vnni")) {
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni")) {
         found.push_back("avx512");
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

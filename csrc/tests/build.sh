@@ -9,7 +9,7 @@ trap 'rm -rf "$objects"' EXIT
 for source in lookup*.cpp rows*.cpp prepare.cpp memory.cpp processor.cpp parallel.cpp tests/check_*.cpp; do
     case $("$1" -dumpmachine)/$source in
     x86_64*/*_avx2.cpp) options="-mavx2 -mfma -mf16c" ;;
-    x86_64*/*_avx512.cpp) options="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -Wno-uninitialized -Wno-maybe-uninitialized" ;;
+    x86_64*/*_avx512.cpp) options="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mgfni -mfma -Wno-uninitialized -Wno-maybe-uninitialized" ;;
     *) options="" ;;
     esac
     # shellcheck disable=SC2086

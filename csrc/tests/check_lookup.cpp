@@ -1,12 +1,15 @@
 // Every kernel that this processor runs, against sums taken weight by weight. For sanitizers, and for processors that
 // an emulator stands in for: see `make sanitize` and `make test-arm`.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 
+#include "../bfloat16.h"
 #include "../prepare.h"
 #include "../processor.h"
 #include "checks.h"
@@ -16,7 +19,8 @@ using namespace arbllm;
 namespace {
 
 constexpr double LARGEST_ERROR = 0.012;  // of the output, with normally distributed inputs
-constexpr int TOKENS = 3;
+constexpr int TOKENS[] = {1, 3, 16, 70};  // each multiplied in another way by some kernel
+constexpr int LEAST_TOKENS = 16;  // that an error is the mean of
 
 std::mt19937 generator(0);
 
@@ -138,43 +142,79 @@ struct alignas(64) Line {
     uint8_t bytes[64];
 };
 
-// Relative errors of the look-up and of the unpacked weight.
+// W in the natural order of columns.
+std::vector<double> weights(const Example& example) {
+    const Packed& packed = example.packed;
+    std::vector<double> all(packed.rows * packed.columns);
+    for (int64_t row = 0; row < packed.rows; ++row) {
+        for (const Place& place : packed.places) {
+            for (int64_t j = 0; j < place.width; ++j) {
+                all[row * packed.columns + example.order[place.column + j]] = example.weight(place, row, j);
+            }
+        }
+    }
+    return all;
+}
+
+// Relative error of products of so many tokens, with normally distributed inputs.
+double product_error(const Packed& packed, const Prepared& prepared, const Kernel& kernel,
+                     const std::vector<double>& weight, int tokens) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(tokens * packed.columns), y(tokens * packed.rows);
+    double wrong = 0.0, size = 0.0;
+    for (int token = 0; token < LEAST_TOKENS; token += tokens) {
+        for (auto& number : x) {
+            number = normal(generator);
+        }
+        kernel.multiply(prepared, {x.data(), y.data(), tokens, packed.columns, Number::float32}, 2);
+        for (int64_t i = 0; i < tokens * packed.rows; ++i) {
+            const double* row = &weight[i % packed.rows * packed.columns];
+            const double expected = std::inner_product(row, row + packed.columns, &x[i / packed.rows * packed.columns], 0.0);
+            wrong += std::pow(y[i] - expected, 2);
+            size += expected * expected;
+        }
+    }
+    return std::sqrt(wrong / size);
+}
+
+// Relative error of the unpacked weight.
+template <class T>
+double unpacked_error(const Packed& packed, const Prepared& prepared, const Kernel& kernel,
+                      const std::vector<double>& weight) {
+    constexpr Number number = sizeof(T) == 4 ? Number::float32 : Number::bfloat16;
+    const int64_t lanes = LANES * prepared.blocks();
+    std::vector<T> unpacked(packed.columns * lanes);
+    kernel.unpack(prepared, 0, prepared.blocks(), unpacked.data(), number, 2);
+    double wrong = 0.0, size = 0.0;
+    for (int64_t row = 0; row < packed.rows; ++row) {
+        for (int64_t j = 0; j < packed.columns; ++j) {
+            const T found = unpacked[j * lanes + row];
+            const double expected = weight[row * packed.columns + prepared.order[j]];
+            wrong += std::pow((sizeof(T) == 4 ? found : widened(static_cast<uint16_t>(found))) - expected, 2);
+            size += expected * expected;
+        }
+    }
+    return std::sqrt(wrong / size);
+}
+
 bool check(const Example& example, const Kernel& kernel, const char* name) {
     const Packed& packed = example.packed;
     std::vector<Line> memory(prepared_bytes(packed) / 64 + 1);
     auto* start = memory.data()->bytes;
     prepare(packed, start, 2);
     const Prepared prepared(start);
-    std::normal_distribution<float> normal;
-    std::vector<float> x(TOKENS * packed.columns), y(TOKENS * packed.rows);
-    for (auto& number : x) {
-        number = normal(generator);
-    }
-    kernel.multiply(prepared, {x.data(), y.data(), TOKENS, packed.columns, Number::float32}, 2);
-
-    const int64_t lanes = LANES * prepared.blocks();
-    std::vector<float> dense(packed.columns * lanes);
-    kernel.unpack(prepared, 0, prepared.blocks(), dense.data(), 2);
-    double wrong = 0.0, unpacked_wrong = 0.0, size = 0.0;
-    for (int64_t row = 0; row < packed.rows; ++row) {
-        for (int64_t token = 0; token < TOKENS; ++token) {
-            double expected = 0.0, unpacked = 0.0;
-            for (const Place& place : packed.places) {
-                for (int64_t j = 0; j < place.width; ++j) {
-                    expected += example.weight(place, row, j) * x[token * packed.columns + example.order[place.column + j]];
-                }
-            }
-            for (int64_t j = 0; j < packed.columns; ++j) {
-                unpacked += double{dense[j * lanes + row]} * x[token * packed.columns + prepared.order[j]];
-            }
-            wrong += std::pow(y[token * packed.rows + row] - expected, 2);
-            unpacked_wrong += std::pow(unpacked - expected, 2);
-            size += expected * expected;
+    const auto weight = weights(example);
+    double largest = 0.0;
+    for (const int tokens : TOKENS) {
+        if (tokens <= kernel.most_tokens) {
+            largest = std::max(largest, product_error(packed, prepared, kernel, weight, tokens));
         }
     }
-    const double error = std::sqrt(wrong / size), unpacked_error = std::sqrt(unpacked_wrong / size);
-    const bool sound = error < LARGEST_ERROR && unpacked_error < 1e-5;
-    std::printf("%s %-9s %-28s look-up %.5f  unpacked %.1e\n", sound ? "ok  " : "FAIL", kernel.name, name, error, unpacked_error);
+    const double wide = unpacked_error<float>(packed, prepared, kernel, weight);
+    const double half = unpacked_error<uint16_t>(packed, prepared, kernel, weight);
+    const bool sound = largest < LARGEST_ERROR && wide < 1e-5 && half < 0x1p-8;
+    std::printf("%s %-9s %-28s products %.5f  unpacked %.1e, in bfloat16 %.1e\n", sound ? "ok  " : "FAIL", kernel.name,
+                name, largest, wide, half);
     return sound;
 }
 

@@ -8,8 +8,6 @@ def instruction_sets() -> list[str]:
 
 LANES: int
 """Rows of a block: `unpack` counts in these."""
-MOST_TOKENS: int
-"""That `multiply` takes at a time."""
 MULTIPLIES_BFLOAT16: bool
 """Whether this processor has instructions for that."""
 
@@ -49,10 +47,27 @@ def multiply(
     instruction_set: int,
     threads: int,
 ) -> None:
-    """y = x W^T for at most MOST_TOKENS tokens."""
+    """y = x W^T for at most `most_tokens(instruction_set)` tokens."""
 
-def unpack(prepared: int, columns: int, first: int, last: int, to: int, instruction_set: int, threads: int) -> None:
-    """Blocks of LANES rows of W, transposed, in the prepared order: float32 (columns, LANES * (last - first))."""
+def most_tokens(instruction_set: int) -> int:
+    """That `multiply` takes at a time."""
+
+def put_in_order(
+    prepared: int, x: int, y: int, tokens: int, columns: int, stride: int, bfloat16: bool, threads: int
+) -> None:
+    """y (tokens, columns) = x with its columns in the prepared order."""
+
+def unpack(
+    prepared: int,
+    columns: int,
+    first: int,
+    last: int,
+    to: int,
+    bfloat16: bool,
+    instruction_set: int,
+    threads: int,
+) -> None:
+    """Blocks of LANES rows of W, transposed, in the prepared order: (columns, LANES * (last - first))."""
 
 def order(prepared: int, columns: int) -> int:
     """Address of the natural column, int32, of each prepared one."""

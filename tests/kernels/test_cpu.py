@@ -2,6 +2,7 @@ import copy
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import arbllm
 from arbllm.errors import ConfigError
 from arbllm.format.layout import Segment
+from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cpu, reference
 from arbllm.kernels.dispatch import preparing_kernel
 from arbllm.nn import BinaryLinear
@@ -51,6 +53,11 @@ TRELLISES: dict[str, tuple[Segment, ...]] = {
         Segment(1, 1, 1),
     ),
 }
+KINDS: dict[str, Callable[[], BinaryMatrix]] = {
+    "groups": lambda: random_matrix(70, 320, salient=20),
+    "trellis": lambda: in_segments(70, Segment(320, 1, 2, True)),
+}
+"""Matrices (70, 320) that a kernel multiplies in different ways."""
 LARGEST_ERROR = 0.012
 """Of the output, relative, with 8 bits and normally distributed inputs; large matrices come under 0.01."""
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -91,14 +98,15 @@ def test_every_instruction_set_multiplies(instruction_set, features, shape):
 def test_a_trellis_is_multiplied(instruction_set, name, rows):
     matrix = in_segments(rows, *TRELLISES[name], ordering="explicit", scale_bits=8, seed=rows)
     prepared, dense = cpu.prepare(matrix), matrix.dequantize()
-    for tokens in (1, 3, cpu.MOST_LOOKUP_TOKENS, cpu.MOST_LOOKUP_TOKENS + 1):
+    most = cpu.most_tokens(cpu.instruction_set_number(instruction_set))
+    for tokens in (1, 2, 3, 16, most, most + 1):
         x = inputs(tokens, matrix.layout.columns, seed=tokens)
         expected = x.double() @ dense.double().T
         largest = (x.abs() @ dense.abs().T).max()
         exact = cpu.multiply(x, prepared, rows, exact=True, instruction_set=instruction_set)
         assert (exact - expected).abs().max() <= 1e-6 * largest
         quick = cpu.multiply(x, prepared, rows, instruction_set=instruction_set)
-        if tokens > cpu.MOST_LOOKUP_TOKENS:
+        if tokens > most:
             assert torch.equal(quick, exact)
         if "alone" in name:  # kept as they are
             torch.testing.assert_close(quick, exact, rtol=1e-5, atol=1e-6)
@@ -124,7 +132,7 @@ def test_many_tokens_in_bfloat16(monkeypatch, features, has_instructions):
     """In bfloat16 where the processor multiplies that, unless an exact product is asked for."""
     monkeypatch.setattr(cpu.native(), "MULTIPLIES_BFLOAT16", has_instructions)
     matrix = random_matrix(300, 576, **features)
-    x, prepared = inputs(cpu.MOST_LOOKUP_TOKENS + 1, 576).bfloat16(), cpu.prepare(matrix)
+    x, prepared = inputs(cpu.most_tokens() + 1, 576).bfloat16(), cpu.prepare(matrix)
     exact = cpu.multiply(x.float(), prepared, 300, exact=True).bfloat16()
     assert torch.equal(cpu.multiply(x, prepared, 300, exact=True), exact)
     y = cpu.multiply(x, prepared, 300)
@@ -139,14 +147,14 @@ def test_threads_change_nothing_in_a_trellis():
     """Rows of a block follow from those of the block above, which another thread may have."""
     matrix = in_segments(900, Segment(320, 1, 2, True), Segment(61, 1, 4, True))
     x, prepared = inputs(4, 381), cpu.prepare(matrix)
-    before, expected = torch.get_num_threads(), cpu.multiply(x, prepared, 900)
-    alone = torch.cat([cpu.multiply(row[None], prepared, 900) for row in x])
-    assert torch.equal(alone, expected)
+    before = torch.get_num_threads()
+    expected = {tokens: cpu.multiply(x[:tokens], prepared, 900) for tokens in (1, 4)}
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             assert torch.equal(cpu.prepare(matrix), prepared)
-            assert torch.equal(cpu.multiply(x, prepared, 900), expected)
+            for tokens, y in expected.items():
+                assert torch.equal(cpu.multiply(x[:tokens], prepared, 900), y)
     finally:
         torch.set_num_threads(before)
 
@@ -165,11 +173,12 @@ def test_one_large_input_loses_nothing_to_averages_in_a_trellis(instruction_set,
     """What rounding up adds to averages is known for each table: where the others are 0, it is taken off again."""
     matrix = in_segments(130, Segment(323, 1, terms, True), ordering="explicit", scale_bits=8)
     x = 1000.0 * torch.eye(323)[torch.randperm(323, generator=torch.Generator().manual_seed(0))[:16]]
-    quick = cpu.multiply(x, cpu.prepare(matrix), 130, instruction_set=instruction_set)
+    prepared = cpu.prepare(matrix)
+    quick = torch.cat([cpu.multiply(row[None], prepared, 130, instruction_set=instruction_set) for row in x])
     torch.testing.assert_close(quick, reference.matmul(x, matrix), rtol=1e-4, atol=1e-4)
 
 
-@given(matrix=matrices(), tokens=st.integers(1, 17))
+@given(matrix=matrices(), tokens=st.integers(1, 17) | st.sampled_from([64, 67, 128, 129]))
 def test_random_layouts_in_all_instruction_sets(matrix, tokens):
     x, prepared, rows = inputs(tokens, matrix.layout.columns), cpu.prepare(matrix), matrix.layout.rows
     expected = x @ matrix.dequantize().T
@@ -181,22 +190,28 @@ def test_random_layouts_in_all_instruction_sets(matrix, tokens):
         assert (quick - expected).abs().max() <= LARGEST_ERROR * largest
 
 
-@pytest.mark.parametrize("tokens", range(18))
-def test_any_number_of_tokens(tokens):
-    matrix = random_matrix(100, 320, salient=20)
-    x = inputs(tokens, 320)
-    y = cpu.multiply(x, cpu.prepare(matrix), 100)
-    assert y.shape == (tokens, 100)
+@pytest.mark.parametrize("tokens", [*range(18), 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_tokens(tokens, kind):
+    matrix, x = KINDS[kind](), inputs(tokens, 320)
+    y = cpu.multiply(x, cpu.prepare(matrix), 70)
+    assert y.shape == (tokens, 70)
     if tokens:
         assert relative_error(y, reference.matmul(x, matrix)) < LARGEST_ERROR
 
 
-def test_tokens_do_not_disturb_each_other():
-    matrix = random_matrix(70, 320, salient=20)
-    x, prepared = inputs(9, 320), cpu.prepare(matrix)
-    together = cpu.multiply(x, prepared, 70)
-    alone = torch.cat([cpu.multiply(row[None], prepared, 70) for row in x])
-    assert torch.equal(together, alone)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("least", "tokens"), [(1, 1), (2, 9), (17, 131)])
+def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
+    """Of as many tokens as are multiplied in one way: that several may be multiplied otherwise than few is known."""
+    number = cpu.instruction_set_number(instruction_set)
+    if tokens > cpu.most_tokens(number) + 3:
+        pytest.skip("so many tokens are multiplied exactly")
+    prepared, x = cpu.prepare(KINDS[kind]()), inputs(min(tokens, cpu.most_tokens(number)), 320)
+    together = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
+    for token, row in zip(x, together, strict=True):
+        again = cpu.multiply(token.expand(least, -1), prepared, 70, instruction_set=instruction_set)
+        assert torch.equal(again, row.expand(least, -1))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -424,9 +439,11 @@ def test_inputs_that_are_no_numbers_show(instruction_set, kind, value):
     matrix = random_matrix(70, 320, salient=20) if kind == "groups" else in_segments(70, *segments)
     x = torch.randn(3, matrix.layout.columns)
     x[1, 5] = value
-    y = cpu.multiply(x, cpu.prepare(matrix), 70, instruction_set=instruction_set)
+    prepared = cpu.prepare(matrix)
+    y = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
     assert not y[1].isfinite().any()
     assert y[[0, 2]].isfinite().all()
+    assert not cpu.multiply(x[1:2], prepared, 70, instruction_set=instruction_set).isfinite().any()
 
 
 def test_the_stub_names_what_the_extension_has():

@@ -1,9 +1,9 @@
-"""The CPU kernel: table look-up in the C++ extension for a few tokens, the vendor's matrix product for more.
+"""The CPU kernel: products straight from the bits in the C++ extension for few tokens, the vendor's product for more.
 
-How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to MOST_LOOKUP_TOKENS tokens,
-and where an exact product is not asked for, entries of tables are rounded to 8 bits, which makes an error of under 1 %
-of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight: in bfloat16, as a
-dense layer would, if they are given so and the processor has instructions for that, else in float32.
+How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to `most_tokens` tokens, and
+where an exact product is not asked for, entries of tables or activations are rounded to 8 bits, which makes an error of
+under 1 % of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight: in
+bfloat16, as a dense layer would, if they are given so and the processor has instructions for that, else in float32.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from arbllm.format.trellis import FURTHER_SIGNS
 from arbllm.kernels import reference
 from arbllm.native import load
 
-MOST_LOOKUP_TOKENS = 16
-"""With more tokens, unpacking the weight takes less time than look-ups."""
-TILE_WEIGHTS = 2**21
-"""Weights that are unpacked at a time for many tokens: 8 MB."""
+TILE_BYTES = 2**24
+"""Of weights that are unpacked at a time for many tokens."""
 ALIGNMENT = 64
 
 _DIRECT = (torch.float32, torch.bfloat16)  # other dtypes are converted first
@@ -59,6 +57,12 @@ def instruction_sets() -> list[str]:
     """Instruction sets that this processor has and the kernel knows, the best first; none without the extension."""
     module = native()
     return module.instruction_sets() if module else []
+
+
+@cache
+def most_tokens(instruction_set: int = 0) -> int:
+    """Tokens that are multiplied in 8 bits, by the number of `instruction_set_number`; the best one's by default."""
+    return int(native_module().most_tokens(instruction_set))
 
 
 def prepare(matrix: BinaryMatrix) -> Tensor:
@@ -137,8 +141,8 @@ def multiply(
     if plain and not exact and x.dtype in _DIRECT and x.is_contiguous() and (size := x.numel()) and (shape := x.shape):
         *before, columns = shape
         tokens = size // columns
-        if tokens <= MOST_LOOKUP_TOKENS:
-            return _look_up(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
+        if tokens <= most_tokens(chosen):
+            return _multiply(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
     reference.check_kind(x)
     rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
@@ -159,7 +163,7 @@ def multiply_transposed(y: Tensor, prepared: Tensor, columns: int) -> Tensor:
     rows = y.shape[-1]
     given = y.reshape(-1, rows).float()
     ordered = given.new_zeros(len(given), columns)
-    for tile, weight in _tiles(prepared, rows, columns, instruction_set=0):
+    for tile, weight in _tiles(prepared, rows, columns, torch.float32, instruction_set=0):
         with torch.autocast("cpu", enabled=False):
             ordered.addmm_(given[:, tile], weight[:, : tile.stop - tile.start].T)
     x = torch.empty_like(ordered).index_copy_(1, order(prepared, columns).long(), ordered)
@@ -208,20 +212,20 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     tokens = x.shape[0]
     if not tokens:
         order(prepared, x.shape[1])  # refuses another width
-    if exact or tokens > MOST_LOOKUP_TOKENS:
+    if exact or tokens > most_tokens(instruction_set):
         half = x.dtype == torch.bfloat16 and not exact and native_module().MULTIPLIES_BFLOAT16
         return _by_tiles(x, prepared, rows, torch.bfloat16 if half else torch.float32, instruction_set)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
     sizes = (tokens, x.shape[1], rows)
-    return _look_up(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
+    return _multiply(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
 
 
-def _look_up(
+def _multiply(
     x: Tensor, y: Tensor, prepared: Tensor, sizes: tuple[int, int, int], stride: int, instruction_set: int
 ) -> Tensor:
-    """Put x W^T into y by tables; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
+    """Put x W^T into y in 8 bits; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
     native_module().multiply(
         prepared.data_ptr(),
         x.data_ptr(),
@@ -242,24 +246,36 @@ def _fake(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_set: 
 
 def _by_tiles(x: Tensor, prepared: Tensor, rows: int, dtype: torch.dtype, instruction_set: int) -> Tensor:
     """y = x W^T, a tile of rows unpacked at a time, multiplied in this dtype."""
-    ordered = x.to(dtype).index_select(1, order(prepared, x.shape[1]))
+    ordered = _in_order(x.to(dtype), prepared)
     y = x.new_empty(x.shape[0], rows)
-    for tile, weight in _tiles(prepared, rows, x.shape[1], instruction_set):
+    for tile, weight in _tiles(prepared, rows, x.shape[1], dtype, instruction_set):
         with torch.autocast("cpu", enabled=False):
-            y[:, tile] = (ordered @ weight.to(dtype))[:, : tile.stop - tile.start]
+            y[:, tile] = (ordered @ weight)[:, : tile.stop - tile.start]
     return y
 
 
-def _tiles(prepared: Tensor, rows: int, columns: int, instruction_set: int) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of rows, and their weights in float32, (m, rows or more), columns in prepared order; for use one by one."""
+def _in_order(x: Tensor, prepared: Tensor) -> Tensor:
+    """x (tokens, m) in float32 or bfloat16 with its columns in the prepared order."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(x.shape)
+    sizes, half = (*x.shape, x.stride(0)), x.dtype == torch.bfloat16
+    native_module().put_in_order(prepared.data_ptr(), x.data_ptr(), y.data_ptr(), *sizes, half, torch.get_num_threads())
+    return y
+
+
+def _tiles(
+    prepared: Tensor, rows: int, columns: int, dtype: torch.dtype, instruction_set: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Tiles of rows, and their weights, (m, rows or more), columns in prepared order; for use one by one."""
     module, address = native_module(), prepared.data_ptr()
     lanes = module.LANES
-    blocks, step = -(-rows // lanes), max(1, TILE_WEIGHTS // (lanes * columns))
-    memory = torch.empty(columns * lanes * min(step, blocks))
+    blocks, step = -(-rows // lanes), max(1, TILE_BYTES // (dtype.itemsize * lanes * columns))
+    memory = torch.empty(columns * lanes * min(step, blocks), dtype=dtype)
+    half, threads = dtype == torch.bfloat16, torch.get_num_threads()
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
         weight = memory[: columns * lanes * (last - first)].view(columns, -1)
-        module.unpack(address, columns, first, last, weight.data_ptr(), instruction_set, torch.get_num_threads())
+        module.unpack(address, columns, first, last, weight.data_ptr(), half, instruction_set, threads)
         yield slice(lanes * first, min(lanes * last, rows)), weight
 
 

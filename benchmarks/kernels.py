@@ -35,10 +35,10 @@ from solver import Rows, as_markdown, as_table
 
 SHAPES = ((4096, 11_008), (4096, 4096))
 HEAD = (49_152, 576)
-BATCHES = (1, 2, 4, 8, 16, 64, 128, 512)
+BATCHES = (1, 2, 4, 8, 16, 64, 512)
 CACHE_BYTES = 100 * 10**6
 """Packed matrices that products go through before they come back to the first: three times a large cache."""
-MANY = 64
+MANY = 512
 """Tokens from which on a product is timed an eighth as often."""
 HEADINGS = (
     "matrix", "columns", "tokens", "bfloat16, ms", "float32, ms", "packed, ms", "spread, ms", "x bfloat16", "x float32",

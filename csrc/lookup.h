@@ -152,7 +152,6 @@ struct Prepared {
 };
 
 enum class Number : int32_t { float32 = 0, bfloat16 = 1 };
-inline int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2; }
 
 // x (tokens, columns), rows of `stride` numbers; y (tokens, rows), contiguous; both of the same type of number.
 struct Activations {
@@ -160,13 +159,6 @@ struct Activations {
     void* y;
     int64_t tokens, stride;
     Number number;
-
-    // Those of the tokens from the first one on, at most so many.
-    Activations from(int64_t first, int64_t most, int64_t rows) const {
-        const int64_t bytes = bytes_of(number);
-        return {static_cast<const uint8_t*>(x) + first * stride * bytes, static_cast<uint8_t*>(y) + first * rows * bytes,
-                std::min(most, tokens - first), stride, number};
-    }
 };
 
 // One instruction set's implementation.

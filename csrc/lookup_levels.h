@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "lookup.h"
+#include "lookup_avx512.h"
 #include "lookup_tables.h"
 #include "lookup_trellis.h"
 

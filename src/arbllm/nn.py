@@ -55,7 +55,7 @@ class BinaryLinear(PackedModule):
         bias: float (n), or None.
         transposed: whether the layer took the place of a `Conv1D`, which stores its weight as (m, n). W is (n, m) here
             all the same; only an export to the dense form needs to know.
-        exact: whether a CPU computes in float32 throughout. If not, inputs of up to 16 tokens, 128 with AVX-512, are
+        exact: whether a CPU computes in float32 throughout. If not, inputs of up to 16 tokens, 64 with AVX-512, are
             multiplied in 8 bits, which is several times faster, and longer ones of bfloat16 in that where the processor
             can. May be set on the class, for all layers.
     """

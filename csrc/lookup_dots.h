@@ -21,6 +21,7 @@ namespace arbllm {
 namespace {
 
 constexpr int MOST_DOT_TOKENS = 64;
+constexpr float SMALLEST = 1e-30f;  // activations of a share that are no larger count as 0
 constexpr int DOTS_TOGETHER = 4;  // tokens, and vectors, whose sums are in registers
 
 int octets_of(const Pass& pass) { return (pass.width + OCTET - 1) / OCTET; }
@@ -120,16 +121,18 @@ void write_share(const float* x, const float* factors, int columns, float unit, 
         total = _mm512_add_ps(total, size);
     }
     const float most = _mm512_reduce_max_ps(largest);
-    const __m512 inverse = _mm512_set1_ps(most > 0.0f ? LARGEST / most : 0.0f);
+    const __m512 inverse = _mm512_set1_ps(most > SMALLEST ? LARGEST / most : 0.0f);
     __m512i sums = _mm512_setzero_si512();
     for (int i = 0; i < PARTS; ++i) {
         const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(read[i], inverse));
         sums = _mm512_add_epi32(sums, rounded);
         _mm_store_si128(reinterpret_cast<__m128i*>(values + 16 * i), _mm512_cvtepi32_epi8(rounded));
     }
-    // Bytes cannot say so, but what is not finite makes all sums not a number.
-    const bool finite = std::isfinite(_mm512_reduce_add_ps(total));
-    worth = {finite ? unit * most / LARGEST : std::numeric_limits<float>::quiet_NaN(), zero * _mm512_reduce_add_epi32(sums)};
+    if (std::isfinite(_mm512_reduce_add_ps(total))) {
+        worth = {unit * most / LARGEST, zero * _mm512_reduce_add_epi32(sums)};
+    } else {  // bytes cannot say so, but all sums are not a number
+        worth = {std::numeric_limits<float>::quiet_NaN(), 0};
+    }
 }
 
 // What Product wants to know of several tokens' activations: see lookup_kernel.h.

@@ -257,13 +257,21 @@ def test_any_strides(dtype, exact):
         torch.testing.assert_close(cpu.multiply(x, prepared, 70, exact=exact), expected)
 
 
-def test_inputs_of_zero_and_of_one_large_number():
-    matrix = random_matrix(64, 320)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_zero_of_one_large_and_of_tiny_numbers(instruction_set, kind, tokens):
+    matrix = KINDS[kind]()
     prepared = cpu.prepare(matrix)
-    assert not cpu.multiply(torch.zeros(1, 320), prepared, 64).any()
-    x = torch.zeros(1, 320)
-    x[0, 17] = 1e6
-    assert relative_error(cpu.multiply(x, prepared, 64), reference.matmul(x, matrix)) < 1e-3
+
+    def product(x):
+        return cpu.multiply(x.expand(tokens, -1), prepared, 70, instruction_set=instruction_set)
+
+    assert not product(torch.zeros(320)).any()
+    x = torch.zeros(320)
+    x[17] = 1e6
+    assert relative_error(product(x), reference.matmul(x, matrix).expand(tokens, -1)) < 2e-3
+    for size in (1e-20, 1e-29, 1e-38, 1e-44):
+        assert product(size * inputs(1, 320)).abs().max() < 100 * size
 
 
 def test_real_inputs_of_very_different_sizes_keep_their_precision():

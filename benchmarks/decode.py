@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from arbllm.format.rows import ROW_BITS
+from arbllm.kernels import cpu
 from arbllm.model.embeddings import quantize_embeddings
 from arbllm.nn import BinaryLinear
 from kernels import machine
@@ -49,7 +50,7 @@ WARM_UP = 3
 COMMAND = "python benchmarks/decode.py --page"
 
 _SECTION = """\
-## Writing tokens on a CPU
+## Writing tokens on a CPU with {kernel}
 
 One text, one token at a time, greedily, with a static cache, {threads} threads; linears of the blocks dense or packed
 at {bits:g} bits a weight with a trellis code. All else is in bfloat16, but for models in float32 and those whose
@@ -96,12 +97,13 @@ def main() -> None:
     console.print(as_table(HEADINGS, rows))
     console.print(as_table(PEER_HEADINGS, peers) if peers else NO_PEER)
     if options.page:
+        kernel = cpu.instruction_sets()[0]
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, tokens=options.tokens,
-            machine=machine(), table=as_markdown(HEADINGS, rows),
+            kernel=kernel, machine=machine(), table=as_markdown(HEADINGS, rows),
             peers=as_markdown(PEER_HEADINGS, peers) if peers else NO_PEER, command=COMMAND,
         )  # fmt: skip
-        write_section(PERFORMANCE, "tokens on a CPU", text)
+        write_section(PERFORMANCE, f"tokens on a CPU with {kernel}", text)
         console.print(f"wrote {PERFORMANCE}")
 
 

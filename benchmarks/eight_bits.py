@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import arbllm.integrations.transformers  # noqa: F401  so that transformers knows packed models
 from arbllm.evaluation.perplexity import cut_windows
-from arbllm.kernels.cpu import most_tokens
+from arbllm.kernels.cpu import instruction_sets, most_tokens
 from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
 from kernels import machine
@@ -32,7 +32,7 @@ HEADINGS = ("products", "perplexity", "change")
 COMMAND = "python benchmarks/eight_bits.py {checkpoint} --text {text} --windows {windows} --page"
 
 _SECTION = """\
-## What 8 bits do to perplexity
+## What 8 bits do to perplexity with {kernel}
 
 `{name}`, at {bits:.2f} bits, reads {windows} windows of {length} tokens of {text} with a cache, all products of
 packed linears in float32, or all from tables or activations of 8 bits, {together} tokens at a time or one.
@@ -70,14 +70,14 @@ def main() -> None:
     if options.page:
         linears = [module.matrix for module in model.modules() if isinstance(module, BinaryLinear)]
         weights = sum(matrix.layout.rows * matrix.layout.columns for matrix in linears)
-        name, text = Path(options.checkpoint).name, Path(options.text).name
+        name, text, kernel = Path(options.checkpoint).name, Path(options.text).name, instruction_sets()[0]
         section = _SECTION.format(
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
-            length=options.window_length, name=name, text=text, together=together, machine=machine(),
+            length=options.window_length, name=name, kernel=kernel, text=text, together=together, machine=machine(),
             table=as_markdown(HEADINGS, rows),
             command=COMMAND.format(checkpoint=options.checkpoint, text=text, windows=len(windows)),
         )  # fmt: skip
-        write_section(PERFORMANCE, "8 bits", section)
+        write_section(PERFORMANCE, f"8 bits with {kernel}", section)
         console.print(f"wrote {PERFORMANCE}")
 
 

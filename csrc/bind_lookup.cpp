@@ -42,6 +42,10 @@ const Kernel& chosen(int number) {
 
 Number number(bool bfloat16) { return bfloat16 ? Number::bfloat16 : Number::float32; }
 
+Activations activations(uintptr_t x, uintptr_t y, int64_t tokens, int64_t stride, bool bfloat16) {
+    return {at<const void>(x), at<void>(y), tokens, stride, number(bfloat16)};
+}
+
 Prepared opened(uintptr_t address, int64_t columns) {
     const auto* header = at<const Header>(address);
     if (header->magic != MAGIC) {
@@ -116,10 +120,11 @@ void bind_lookup(nb::module_& module) {
            bool bfloat16, int set, int threads) {
             const Kernel& kernel = chosen(set);
             const Prepared matrix = opened(prepared, columns);
-            check(matrix.header->rows == rows && tokens <= kernel.most_tokens);
-            const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
-                                          number(bfloat16)};
-            kernel.multiply(matrix, activations, threads);
+            check(matrix.header->rows == rows);
+            if (tokens > kernel.most_tokens) {
+                throw std::invalid_argument("too many tokens at a time: see most_tokens()");
+            }
+            kernel.multiply(matrix, activations(x, y, tokens, stride, bfloat16), threads);
         },
         nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("rows"),
         nb::arg("stride"), nb::arg("bfloat16"), nb::arg("instruction_set"), nb::arg("threads"),
@@ -129,9 +134,7 @@ void bind_lookup(nb::module_& module) {
         "put_in_order",
         [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t columns, int64_t stride, bool bfloat16,
            int threads) {
-            const Activations activations{at<const void>(x), at<void>(y), tokens, stride,
-                                          number(bfloat16)};
-            put_in_order(opened(prepared, columns), activations, threads);
+            put_in_order(opened(prepared, columns), activations(x, y, tokens, stride, bfloat16), threads);
         },
         nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("stride"),
         nb::arg("bfloat16"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),

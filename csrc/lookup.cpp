@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "gather.h"
 #include "parallel.h"
 #include "processor.h"
 
@@ -15,18 +16,19 @@ struct Ordering {
 
     template <class T>
     void order(int64_t token) const {
-        const int64_t columns = prepared.header->columns;
         const T* x = static_cast<const T*>(activations.x) + token * activations.stride;
-        T* y = static_cast<T*>(activations.y) + token * columns;
-        for (int64_t j = 0; j < columns; ++j) {
-            y[j] = x[prepared.order[j]];
-        }
+        const int64_t columns = prepared.header->columns;
+        gather(prepared, x, static_cast<T*>(activations.y) + token * columns, [](T value) { return value; });
     }
 
     static void run(void* argument) {
         auto& job = *static_cast<Ordering*>(argument);
         for (int64_t token; (token = job.tokens.next()) >= 0;) {
-            job.activations.number == Number::float32 ? job.order<float>(token) : job.order<uint16_t>(token);
+            if (job.activations.number == Number::float32) {
+                job.order<float>(token);
+            } else {
+                job.order<uint16_t>(token);
+            }
         }
     }
 };

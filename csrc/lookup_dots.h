@@ -1,9 +1,8 @@
 // Products of several tokens, where a processor multiplies bytes: each weight's level is looked up once for all tokens,
-// as a byte, and activations are bytes as well. AVX-512 with VNNI.
+// as a byte, and activations are bytes as well. AVX-512 with VNNI, and what lookup_levels.h needs.
 //
-// Levels of a trellis are multiplied by 127 over the largest, or by a little less if their bytes then come nearer;
-// activations, times what their columns are multiplied by, by 127 over the largest of a share of columns. Sums are exact.
-// A pass without a trellis has activations of their own for each accumulator (lookup.h).
+// Activations, times what their columns are multiplied by, are rounded to 1/127 of the largest of a share of columns;
+// sums are exact. A pass without a trellis has activations for each of its accumulators (lookup.h).
 #pragma once
 
 #include <immintrin.h>
@@ -16,12 +15,12 @@
 
 #include "lookup.h"
 #include "lookup_levels.h"
+#include "lookup_tables.h"
 
 namespace arbllm {
 namespace {
 
 constexpr int MOST_DOT_TOKENS = 64;
-constexpr float SMALLEST = 1e-30f;  // activations of a share that are no larger count as 0
 constexpr int DOTS_TOGETHER = 4;  // tokens, and vectors, whose sums are in registers
 
 int octets_of(const Pass& pass) { return (pass.width + OCTET - 1) / OCTET; }
@@ -41,7 +40,7 @@ struct ByteActivations {
 
 // sums (tokens, 8 vectors) += levels times the activations of TOKENS tokens, in one share.
 template <int TOKENS>
-void add_share(const Levels& levels, int share, int octets, const ByteActivations* x, float* sums) {
+void add_share(const LevelBytes& levels, int share, int octets, const ByteActivations* x, float* sums) {
     constexpr int TOGETHER = TOKENS < 3 ? VECTORS : DOTS_TOGETHER;
     const int8_t* values[TOKENS];
     for (int t = 0; t < TOKENS; ++t) {
@@ -77,7 +76,7 @@ void add_share(const Levels& levels, int share, int octets, const ByteActivation
 }
 
 // The same for any number of tokens.
-void add_share(const Levels& levels, int share, int octets, const ByteActivations* x, int64_t tokens, float* sums) {
+void add_share(const LevelBytes& levels, int share, int octets, const ByteActivations* x, int64_t tokens, float* sums) {
     for (; tokens >= DOTS_TOGETHER; tokens -= DOTS_TOGETHER) {
         add_share<DOTS_TOGETHER>(levels, share, octets, x, sums);
         x += DOTS_TOGETHER;
@@ -158,7 +157,7 @@ class Dots {
 
     void build(int64_t task, const float* x, uint8_t* space) const {
         const auto& [p, a] = tasks_[task];
-        const Table& table = tables_[task];
+        const LevelTable& table = tables_[task];
         const Pass& pass = prepared_.passes[p];
         const ByteActivations to = activations(space, p, a);
         const float* factors = prepared_.column_factors + pass.column_factors + int64_t{a} * pass.width;
@@ -187,7 +186,7 @@ class Dots {
     struct Task {
         int pass, accumulator;
     };
-    using Sums = float[16 * VECTORS];  // of the rows of a block, for one token
+    using RowSums = float[16 * VECTORS];  // of the rows of a block, for one token
 
     static int64_t value_bytes(const Pass& pass) { return int64_t{OCTET * OCTETS} * shares_of(pass); }
     static int64_t accumulator_bytes(const Pass& pass) {
@@ -202,7 +201,7 @@ class Dots {
         return {values, worths + a * shares_of(pass)};
     }
 
-    void activations(uint8_t* const* spaces, int64_t tokens, int p, int a, ByteActivations* to) const {
+    void find_activations(uint8_t* const* spaces, int64_t tokens, int p, int a, ByteActivations* to) const {
         for (int64_t token = 0; token < tokens; ++token) {
             to[token] = activations(spaces[token], p, a);
         }
@@ -214,12 +213,12 @@ class Dots {
         const Pass& pass = prepared_.passes[p];
         const __m512i table = _mm512_load_si512(tables_[first_table_[p]].entries);
         ByteActivations x[MOST];
-        activations(spaces, tokens, p, 0, x);
-        alignas(64) Sums sums[TILE_BLOCKS][MOST];
+        find_activations(spaces, tokens, p, 0, x);
+        alignas(64) RowSums sums[TILE_BLOCKS][MOST];
         for (int64_t block = 0; block < blocks; ++block) {
-            std::memset(sums[block], 0, tokens * sizeof(Sums));
+            std::memset(sums[block], 0, tokens * sizeof(RowSums));
         }
-        Levels levels;
+        LevelBytes levels;
         for (int number = 0; number < stretches_of(pass); ++number) {
             for (int64_t block = 0; block < blocks; ++block) {
                 const StretchCodes stretch(prepared_, pass, tile, first + block, number);
@@ -244,28 +243,28 @@ class Dots {
                     float (*y)[TILE_ROWS]) const {
         const Pass& pass = prepared_.passes[p];
         for (int64_t block = 0; block < blocks; ++block) {
-            add_groups(p, spaces, tokens, prepared_.codes_of(tile, first + block, pass),
-                       prepared_.factors_of(tile, first + block, pass), LANES * block, y);
+            add_block(p, spaces, tokens, prepared_.codes_of(tile, first + block, pass),
+                      prepared_.factors_of(tile, first + block, pass), LANES * block, y);
         }
     }
 
-    // Of one block, whose rows are from `row` of y on.
-    void add_groups(int p, uint8_t* const* spaces, int64_t tokens, const uint8_t* codes, const float* factors,
-                    int64_t row, float (*y)[TILE_ROWS]) const {
+    // Of one block with groups, whose rows are from `row` of y on.
+    void add_block(int p, uint8_t* const* spaces, int64_t tokens, const uint8_t* codes, const float* factors, int64_t row,
+                   float (*y)[TILE_ROWS]) const {
         const Pass& pass = prepared_.passes[p];
         const int accumulators = pass.accumulators;
         ByteActivations x[MOST_ACCUMULATORS][MOST];
-        alignas(64) Sums sums[MOST_ACCUMULATORS][MOST];
+        alignas(64) RowSums sums[MOST_ACCUMULATORS][MOST];
         for (int a = 0; a < accumulators; ++a) {
-            activations(spaces, tokens, p, a, x[a]);
-            std::memset(sums[a], 0, tokens * sizeof(Sums));
+            find_activations(spaces, tokens, p, a, x[a]);
+            std::memset(sums[a], 0, tokens * sizeof(RowSums));
         }
         const GroupBits bits(pass.per_nibble);
         auto* const find = pass.per_nibble == 4   ? find_groups<4>
                            : pass.per_nibble == 2 ? find_groups<2>
                                                   : find_groups<1>;
-        const Table* const tables = &tables_[first_table_[p]];
-        Levels levels[MOST_ACCUMULATORS];
+        const LevelTable* const tables = &tables_[first_table_[p]];
+        LevelBytes levels[MOST_ACCUMULATORS];
         for (int share = 0; share < shares_of(pass); ++share) {
             const int octets = std::min(OCTETS, octets_of(pass) - OCTETS * share);
             find(codes, pass, share, octets, bits, tables, levels);
@@ -284,7 +283,7 @@ class Dots {
     int64_t bytes_ = 0;
     std::vector<int64_t> at_;  // where the activations of each pass are in a token's space
     std::vector<int> first_table_;  // of each pass: its accumulators' tables
-    std::vector<Table> tables_;
+    std::vector<LevelTable> tables_;
     std::vector<Task> tasks_;
 };
 

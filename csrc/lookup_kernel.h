@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "gather.h"
 #include "lookup.h"
 #include "lookup_groups.h"
 #include "lookup_tables.h"
@@ -38,19 +39,12 @@ namespace {
 constexpr int64_t SMALL = 1 << 18;  // weights times tokens that one thread does sooner alone
 constexpr int64_t SHARES = 4;  // pieces of work for a thread, at least, if there are so many blocks of rows
 
-void gather(const Prepared& prepared, const Activations& activations, int64_t token, float* to) {
-    const int64_t columns = prepared.header->columns;
-    const int32_t* order = prepared.order;
+void read(const Prepared& prepared, const Activations& activations, int64_t token, float* to) {
+    const int64_t first = token * activations.stride;
     if (activations.number == Number::float32) {
-        const float* x = static_cast<const float*>(activations.x) + token * activations.stride;
-        for (int64_t j = 0; j < columns; ++j) {
-            to[j] = x[order[j]];
-        }
+        gather(prepared, static_cast<const float*>(activations.x) + first, to, [](float value) { return value; });
     } else {
-        const uint16_t* x = static_cast<const uint16_t*>(activations.x) + token * activations.stride;
-        for (int64_t j = 0; j < columns; ++j) {
-            to[j] = widened(x[order[j]]);
-        }
+        gather(prepared, static_cast<const uint16_t*>(activations.x) + first, to, widened);
     }
 }
 
@@ -134,7 +128,7 @@ class Product {
     static void run(void* argument) {
         auto& product = *static_cast<Product*>(argument);
         for (int64_t token; (token = product.tokens_.next()) >= 0; product.tokens_.done()) {
-            gather(product.prepared_, product.activations_, token, product.x_[token]);
+            read(product.prepared_, product.activations_, token, product.x_[token]);
         }
         product.tokens_.wait();
         const int64_t tasks = product.inputs_.tasks();

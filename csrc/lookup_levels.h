@@ -25,20 +25,20 @@ constexpr int OCTETS = 8;  // that are found at once: a share
 static_assert(STRETCH_BYTES % OCTETS == 0);
 
 // Levels of a block of rows, for the columns of a share; unsigned, as their table has them.
-struct Levels {
+struct LevelBytes {
     alignas(64) __m512i of[OCTETS][VECTORS];
 };
 
 // Levels of an accumulator as bytes, at all indices.
-struct Table {
+struct LevelTable {
     alignas(64) uint8_t entries[64];
     int zero;  // the entry that stands for 0
     float unit;  // what 1 stands for
 };
 
 // The table of a trellis: indices are numbers of levels with their lowest four bits in reverse.
-Table trellis_table(const Pass& pass) {
-    Table table{{}, ZERO, pass.level_unit};
+LevelTable trellis_table(const Pass& pass) {
+    LevelTable table{{}, ZERO, pass.level_unit};
     for (int i = 0; i < 64; ++i) {
         const int number = (i >> 3 & 1) | (i >> 1 & 2) | (i << 1 & 4) | (i << 3 & 8) | (i & 16);
         table.entries[i] = static_cast<uint8_t>(ZERO + pass.level_bytes[number % (2 << pass.planes)]);
@@ -47,9 +47,9 @@ Table trellis_table(const Pass& pass) {
 }
 
 // The table of an accumulator of a pass with groups: indices have a weight's sign at bit 0 and its group at 1 or 2.
-Table group_table(const Pass& pass, int accumulator) {
+LevelTable group_table(const Pass& pass, int accumulator) {
     const int groups = pass.signed_sums;
-    Table table{{}, 1, 1.0f};
+    LevelTable table{{}, 1, 1.0f};
     for (int i = 0; i < 64; ++i) {
         const int own = groups == 1 ? 0 : groups == 2 ? i >> 2 & 1 : i >> 1 & 3;
         const int sign = accumulator >= groups || (i & 1) ? 1 : -1;
@@ -125,7 +125,7 @@ struct GroupBits {
 // last one are read as the last one: activations are 0 there.
 template <int PER>
 void find_groups(const uint8_t* codes, const Pass& pass, int share, int octets, const GroupBits& bits,
-                 const Table* tables, Levels* to) {
+                 const LevelTable* tables, LevelBytes* to) {
     for (int octet = 0; octet < octets; octet += GroupBits::octets(PER)) {
         __m512i read[8], first[4], last[4], words[VECTORS];
         for (int i = 0; i < 8; ++i) {

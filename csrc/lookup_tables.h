@@ -17,6 +17,7 @@ namespace {
 
 constexpr int ZERO = 128;  // table entries are unsigned: this stands for 0
 constexpr float LARGEST = 127.0f;
+constexpr float SMALLEST = 1e-30f;  // inputs no larger count as 0: what they would be multiplied by must stay finite
 constexpr int FINE = 7;  // bits that entries have beyond the point before they are rounded
 constexpr int SHARE = 32767;  // the greatest share of a block
 constexpr int BLOCK_NIBBLES = 2 * BLOCK_BYTES;
@@ -148,7 +149,7 @@ void build_accumulator(const Pass& pass, int stretch, int a, const float* values
     int zero = 0, averaged_zero = 0;
     float excess = 0.0f;
     for (int block = 0; block < blocks; ++block) {
-        const float own = largest[block], inverse = own > 0.0f ? LARGEST * (1 << FINE) / own : 0.0f;
+        const float own = largest[block], inverse = own > SMALLEST ? LARGEST * (1 << FINE) / own : 0.0f;
         const int share = most > 0.0f ? static_cast<int>(std::ceil(own / most * SHARE)) : 0;
         const int begin = BLOCK_NIBBLES * block, inside = std::min(BLOCK_NIBBLES, nibbles - begin);
         // The share is a whole number, so the scale of the block is that which it makes exact.

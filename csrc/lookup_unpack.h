@@ -1,4 +1,4 @@
-// A prepared matrix as numbers again: W^T in float, for products of many tokens.
+// A prepared matrix as numbers again: W^T in float or bfloat16, for products of many tokens.
 //
 // Codes of eight columns are put together as one word a row, four bits a column, that all columns then shift: one
 // instruction finds the levels of 8 or 16 rows. In an anonymous namespace as lookup_kernel.h, which includes this.
@@ -16,7 +16,7 @@
 namespace arbllm {
 namespace {
 
-constexpr int LEVELS = 16;  // of a table that V::pick takes
+constexpr int PICKED = 16;  // levels that V::pick chooses among
 
 // Bit b of a byte at bit 4 b.
 inline uint32_t spread(uint32_t byte) {
@@ -70,7 +70,7 @@ void unpack_trellis(const Prepared& prepared, const Pass& pass, int64_t tile, in
             for (int j = 0; j < columns; ++j) {
                 V::pick(pass.levels, numbers.words, 4 * j, found);
                 if (pass.planes == MOST_TERMS) {
-                    V::pick(pass.levels + LEVELS, numbers.words, 4 * j, others);
+                    V::pick(pass.levels + PICKED, numbers.words, 4 * j, others);
                     for (int r = 0; r < LANES; ++r) {
                         found[r] = numbers.highest[r] >> j & 1 ? others[r] : found[r];
                     }

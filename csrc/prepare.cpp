@@ -47,8 +47,8 @@ ptrdiff_t place_of(int32_t mask, int terms) {
     return found - masks;
 }
 
-// The levels of weights with a trellis, and bytes for them: of 127 over the largest, or a little less, the multiple that
-// rounds least.
+// The levels of weights with a trellis, and bytes for them. The largest level need not be 127: from 95 on, that is chosen
+// which leaves all levels nearest to whole numbers.
 void find_levels(Pass& pass) {
     const int count = 2 << pass.planes;
     float largest = 0.0f;

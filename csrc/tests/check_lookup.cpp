@@ -230,11 +230,13 @@ int main() {
     const std::vector<Case> cases = {
         {"one group", 65, {{320, 1, 1}}, false, true},
         {"two groups", 300, {{576, 2, 1}}, false, true},
+        {"two groups, several tiles", 2100, {{70, 2, 1}}, false, true},
         {"four groups", 129, {{70, 4, 1}, {250, 4, 2}}, false, true},
         {"two signs", 64, {{301, 2, 2}, {77, 1, 2}}, false, true},
         {"means", 90, {{130, 1, 1}, {131, 2, 1}, {61, 4, 2}}, true, false},
         {"narrow segments", 70, {{512, 2, 1}, {1, 1, 1}, {1, 4, 2}, {2, 2, 2}, {3, 2, 1}}, false, true},
         {"trellis", 300, {{320, 1, 2, 1}, {61, 1, 3, 1}}, false, true},
+        {"trellis, several tiles", 2100, {{75, 1, 2, 1}}, false, true},
         {"trellis, several stretches", 129, {{1050, 1, 1, 1}, {520, 1, 4, 1}}, false, true},
         {"trellis, mixed", 65, {{77, 1, 4, 1}, {301, 2, 2}, {1, 1, 3, 1}, {70, 1, 1, 1}, {2, 1, 4, 1}}, false, true},
     };

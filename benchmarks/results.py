@@ -97,6 +97,9 @@ _BUDGETS = """\
 `arb-rcx` by its budget, perplexity on the first {windows} windows and how many times full precision's that is; GPTQ
 on the same calibration (`python benchmarks/compare.py --budgets --max-windows {windows}`):"""
 
+_WHOLE = """\
+On all {windows} windows, where they were measured (`python benchmarks/compare.py --skip tasks speed --methods ...`):"""
+
 
 def main() -> None:
     """Run the missing rows, then write the page."""
@@ -260,11 +263,10 @@ def joint_section(max_windows: int, dense: int) -> str:
         full = evaluation(FULL, PIECE)["perplexity"]
         tables += [_BUDGETS.format(windows=PIECE), budget_table(budgets, full)]
         shown_already |= {method for method in budgets if method.startswith(JOINT)}
-    for windows, found in ((max_windows, compared_rows(max_windows)), (PIECE, budgets)):
-        rest = {row: figures for row, figures in found.items() if row not in shown_already}
-        if rest:
-            tables += [f"Perplexity alone, on {windows} windows:", table(rest, windows, dense)]
-            shown_already |= rest.keys()
+    if max_windows > PIECE and (whole := compared_rows(max_windows)):
+        tables += [_WHOLE.format(windows=max_windows), table(whole, max_windows, dense)]
+    if rest := {row: figures for row, figures in budgets.items() if row not in shown_already}:
+        tables += [f"Perplexity alone, on {PIECE} windows:", table(rest, PIECE, dense)]
     return (
         _JOINT.format(
             windows=JOINT_WINDOWS,

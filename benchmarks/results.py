@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ PAPER = (FULL, *METHODS)
 WINDOWS, JOINT_WINDOWS, DISTILL_WINDOWS, CONTEXT = 16, 32, 128, 2048
 COMPARED = ROOT / "docs" / "comparison" / "results.json"
 COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
+WHOLE = {"comparison-whole": ""}
 TEXT_WINDOWS = 148
 PATHS = ("model", "path", "text", "texts")
 
@@ -98,7 +99,8 @@ _BUDGETS = """\
 on the same calibration (`python benchmarks/compare.py --budgets --max-windows {windows}`):"""
 
 _WHOLE = """\
-On all {windows} windows, where they were measured (`python benchmarks/compare.py --skip tasks speed --methods ...`):"""
+On all {windows} windows, from checkpoints made anew, which differ a little between processors (`python
+benchmarks/compare.py --whole --methods ...`):"""
 
 
 def main() -> None:
@@ -195,10 +197,10 @@ def load_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def compared_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
+def compared_rows(max_windows: int, comparisons: Mapping[str, str] = COMPARISONS) -> dict[str, dict[str, Any]]:
     """The same of benchmarks/compare.py, full precision left out, by family and true bits."""
     rows: dict[str, dict[str, Any]] = {}
-    for folder, suffix in COMPARISONS.items():
+    for folder, suffix in comparisons.items():
         for file in (ROOT / "docs" / folder / ROWS).glob("*.json"):
             done = read_row(file)
             texts = done.get("texts", {}).get("wiki.test.raw", {})
@@ -263,8 +265,8 @@ def joint_section(max_windows: int, dense: int) -> str:
         full = evaluation(FULL, PIECE)["perplexity"]
         tables += [_BUDGETS.format(windows=PIECE), budget_table(budgets, full)]
         shown_already |= {method for method in budgets if method.startswith(JOINT)}
-    if max_windows > PIECE and (whole := compared_rows(max_windows)):
-        tables += [_WHOLE.format(windows=max_windows), table(whole, max_windows, dense)]
+    if whole := compared_rows(TEXT_WINDOWS, WHOLE):
+        tables += [_WHOLE.format(windows=TEXT_WINDOWS), table(whole, TEXT_WINDOWS, dense)]
     if rest := {row: figures for row, figures in budgets.items() if row not in shown_already}:
         tables += [f"Perplexity alone, on {PIECE} windows:", table(rest, PIECE, dense)]
     return (

@@ -56,7 +56,7 @@ def main() -> None:
     methods = budget_methods() if options.budgets else options.methods.split(",")
     skip = {"tasks", "speed"} if options.budgets or options.whole else set(options.skip)
     protocol = comparison(options.calibration, options.max_windows)
-    kept, out = folders("whole" if options.whole else options.calibration)
+    kept, out = folders(options.calibration, whole=options.whole)
     take_kept_rows(kept, out)
     try:
         run(protocol, [] if options.report else methods, out, kept, skip)
@@ -111,9 +111,10 @@ def comparison(calibration: str = "wikitext2", max_windows: int | None = None) -
     )
 
 
-def folders(kind: str) -> tuple[Path, Path]:
+def folders(calibration: str, *, whole: bool = False) -> tuple[Path, Path]:
     """Where the report and its rows are kept, and where checkpoints are."""
-    name = "comparison" if kind == "wikitext2" else f"comparison-{kind}"
+    name = "comparison" if calibration == "wikitext2" else f"comparison-{calibration}"
+    name += "-whole" if whole else ""
     return ROOT / "docs" / name, ROOT / "out" / name
 
 

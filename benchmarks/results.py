@@ -46,7 +46,7 @@ PAPER = (FULL, *METHODS)
 WINDOWS, JOINT_WINDOWS, DISTILL_WINDOWS, CONTEXT = 16, 32, 128, 2048
 COMPARED = ROOT / "docs" / "comparison" / "results.json"
 COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
-WHOLE = {"comparison-whole": ""}
+WHOLE = {f"{folder}-whole": suffix for folder, suffix in COMPARISONS.items()}
 TEXT_WINDOWS = 148
 PATHS = ("model", "path", "text", "texts")
 

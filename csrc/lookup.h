@@ -11,8 +11,6 @@
 //   2         2: their signs, then their groups                      2
 //   4         1: its sign, its group (2 bits)                        4
 //
-// With AVX-512, several tokens are multiplied otherwise from the same bits: lookup_dots.h.
-//
 // A second sign makes a second pass, with tables and codes of its own. A segment with a trellis code
 // (arbllm/binarize/code.py) is one pass: each weight's level is a sum of signs and products of signs, the planes of bits
 // of which look up in the same tables, and only stored signs are kept: what follows from the rows above is put together
@@ -20,6 +18,7 @@
 //
 // The bytes of the tables are rounded to 1/127 of the largest entry of BLOCK_BYTES bytes of codes. This is the only error
 // that matters: sums are exact, but for those products of signs that add little to a level, which are averaged in pairs.
+// With AVX-512, several tokens are multiplied otherwise from the same bits: lookup_dots_avx512.h.
 //
 // Column order, codes, scales and widths are prepared once (prepare.h) as one array of bytes, which these structures
 // describe:

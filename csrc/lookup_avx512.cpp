@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "lookup_avx512.h"
-#include "lookup_dots.h"
+#include "lookup_dots_avx512.h"
 #include "lookup_kernel.h"
 
 namespace arbllm {

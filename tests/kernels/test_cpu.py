@@ -1,7 +1,4 @@
-import copy
-import pickle
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +12,8 @@ from arbllm.errors import ConfigError
 from arbllm.format.layout import Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cpu, reference
-from arbllm.kernels.dispatch import preparing_kernel
-from arbllm.nn import BinaryLinear
 from tests.helpers import in_segments, random_matrix
+from tests.kernels.cpu_products import LARGEST_ERROR, inputs, relative_error
 from tests.strategies import matrices
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="arbllm was installed without its C++ kernels")
@@ -58,8 +54,6 @@ KINDS: dict[str, Callable[[], BinaryMatrix]] = {
     "trellis": lambda: in_segments(70, Segment(320, 1, 2, True)),
 }
 """Matrices (70, 320) that a kernel multiplies in different ways."""
-LARGEST_ERROR = 0.012
-"""Of the output, relative, with 8 bits and normally distributed inputs; large matrices come under 0.01."""
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -68,14 +62,6 @@ def instruction_set(request):
     if request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     return request.param
-
-
-def relative_error(y, expected):
-    return ((y.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def inputs(tokens, columns, seed=0):
-    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("tokens", [3, 17])
@@ -310,150 +296,10 @@ def test_operator_is_sound(tokens, exact):
     torch.library.opcheck(torch.ops.arbllm.cpu_matmul.default, arguments)
 
 
-@pytest.fixture
-def layer(monkeypatch):
-    monkeypatch.setattr(BinaryLinear, "exact", False)
-    return BinaryLinear.from_matrix(random_matrix(100, 320, salient=20), torch.randn(100))
-
-
-def dense(layer, x):
-    return x @ layer.matrix.dequantize().T + layer.bias
-
-
-@pytest.mark.parametrize("prepared_before", [False, True])
-def test_layer_compiles(layer, prepared_before):
-    x = inputs(2, 320)
-    if prepared_before:
-        layer(x)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
-
-
-def test_a_model_compiles_as_one_graph():
-    """Before its first run, too: a graph that ends at each layer is several times slower."""
-    layers = torch.nn.Sequential(*(BinaryLinear.from_matrix(random_matrix(64, 64, salient=4)) for _ in range(12)))
-    x = inputs(1, 64)
-    compiled = torch.compile(layers, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layers(x))
-
-
-def test_layer_computes_in_eight_bits_unless_told_not_to(layer):
-    x = inputs(2, 320)
-    assert 1e-4 < relative_error(layer(x), dense(layer, x)) < LARGEST_ERROR
-    layer.exact = True
-    assert relative_error(layer(x), dense(layer, x)) < 1e-5
-
-
-def test_layer_prepares_once(layer, monkeypatch):
-    x, calls, original = inputs(2, 320), [], cpu.prepare
-
-    def watched(matrix):
-        calls.append(matrix)
-        return original(matrix)
-
-    monkeypatch.setattr(cpu, "prepare", watched)
-    for _ in range(3):
-        layer(x)
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("change", ["write", "replace", "load", "load in inference mode", "move"])
-def test_layer_prepares_again_after_a_change(layer, change):
-    x = inputs(2, 320)
-    layer(x)
-    if change == "write":
-        layer.signs.bitwise_not_()
-    elif change == "replace":
-        layer.signs = layer.signs.bitwise_not()
-    elif change == "load":
-        layer.load_state_dict({**layer.state_dict(), "signs": layer.signs.bitwise_not()})
-    elif change == "load in inference mode":
-        with torch.inference_mode():
-            layer = BinaryLinear.from_matrix(layer.matrix.map(torch.clone), layer.bias)
-            layer(x)
-            layer.load_state_dict({**layer.state_dict(), "signs": layer.signs.bitwise_not()})
-    else:
-        layer.to("meta")
-        layer.to_empty(device="cpu")
-        layer.load_state_dict(
-            BinaryLinear.from_matrix(random_matrix(100, 320, salient=20, seed=1), torch.ones(100)).state_dict()
-        )
-    assert relative_error(layer(x), dense(layer, x)) < LARGEST_ERROR
-
-
-def test_copies_and_pickles_compute_on_their_own(layer):
-    x = inputs(2, 320)
-    y = layer(x)
-    twin = copy.deepcopy(layer)
-    twin.signs.bitwise_not_()
-    assert torch.equal(layer(x), y)
-    assert relative_error(twin(x), dense(twin, x)) < LARGEST_ERROR
-    assert len(pickle.dumps(layer)) < 2 * layer.matrix.nbytes + 10_000
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
-
-
-def test_layer_of_inference_tensors(layer):
-    with torch.inference_mode():
-        fresh = BinaryLinear.from_matrix(layer.matrix.map(torch.clone), layer.bias)
-        x = inputs(2, 320)
-        assert torch.equal(fresh(x), layer(x))
-
-
-def test_what_the_kernel_leaves_to_others():
-    assert preparing_kernel(torch.randn(1, 4)) is cpu
-    assert preparing_kernel(torch.randn(1, 4, dtype=torch.float64)) is None
-    assert preparing_kernel(torch.randn(1, 4, requires_grad=True)) is None
-    with torch.no_grad():
-        assert preparing_kernel(torch.randn(1, 4, requires_grad=True)) is cpu
-
-
-def test_without_the_extension_layers_compute_all_the_same(layer, monkeypatch):
-    monkeypatch.setattr(cpu, "load", lambda: None)
-    cpu.native.cache_clear()
-    try:
-        x = inputs(2, 320)
-        with pytest.warns(UserWarning, match="without its C\\+\\+ kernels"):
-            y = layer(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # it is said once
-            layer(x)
-        torch.testing.assert_close(y, dense(layer, x))
-        assert cpu.instruction_sets() == []
-    finally:
-        cpu.native.cache_clear()
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("tokens", "columns"), [(1, 32), (2, 400), (20, 32), (20, 400)])
-def test_inputs_of_another_width_are_refused(layer, tokens, columns, exact):
-    layer.exact = exact
-    with pytest.raises(ValueError, match=f"inputs have {columns} columns, the packed weight has 320"):
-        layer(torch.randn(tokens, columns))
-    with pytest.raises(ValueError, match=f"inputs have {columns} columns, the packed weight has 320"):
-        layer(torch.randn(tokens, columns, requires_grad=True))
-
-
-def test_a_weight_on_another_device_is_refused(layer):
-    layer.to("meta")
-    with pytest.raises(ValueError, match="the packed weight is on meta, its input on the CPU"):
-        layer(torch.randn(1, 320))
-
-
-def test_a_layer_that_moves_lets_go_of_what_it_prepared(layer):
-    layer(torch.randn(1, 320))
-    prepared = layer._prepared
-    assert layer.to("cpu")._prepared is prepared
-    assert layer.to("meta")._prepared is None
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["groups", "trellis"])
-@pytest.mark.parametrize("instruction_set", KNOWN_SETS)
 def test_inputs_that_are_no_numbers_show(instruction_set, kind, value):
-    if instruction_set not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {instruction_set}")
-    segments = (Segment(700, 1, 2, True),)
-    matrix = random_matrix(70, 320, salient=20) if kind == "groups" else in_segments(70, *segments)
+    matrix = random_matrix(70, 320, salient=20) if kind == "groups" else in_segments(70, Segment(700, 1, 2, True))
     prepared = cpu.prepare(matrix)
     for tokens in (1, 3, 17):
         x = torch.randn(tokens, matrix.layout.columns)

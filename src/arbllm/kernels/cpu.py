@@ -142,7 +142,7 @@ def multiply(
         *before, columns = shape
         tokens = size // columns
         if tokens <= most_tokens(chosen):
-            return _multiply(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
+            return _in_eight_bits(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
     reference.check_kind(x)
     rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
@@ -219,10 +219,10 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
     sizes = (tokens, x.shape[1], rows)
-    return _multiply(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
+    return _in_eight_bits(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
 
 
-def _multiply(
+def _in_eight_bits(
     x: Tensor, y: Tensor, prepared: Tensor, sizes: tuple[int, int, int], stride: int, instruction_set: int
 ) -> Tensor:
     """Put x W^T into y in 8 bits; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""

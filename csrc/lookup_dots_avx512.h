@@ -1,5 +1,5 @@
 // Products of several tokens, where a processor multiplies bytes: each weight's level is looked up once for all tokens,
-// as a byte, and activations are bytes as well. AVX-512 with VNNI, and what lookup_levels.h needs.
+// as a byte, and activations are bytes as well. AVX-512 with VNNI, and what lookup_levels_avx512.h needs.
 //
 // Activations, times what their columns are multiplied by, are rounded to 1/127 of the largest of a share of columns;
 // sums are exact. A pass without a trellis has activations for each of its accumulators (lookup.h).
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "lookup.h"
-#include "lookup_levels.h"
+#include "lookup_levels_avx512.h"
 #include "lookup_tables.h"
 
 namespace arbllm {
@@ -176,9 +176,9 @@ class Dots {
             return add_groups(p, spaces, tokens, tile, first, blocks, y);
         }
         const auto chosen = pass.planes == 1   ? &Dots::add_trellis<1>
-                             : pass.planes == 2 ? &Dots::add_trellis<2>
-                             : pass.planes == 3 ? &Dots::add_trellis<3>
-                                                : &Dots::add_trellis<4>;
+                            : pass.planes == 2 ? &Dots::add_trellis<2>
+                            : pass.planes == 3 ? &Dots::add_trellis<3>
+                                               : &Dots::add_trellis<4>;
         (this->*chosen)(p, spaces, tokens, tile, first, blocks, y);
     }
 

@@ -1,4 +1,4 @@
-// Levels of weights as bytes, eight columns of eight rows in a vector, a word of 64 bits a row: what lookup_dots.h
+// Levels of weights as bytes, eight columns of eight rows in a vector, a word of 64 bits a row: what lookup_dots_avx512.h
 // multiplies. AVX-512 with VBMI and GFNI.
 //
 // The bits that tell a weight's level are brought together as an index, of which one instruction finds the levels of a

@@ -25,6 +25,7 @@ from arbllm.kernels.cpu import instruction_sets, most_tokens
 from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
 from kernels import machine
+from results import DATA
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
@@ -75,10 +76,16 @@ def main() -> None:
             bits=8 * sum(matrix.nbytes for matrix in linears) / weights, windows=len(windows),
             length=options.window_length, name=name, kernel=kernel, text=text, together=together, machine=machine(),
             table=as_markdown(HEADINGS, rows),
-            command=COMMAND.format(checkpoint=options.checkpoint, text=text, windows=len(windows)),
+            command=COMMAND.format(checkpoint=options.checkpoint, text=shown(options.text), windows=len(windows)),
         )  # fmt: skip
         write_section(PERFORMANCE, f"8 bits with {kernel}", section)
         console.print(f"wrote {PERFORMANCE}")
+
+
+def shown(text: str) -> str:
+    """A text as an option that others can give as well: files among the evaluation data by where those are."""
+    path = Path(text)
+    return f"$ARBLLM_DATA/{DATA.name}/{path.name}" if path.resolve().parent == DATA.resolve() else text
 
 
 @torch.inference_mode()

@@ -221,10 +221,13 @@ class Dots {
         LevelBytes levels;
         for (int number = 0; number < stretches_of(pass); ++number) {
             for (int64_t block = 0; block < blocks; ++block) {
-                const StretchCodes stretch(prepared_, pass, tile, first + block, number);
+                const StretchCodes stretch(prepared_, pass, tile, first + block, number, blocks);
                 for (int byte = 0; byte < stretch.bytes; byte += OCTETS) {
                     const int octets = std::min(OCTETS, stretch.bytes - byte);
                     for (int i = 0; i < octets; ++i) {
+                        for (int term = 0; term < TERMS; ++term) {
+                            prefetch(stretch.ahead + LANES * (TERMS * (byte + i) + term));
+                        }
                         find_trellis<TERMS>(stretch, byte + i, table, levels.of[i]);
                     }
                     add_share(levels, (STRETCH_BYTES * number + byte) / OCTETS, octets, x, tokens, sums[block][0]);

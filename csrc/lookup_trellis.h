@@ -20,12 +20,18 @@ constexpr int EXACT = 2;  // summands, those of the largest coefficients, whose 
 // Of other summands, what the two tables of a byte give is averaged, to 8 bits, so that there is half as much to add up.
 constexpr bool is_averaged(int summand) { return summand >= EXACT; }
 
+// Asks for a line of codes, to be in the second cache when it is read: the first is full of tables.
+void prefetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
+
 // The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
-    const uint8_t *codes, *above, *ahead = nullptr;  // codes that are read later on, and asked for meanwhile
+    const uint8_t *codes, *above;
+    const uint8_t* ahead;  // codes that are read later on, and asked for meanwhile
     int bytes, step, above_step;  // from one byte to the next; 0 where there is no block above
 
-    StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number) {
+    // Of a job that reads each stretch of `together` blocks of the tile before the next.
+    StretchCodes(const Prepared& prepared, const Pass& pass, int64_t tile, int64_t block, int number,
+                 int64_t together = 1) {
         static const uint8_t nothing[LANES + WORD] = {};
         const int64_t before = tile * TILE_BLOCKS + block - 1;
         bytes = stretch_bytes(pass, number);
@@ -33,6 +39,8 @@ struct StretchCodes {
         above = before < 0 ? nothing : prepared.stretch_of(before / TILE_BLOCKS, before % TILE_BLOCKS, pass, number);
         step = LANES * pass.planes;
         above_step = before < 0 ? 0 : step;
+        // A tile is read from front to back; of one block alone, the next stretch lies behind those of the other blocks.
+        ahead = codes + LANES * (together > 1 ? AHEAD : STRETCH_BYTES * pass.planes * prepared.tile_blocks(tile));
     }
 };
 
@@ -135,7 +143,7 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
         const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
         for (int byte = first; byte < end; ++byte) {
             for (int line = 0; line < FETCHED; line += LANES) {
-                __builtin_prefetch(ahead + FETCHED * byte + line);
+                prefetch(ahead + FETCHED * byte + line);
             }
             found.add(stretch, byte, tables + 32 * byte);
         }
@@ -180,12 +188,9 @@ void add_terms(const Prepared& prepared, const Pass& pass, const Tables* tables,
     for (int s = 0; s < SUMMANDS[TERMS - 1]; ++s) {
         (is_averaged(s) ? averaged : exact) += pass.coefficients[s];
     }
-    // A tile is read from front to back; of one block alone, the next stretch lies behind those of the other blocks.
-    const int64_t ahead = LANES * (blocks > 1 ? AHEAD : STRETCH_BYTES * pass.planes * prepared.tile_blocks(tile));
     for (int number = 0; number < stretches_of(pass); ++number) {
         for (int64_t block = 0; block < blocks; ++block) {
-            StretchCodes stretch(prepared, pass, tile, first + block, number);
-            stretch.ahead = stretch.codes + ahead;
+            const StretchCodes stretch(prepared, pass, tile, first + block, number, blocks);
             for (int64_t token = 0; token < tokens; ++token) {
                 const Tables& own = tables[token];
                 const float zero = exact * own.zeros[number] + averaged * own.averaged_zeros[number];

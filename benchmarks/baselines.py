@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from arbllm.baselines import gptq, output_error, round_to_nearest
+from arbllm.baselines import gptq, round_to_nearest
+from arbllm.difference import output_error
 from solver import DATA, Rows, as_table, timed
 
 HEADINGS = ("matrix", "method", "true bits", "output error", "weight error", "seconds")

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from arbllm.baselines import SHRINKS, fit_grid, gptq, output_error, round_to_nearest, true_bits
+from arbllm.baselines import SHRINKS, fit_grid, gptq, round_to_nearest, true_bits
+from arbllm.difference import output_error
 from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import factorize
 from tests.data import needs

@@ -180,8 +180,9 @@ def test_what_cannot_be_done_leaves_nothing_behind(dense, packed, tmp_path, chan
 
 
 def test_a_checkpoint_that_cannot_be_distilled(dense, packed, tmp_path):
-    with pytest.raises(ConfigError, match="is the packed checkpoint itself"):
-        arbllm.distill(packed, packed, model=dense, overwrite=True)
+    for read in (packed, dense):
+        with pytest.raises(ConfigError, match="is itself what is read"):
+            arbllm.distill(packed, read, model=dense, overwrite=True)
     arbllm.quantize(dense, tmp_path / "arb", **OPTIONS, config=arbllm.BinarizationConfig(method="arb", iterations=1))
     with pytest.raises(ConfigError, match="distill is for arb-rc and arb-rcx"):
         arbllm.distill(tmp_path / "arb", tmp_path / "out", model=dense)

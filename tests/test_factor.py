@@ -133,3 +133,10 @@ def test_reversal_in_place(size):
     vector = torch.arange(size)
     _reverse(vector)
     assert torch.equal(vector, torch.arange(size).flip(0))
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(6, 20)
+    hessian = x @ x.T
+    found = factorize(hessian.T.contiguous().T)
+    assert torch.equal(found.upper, factorize(hessian).upper)

@@ -113,6 +113,16 @@ def test_the_model_behind_the_card_is_the_one_on_disk(job):
             ConfigError,
             "trellis is no option of method 'arb-rc'",
         ),
+        (
+            {"config": arbllm.BinarizationConfig("billm", iterations=3)},
+            ConfigError,
+            "iterations is no option of method 'billm'",
+        ),
+        (
+            {"config": arbllm.BinarizationConfig("arb-rc", partition="column", split_on="saliency")},
+            ConfigError,
+            "split_on is no option of partition 'column'; leave it out, or choose one with groups",
+        ),
         ({"distill_windows": 4}, ConfigError, "distill_windows is of no use without distill"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"evaluate": "no such file"}, TextError, "no such file"),
@@ -155,7 +165,7 @@ def test_an_existing_directory_is_kept_unless_told_otherwise(dense, tmp_path):
 
 
 def test_the_model_is_not_its_own_output(dense):
-    with pytest.raises(ConfigError, match="is the model itself"):
+    with pytest.raises(ConfigError, match="is itself what is read"):
         arbllm.quantize(dense, dense, **OPTIONS, overwrite=True)
 
 

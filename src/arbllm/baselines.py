@@ -112,15 +112,6 @@ def gptq(
     return Rounded(columns.T.contiguous(), stored)
 
 
-def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T) / tr(W H W^T) with D = W - W_hat, for W and W_hat (n, m) and H (m, m)."""
-    original, hessian = weight.float(), hessian.float()
-    difference = original - approximation
-    whole = float(((original @ hessian) * original).sum())
-    part = float(((difference @ hessian) * difference).sum())
-    return max(part, 0.0) / whole if whole > 0 else 0.0
-
-
 def true_bits(rows: int, columns: int, bits: int, group_size: int, *, ordered: bool = False) -> float:
     """Bits per weight of codes, a float16 scale and a zero of `bits` bits per row and group, and the column order.
 

@@ -61,7 +61,7 @@ class CardFacts:
         version: the version of arbllm.
         config: method and options.
         calibration: `text`, `windows`, `window_length`, `seed`, and the steps `tune` and `distill`; `distillation` has
-            the first four of a distillation on another text.
+            the first four of the last distillation, where that was on another text.
         true_bits: stored bits a weight of the linears.
         nominal_bits: signs a weight of the linears.
         bytes_on_disk: bytes of the tensors' files.

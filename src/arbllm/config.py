@@ -10,6 +10,8 @@ from arbllm.errors import ConfigError
 
 ALLOCATIONS = ("measured", "uniform")
 PARTITIONS = ("none", "column", "group", "column+group", "cgb")
+UNDIVIDED = ("none", "column")
+"""Partitions without groups."""
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
 COMPENSATIONS = ("exact", "reference")
@@ -100,11 +102,19 @@ class BinarizationConfig:
         Raises:
             ConfigError: an option is not the default one, and not one of the method's; names it.
         """
-        joint = get_method(self.method).joint
-        for name in PAPERS_OPTIONS if joint else JOINT_OPTIONS:
-            if getattr(self, name) != getattr(BinarizationConfig, name):
-                others = "one of the paper's methods, such as arb-rc" if joint else "arb-rcx"
-                raise ConfigError(f"{name} is no option of method {self.method!r}; leave it out, or choose {others}")
+        method = get_method(self.method)
+        others = "one of the paper's methods, such as arb-rc" if method.joint else "arb-rcx"
+        useless: list[tuple[tuple[str, ...], str, str]] = [
+            (PAPERS_OPTIONS if method.joint else JOINT_OPTIONS, f"method {self.method!r}", others)
+        ]
+        if not method.refined:
+            useless.append((("iterations",), f"method {self.method!r}", "one that refines, such as arb-rc"))
+        if self.partition in UNDIVIDED:
+            useless.append((("groups", "split_on"), f"partition {self.partition!r}", "one with groups, such as cgb"))
+        for names, place, instead in useless:
+            for name in names:
+                if getattr(self, name) != getattr(BinarizationConfig, name):
+                    raise ConfigError(f"{name} is no option of {place}; leave it out, or choose {instead}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""

@@ -22,6 +22,7 @@ from arbllm.evaluation.report import CheckpointReport, report
 from arbllm.experts import split_experts
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
+from arbllm.format.output import output_path
 from arbllm.format.rows import quantize_rows
 from arbllm.integrations.auto import auto_class
 from arbllm.job import choose_tuning, shown, versions
@@ -96,9 +97,7 @@ def distill(
         ArbllmError: the checkpoint is damaged or of another method, `model` is not what it was made of, or the text,
             the options or the disk do not allow it.
     """
-    checkpoint, out, model = Path(checkpoint), Path(out), str(model)
-    if checkpoint.resolve() == out.resolve():
-        raise ConfigError(f"{out} is the packed checkpoint itself; choose another output directory")
+    checkpoint, out, model = Path(checkpoint).expanduser(), output_path(out, checkpoint, model), str(model)
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
     place, before = choose_device(device), report(checkpoint)
@@ -194,7 +193,9 @@ def _open_dense(model: str, checkpoint: Path, packed: PreTrainedModel, trust_rem
     Raises:
         ModelError: it is not what the packed one was made of; names the first linear that differs.
     """
-    dense = open_model_only(model, trust_remote_code=trust_remote_code)
+    # A GGUF file is opened in whatever dtype; others as they are stored, of which packed ones may be rounded.
+    dtype = str(packed.dtype).removeprefix("torch.") if Path(model).suffix == ".gguf" else "auto"
+    dense = open_model_only(model, dtype, trust_remote_code=trust_remote_code)
     split_experts(dense)  # as the packed one has them
     modules = dict(dense.named_modules())
     for name, module in packed.named_modules():
@@ -230,9 +231,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _facts(checkpoint: Path, text: dict[str, Any], steps: int) -> dict[str, Any]:
-    """`quantization_config` as it was, with the steps that all distillations took together, and a text of their own."""
+    """`quantization_config` as it was, with the steps of all distillations, the last one's text if another."""
     facts = open_checkpoint(checkpoint).quantization
-    calibration = facts.get("calibration", {})
+    calibration = {key: value for key, value in facts.get("calibration", {}).items() if key != "distillation"}
     now = {"text": shown(text["text"]), **{name: text[name] for name in ("windows", "window_length", "seed")}}
     further = {} if now.items() <= calibration.items() else {"distillation": now}
     return {**facts, "calibration": {**calibration, **further, "distill": calibration.get("distill", 0) + steps}}

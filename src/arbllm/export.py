@@ -7,9 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from arbllm.device import check_disk_space
-from arbllm.errors import ConfigError
 from arbllm.format.checkpoint import open_checkpoint
-from arbllm.format.output import output_directory
+from arbllm.format.output import output_directory, output_path
 from arbllm.integrations.dense import dense_model
 from arbllm.integrations.embeddings import packed_embeddings
 from arbllm.model.source import open_model, save_tokenizer
@@ -32,8 +31,7 @@ def export(
         CheckpointError: `checkpoint` is not a packed checkpoint, or is damaged.
         ArbllmError: `out` exists, or the disk is full; nothing half-written is left behind.
     """
-    if checkpoint.resolve() == out.resolve():
-        raise ConfigError(f"{out} is the packed checkpoint itself; choose another output directory")
+    checkpoint, out = checkpoint.expanduser(), output_path(out, checkpoint)
     with output_directory(out, overwrite) as work:
         if checkpoint.suffix != ".gguf":
             open_checkpoint(checkpoint)

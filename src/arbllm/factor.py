@@ -80,7 +80,7 @@ def factorize(hessian: Tensor, damping: float = 0.01, shrinkage: float = 0.0) ->
     Raises:
         ModelError: H has NaN or infinite entries, or is so far from positive definite that no damping helps.
     """
-    hessian = hessian.float()
+    hessian = hessian.float().contiguous()
     if not all(torch.isfinite(rows).all() for rows in hessian.split(ROWS)):
         raise ModelError("its Hessian has NaN or infinite entries: the activations overflowed; try --dtype float32")
     dead = hessian.diagonal() <= 0

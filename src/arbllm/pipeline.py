@@ -24,6 +24,7 @@ from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_window
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.coding import CSR, RAW, check_coding
 from arbllm.format.header import order_metadata
+from arbllm.format.output import output_path
 from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
 from arbllm.job import Job, choose_tuning, shown, streamable
@@ -120,7 +121,7 @@ def quantize(
         ArbllmError: the model, the text, the options or the disk do not allow it; found before the work begins where
             that can be known.
     """
-    model, out, config = str(model), Path(out), config or BinarizationConfig()
+    model, out, config = str(model), output_path(out, model), config or BinarizationConfig()
     config.check_options()
     place = own_device(choose_device(device))
     tuning = choose_tuning(config, tune, distill)
@@ -136,8 +137,6 @@ def quantize(
         raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if evaluate and Path(evaluate).is_file() and Path(evaluate).resolve() == Path(calibration).resolve():
         warnings.warn(f"perplexity on {evaluate} will flatter: it is the text of the calibration, too", stacklevel=2)
-    if Path(model).exists() and Path(model).resolve() == out.resolve():
-        raise ConfigError(f"{out} is the model itself; choose another output directory")
     with naming_lack_of_memory(), joined(place) as ranks:
         job = Job(
             model=model,
@@ -211,7 +210,7 @@ def _distill(
         emit(done)
         return
     events: list[Event] = []
-    open_teacher = partial(open_model_only, job.model, trust_remote_code=job.trust_remote_code)
+    open_teacher = partial(open_model_only, job.model, job.dtype, trust_remote_code=job.trust_remote_code)
     tuning = Tuning(job.distill, distillation_rate(job.distill))
     distill_model(model, open_teacher, tokens, tuning, job.device, both(events.append, emit), progress)
     progress.keep_distilled(model, events[-1])

@@ -143,7 +143,7 @@ def plan(
         peak_memory_bytes=sum(memory.values()),
         stage=stage,
         memory=memory,
-        seconds=_seconds(unfinished_directory(Path(out)), len(blocks)),
+        seconds=_seconds(unfinished_directory(Path(out).expanduser()), len(blocks)),
     )
 
 

@@ -15,6 +15,7 @@ from arbllm.binarize.methods import Method, get_method
 from arbllm.binarize.trellis import TrellisPart
 from arbllm.budget import joint_layout
 from arbllm.config import BinarizationConfig
+from arbllm.difference import output_error, weight_error
 from arbllm.errors import ConfigError, ModelError
 from arbllm.factor import Factor, factorize
 from arbllm.format.assemble import assemble
@@ -56,10 +57,9 @@ def quantize_matrix(
     factor = factor or factorize(hessian, config.damping)
     method = get_method(config.method)
     solved = (_solve_segments if method.joint else _solve_blocks)(original, factor, config, method)
-    difference = original - solved.reconstruction
     report = SolveReport(
-        output_error=_ratio(_energy(difference, factor.hessian), _energy(original, factor.hessian)),
-        weight_error=_ratio(float(difference.square().sum()), float(original.square().sum())),
+        output_error=output_error(original, solved.reconstruction, factor.hessian),
+        weight_error=weight_error(original, solved.reconstruction),
         damping=factor.damping,
         error_history=solved.history,
     )
@@ -119,12 +119,3 @@ def _compensation(error: Tensor, triangle: Tensor, form: str) -> Tensor:
     if form == "reference":
         return error / triangle.diagonal()
     return torch.linalg.solve_triangular(triangle, error, upper=True, left=False)
-
-
-def _energy(matrix: Tensor, hessian: Tensor) -> float:
-    """tr(A H A^T)."""
-    return float((matrix @ hessian).mul_(matrix).sum())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return max(part, 0.0) / whole if whole > 0 else 0.0

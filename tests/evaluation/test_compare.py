@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbllm.baselines import output_error
+from arbllm.difference import output_error
 from arbllm.errors import ArbllmError, ConfigError, TextError
 from arbllm.evaluation import compare as module
 from arbllm.evaluation.compare import (

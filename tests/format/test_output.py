@@ -1,11 +1,12 @@
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from arbllm.errors import ArbllmError
-from arbllm.format.output import output_directory, put_back
+from arbllm.errors import ArbllmError, ConfigError
+from arbllm.format.output import output_directory, output_path, put_back
 
 
 def names(directory: Path) -> list[str]:
@@ -112,3 +113,32 @@ def test_what_made_way_for_a_killed_job_is_put_back(tmp_path):
     (tmp_path / "work.old").mkdir()
     put_back(out, work)
     assert (tmp_path / "work.old").exists()
+
+
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tmp_path / "models" / "dense"
+    model.mkdir(parents=True)
+    for out in (model, "~/models/dense", tmp_path / "models" / "." / "dense"):
+        with pytest.raises(ConfigError, match="is itself what is read"):
+            output_path(out, "some/hub-name", "~/models/dense")
+    with pytest.raises(ConfigError, match=r"holds .*dense, what is read"):
+        output_path("~/models", model)
+    assert output_path("~/models/dense/packed", model) == model / "packed"
+
+
+def test_an_old_directory_that_cannot_be_removed_is_left_and_named(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    remove = shutil.rmtree
+
+    def refuse(path, *args, **options):
+        if str(path).endswith(".old"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match="held before is left in .*old"), output_directory(out, overwrite=True) as work:
+        (work / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "new"

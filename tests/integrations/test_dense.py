@@ -33,3 +33,13 @@ def test_rotary_frequencies_stay_precise(packed):
     model = dense_model(arbllm.load(packed), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_what_is_kept_in_single_precision_stays_so(packed):
+    model = arbllm.load(packed, dtype=torch.bfloat16)
+    norm = model.model.norm
+    norm.weight.data = torch.randn(norm.weight.shape)
+    before = norm.weight.data.clone()
+    dense_model(model)
+    assert torch.equal(norm.weight, before)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 import warnings
+from typing import IO
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import arbllm
 from arbllm.errors import ArbllmError
 from arbllm.model import resume
 from arbllm.model.events import BlockFinished, BlockStarted, Event
-from arbllm.model.resume import FinishedBlock, Progress, resumable_output, write_whole
+from arbllm.model.resume import FinishedBlock, Progress, resumable_output, unfinished_directory, write_whole
 from tests.helpers import random_matrix
 from tests.tiny import save_tiny
 
@@ -181,3 +183,23 @@ def test_a_job_that_replaces_a_checkpoint_goes_on_too(dense, tmp_path, stop, mon
     )
     assert set(found) == {written}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path, monkeypatch):
+    """A job ends, and removes its directory, just as another has opened the lock there."""
+    directory, lock = unfinished_directory(tmp_path / "out"), resume._lock
+    opened: list[IO[str]] = []
+
+    def late(file, out):
+        if not opened:
+            shutil.rmtree(directory)
+        opened.append(file)
+        lock(file, out)
+
+    monkeypatch.setattr(resume, "_lock", late)
+    with resumable_output(tmp_path / "out") as (kept, _):
+        assert [file.closed for file in opened] == [True, False]
+        assert kept == directory
+        monkeypatch.undo()
+        with pytest.raises(ArbllmError, match="another job is writing"), resumable_output(tmp_path / "out"):
+            pytest.fail("two jobs at once")

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from arbllm.baselines import gptq, output_error, round_to_nearest
+from arbllm.baselines import gptq, round_to_nearest
+from arbllm.difference import output_error
 from arbllm.errors import ModelError
 from arbllm.factor import factorize
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate

@@ -20,20 +20,20 @@ class Method:
 
     Attributes:
         name: as users type it.
-        summary: one line for help texts and model cards.
         fit: ``fit(values (n, k), mask (n, k), order, iterations, gram (k, k) or None) -> Fit``; None for
             a method without zones of blocks.
         has_means: zones carry row means.
         has_column_scales: terms carry column scales.
         calibrated: `fit` needs `gram`, the block's S = X^T X.
+        refined: parameters are refined in iterations.
     """
 
     name: str
-    summary: str
     fit: Callable[[Tensor, Tensor, int, int, Tensor | None], Fit] | None
     has_means: bool = True
     has_column_scales: bool = False
     calibrated: bool = False
+    refined: bool = True
 
     @property
     def joint(self) -> bool:
@@ -44,17 +44,11 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("billm", "plain row means and scales (BiLLM)", fit_plain),
-        Method("arb", "alternating refined row means and scales", fit_arb),
-        Method("arb-x", "ARB refined on calibration data", fit_arb_x, calibrated=True),
-        Method("arb-rc", "alternating refined row and column scales", fit_arb_rc, False, True),
-        Method(
-            "arb-rcx",
-            "row and column scales, signs and groups refined jointly on calibration data",
-            None,
-            has_means=False,
-            has_column_scales=True,
-        ),
+        Method("billm", fit_plain, refined=False),  # plain row means and scales
+        Method("arb", fit_arb),  # the same, refined
+        Method("arb-x", fit_arb_x, calibrated=True),  # the same, refined on calibration data
+        Method("arb-rc", fit_arb_rc, has_means=False, has_column_scales=True),  # refined row and column scales
+        Method("arb-rcx", None, has_means=False, has_column_scales=True),  # signs and groups, too, on calibration data
     )
 }
 

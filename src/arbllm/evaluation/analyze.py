@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from arbllm.baselines import output_error
 from arbllm.binarize.methods import METHODS
 from arbllm.config import BinarizationConfig
+from arbllm.difference import output_error, weight_error
 from arbllm.errors import ConfigError
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate, resident
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
@@ -153,14 +153,13 @@ def compare_methods(
     for method in methods:
         matrix = quantize_matrix(weight, hessian, _whole(BinarizationConfig(method)))
         approximation = matrix.dequantize(torch.float32)
-        difference = weight - approximation
         remainders.append(
             Remainder(
                 method=method,
                 true_bits=matrix.true_bits,
-                weight_error=float(difference.square().sum() / weight.square().sum()),
+                weight_error=weight_error(weight, approximation),
                 output_error=output_error(weight, approximation, hessian),
-                columns=variance_shares(difference).columns,
+                columns=variance_shares(weight - approximation).columns,
                 weight=approximation,
             )
         )

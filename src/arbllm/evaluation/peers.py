@@ -22,7 +22,7 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.experts import fuse_experts
 from arbllm.factor import Factor
-from arbllm.format.output import output_directory
+from arbllm.format.output import output_directory, output_path
 from arbllm.integrations.hqq import BITS as HQQ_BITS
 from arbllm.integrations.hqq import hqq_round
 from arbllm.model.events import OnEvent
@@ -131,7 +131,7 @@ def quantize_peer(
     """
     round_linear, bits = find_peer(method)
     check_library(method)
-    out = Path(out)
+    out = output_path(out, model)
     with output_directory(out, overwrite) as work:
         with measure() as measured:
             tokenizer = open_tokenizer(str(model), trust_remote_code)

@@ -5,12 +5,32 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from arbllm.errors import ArbllmError
+from arbllm.errors import ArbllmError, ConfigError
+
+
+def output_path(out: Path | str, *sources: Path | str) -> Path:
+    """Where to write, `~` expanded, once it is known that this costs nothing that is read.
+
+    Args:
+        out: the directory to be.
+        sources: what is read: local paths, or names on the hub, which are not there as paths.
+
+    Raises:
+        ConfigError: `out` is one of them, or a directory that holds it.
+    """
+    path = Path(out).expanduser()
+    for source in sources:
+        found = Path(source).expanduser()
+        if found.exists() and found.resolve().is_relative_to(path.resolve()):
+            what = "is itself" if found.resolve() == path.resolve() else f"holds {source},"
+            raise ConfigError(f"{out} {what} what is read; choose another output directory")
+    return path
 
 
 @contextmanager
@@ -101,7 +121,10 @@ def _replace(out: Path, work: Path) -> None:
         raise
     sync_directory(out.parent)
     if _old(work).exists():
-        shutil.rmtree(_old(work))
+        try:
+            shutil.rmtree(_old(work))
+        except OSError as error:  # that is no failure: the new one is in its place
+            warnings.warn(f"what {out} held before is left in {_old(work)} ({error.strerror})", stacklevel=2)
 
 
 def _old(work: Path) -> Path:

@@ -17,19 +17,19 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
 
     Args:
         model: a packed model, as `arbllm.load` returns it.
-        dtype: of the dense weights; None takes the dtype of the model's other weights.
+        dtype: of all weights; None leaves those that are dense as they are, and gives the others the model's dtype.
 
     Returns:
         The same object, now an ordinary model: nothing in its config tells of quantization.
     """
-    dtype = dtype or model.dtype
+    cast, dtype = dtype is not None, dtype or model.dtype
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
     fuse_experts(model)
     model._weight_conversions = None  # it is to be saved as its makers name things, as transformers does by default
     dense_embeddings(model, dtype)
-    for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+    for parameter in model.parameters() if cast else ():  # buffers, such as rotary frequencies, stay as they are
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     if hasattr(model.config, "quantization_config"):

@@ -114,6 +114,7 @@ def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] |
     if not isinstance(config, ArbllmConfig):
         config = ArbllmConfig.from_dict(dict(config))
     config.linears, config.embeddings = packed_linears(model), _embeddings(model)
+    config.arbllm_version = __version__
     model.hf_quantizer = ArbllmQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

@@ -57,16 +57,18 @@ def distill_model(
         emit: told of every piece that the dense model reads, of every step and of the end.
         keeper: where the training is kept from time to time, and gone on with.
     """
-    start, home, dtype = time.perf_counter(), model.device, model.dtype
+    start, home = time.perf_counter(), model.device
     lessons = choose_lessons(windows, tuning)
     dense = open_teacher()
-    _move(dense, device, compute_dtype(dense.dtype, device))
+    _move(dense, device)
     teacher = read_lessons(dense, lessons, lambda *count: emit(TeacherRead(*count)))
     del dense
-    kept = _plain_buffers(model)
-    _move(model, device, compute_dtype(dtype, device))
+    kept, dtypes = _plain_buffers(model), {name: each.dtype for name, each in model.named_parameters()}
+    _move(model, device)
     result = distill(model, teacher, lessons, tuning, lambda *step: emit(DistillationStep(*step)), keeper)
-    model.to(home, dtype)
+    model.to(home)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
     _put_back(model, kept)
     emit(DistillationFinished(*result, seconds=time.perf_counter() - start))
 
@@ -188,11 +190,13 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     return nn.functional.kl_div(predictions, targets, log_target=True, reduction="batchmean")
 
 
-def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """To a device, in evaluation mode, in a dtype; but buffers of float32, such as rotary frequencies, stay that."""
-    kept = _plain_buffers(model)
-    model.to(device, dtype).eval()
-    _put_back(model, {name: each.to(device) for name, each in kept.items() if each.dtype == torch.float32})
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    """To a device, in evaluation mode, all but what is packed in the dtypes that it computes in."""
+    model.to(device).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(compute_dtype(parameter.dtype, device))
+    buffers = _plain_buffers(model)
+    _put_back(model, {name: each.to(compute_dtype(each.dtype, device)) for name, each in buffers.items()})
 
 
 def _put_back(model: PreTrainedModel, buffers: dict[str, Tensor]) -> None:
@@ -203,7 +207,7 @@ def _put_back(model: PreTrainedModel, buffers: dict[str, Tensor]) -> None:
 
 
 def _plain_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Buffers of all but packed modules, such as rotary frequencies, which stay float32 in half-precision models."""
+    """Buffers of all but packed modules, such as rotary frequencies, by name."""
     return {
         f"{name}.{key}".removeprefix("."): buffer
         for name, module in model.named_modules()

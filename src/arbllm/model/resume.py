@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -216,13 +216,7 @@ def resumable_output(out: Path | str, overwrite: bool = False) -> Iterator[tuple
     out = Path(out).resolve()
     check_replaceable(out, overwrite)
     directory = unfinished_directory(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK_FILE).open("w")
-    except OSError as error:
-        raise ArbllmError(f"{out}: cannot be made ({error.strerror}); choose another output directory") from error
-    with lock:
-        _lock(lock.fileno(), out)
+    with _locked(directory / LOCK_FILE, out):
         put_back(out, directory / CHECKPOINT_DIRECTORY)
         check_replaceable(out, overwrite)
         _clear(directory)
@@ -312,8 +306,27 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
-def _lock(descriptor: int, out: Path) -> None:
-    """Hold the lock until the file is closed, or the process ends in whatever way.
+def _locked(file: Path, out: Path) -> IO[str]:
+    """The file, open and locked. A job that ended in between has removed it: then it is made anew.
+
+    Raises:
+        ArbllmError: another process holds the lock, or the file cannot be made.
+    """
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                lock = file.open("w")
+                _lock(lock, out)
+                if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                    return lock
+                lock.close()
+        except OSError as error:
+            raise ArbllmError(f"{out}: cannot be made ({error.strerror}); choose another output directory") from error
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    """Hold the lock until the file is closed, or the process ends in whatever way; closed it is where that fails.
 
     Raises:
         ArbllmError: another process holds it.
@@ -323,8 +336,10 @@ def _lock(descriptor: int, out: Path) -> None:
     except ImportError:  # Windows
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise ArbllmError(f"{out}: another job is writing to it; wait for it, or choose another directory") from error
     except OSError as error:
+        file.close()
         raise ArbllmError(f"{out}: its file system has no locks ({error.strerror}); choose another one") from error

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from arbllm.baselines import Rounded, output_error
+from arbllm.baselines import Rounded
 from arbllm.device import peak_memory_bytes
+from arbllm.difference import output_error, weight_error
 from arbllm.errors import naming
 from arbllm.factor import Factor, factorize
 from arbllm.model.capture import BlockCall, capture_inputs, gather_hessians, propagate, resident
@@ -121,7 +122,7 @@ def _round_one(
         rounded = round_linear(weight, factor)
     seconds = time.perf_counter() - start
     error = output_error(weight, rounded.weight, factor.hessian)
-    distance = float((weight - rounded.weight).square().sum() / weight.square().sum())
+    distance = weight_error(weight, rounded.weight)
     linear.set_weight(rounded.weight.to(linear.weight.dtype))
     return LinearQuantized(
         block,

@@ -73,13 +73,18 @@ def naming_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):  # as PyTorch says on a CPU
+        if not is_lack_of_memory(error):
             raise
         raise ArbllmError(
             "the device is out of memory; use fewer or shorter windows (--windows, --window-length), --stream where "
             "the model is larger than memory, or another --device"
         ) from error
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has too little memory."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)  # as PyTorch says on a CPU
 
 
 def release_memory() -> None:

@@ -106,7 +106,7 @@ def distill(
     job = _Job(checkpoint, before, model, steps, text, place, trust_remote_code, overwrite)
     with naming_lack_of_memory(), resumable_output(out, overwrite) as (kept, work):
         check_disk_space(before.bytes_on_disk, work)
-        with measure() as measured:
+        with measure(place) as measured:
             finished, dense_bytes, dense_linear_bytes = job.run(kept, work, on_event)
         after = report(work, contents=False)
         linears = after.size.linears

@@ -18,8 +18,9 @@ from arbllm.binarize.methods import get_method
 from arbllm.config import BinarizationConfig
 from arbllm.errors import ConfigError
 from arbllm.format.checksum import checksum
+from arbllm.format.coding import CSR, check_coding
 from arbllm.model.distill import cut_pieces
-from arbllm.model.embeddings import DENSE_BITS, quantize_embeddings
+from arbllm.model.embeddings import DENSE_BITS, check_embedding_bits, quantize_embeddings
 from arbllm.model.events import LinearQuantized, OnEvent
 from arbllm.model.quantize import quantize_model
 from arbllm.model.ranks import Ranks
@@ -193,6 +194,30 @@ def streamed_config(config: BinarizationConfig, distill: int) -> BinarizationCon
     message = "bits are divided uniformly, since what linears gain from them is measured on the whole model in memory"
     warnings.warn(message, stacklevel=1)
     return replace(config, allocation="uniform")
+
+
+def check_choices(
+    config: BinarizationConfig,
+    embedding_bits: int,
+    bitmap: str,
+    size: int | None,
+    distill: int,
+    distill_windows: int | None,
+) -> None:
+    """Refuse options of `quantize` that do not go together, or make no difference.
+
+    Raises:
+        ConfigError: names the option and the remedy.
+    """
+    config.check_options()
+    check_embedding_bits(embedding_bits)
+    check_coding(bitmap)
+    if size is not None and not get_method(config.method).joint:
+        raise ConfigError(f"size cannot be chosen with method {config.method!r}; choose arb-rcx, or leave it out")
+    if distill_windows is not None and not distill:
+        raise ConfigError("distill_windows is of no use without distill; leave it out, or say how many steps")
+    if size is not None and bitmap == CSR:
+        raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
 
 
 def choose_tuning(config: BinarizationConfig, tune: int | None, distill: int) -> Tuning | None:

@@ -14,22 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import arbllm
-from arbllm.binarize.methods import get_method
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype, naming_lack_of_memory
-from arbllm.errors import ConfigError
 from arbllm.evaluation.measure import measure
 from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
-from arbllm.format.coding import CSR, RAW, check_coding
+from arbllm.format.coding import RAW
 from arbllm.format.header import order_metadata
 from arbllm.format.output import output_path
 from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
-from arbllm.job import Job, choose_tuning, shown, streamable
+from arbllm.job import Job, check_choices, choose_tuning, shown, streamable
 from arbllm.model.distill import distill_model, distillation_rate
-from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.ranks import joined, own_device
 from arbllm.model.resume import Progress, resumable_output
@@ -122,19 +119,11 @@ def quantize(
             that can be known.
     """
     model, out, config = str(model), output_path(out, model), config or BinarizationConfig()
-    config.check_options()
+    check_choices(config, embedding_bits, bitmap, size, distill, distill_windows)
     place = own_device(choose_device(device))
     tuning = choose_tuning(config, tune, distill)
     if stream:
         config = streamable(model, config, distill)
-    check_embedding_bits(embedding_bits)
-    check_coding(bitmap)
-    if size is not None and not get_method(config.method).joint:
-        raise ConfigError(f"size cannot be chosen with method {config.method!r}; choose arb-rcx, or leave it out")
-    if distill_windows is not None and not distill:
-        raise ConfigError("distill_windows is of no use without distill; leave it out, or say how many steps")
-    if size is not None and bitmap == CSR:
-        raise ConfigError("size cannot be kept with bitmap 'csr', which takes more than the raw bitmap; choose entropy")
     if evaluate and Path(evaluate).is_file() and Path(evaluate).resolve() == Path(calibration).resolve():
         warnings.warn(f"perplexity on {evaluate} will flatter: it is the text of the calibration, too", stacklevel=2)
     with naming_lack_of_memory(), joined(place) as ranks:
@@ -166,7 +155,7 @@ def quantize(
 def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event: OnEvent | None) -> QuantizationSummary:
     """What rank 0 does: the job, and a checkpoint of it."""
     with resumable_output(out, overwrite) as (kept, work):
-        with measure() as measured:
+        with measure(job.device) as measured:
             opened = job.open()
             model, config = opened.model, opened.config
             held_out = _held_out(model, evaluate, opened.tokenizer) if evaluate else None

@@ -15,11 +15,11 @@ from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
 from arbllm.experts import SplitExperts
 from arbllm.format.accounting import matrix_size
+from arbllm.format.coding import RAW
 from arbllm.format.rows import ROW_BITS, RowLayout
-from arbllm.job import choose_tuning, streamed_config
+from arbllm.job import check_choices, choose_tuning, streamed_config
 from arbllm.model import disturbance
 from arbllm.model.distill import LENGTH
-from arbllm.model.embeddings import check_embedding_bits
 from arbllm.model.quantize import check_length
 from arbllm.model.resume import unfinished_directory
 from arbllm.model.sensitivity import uniform_shares
@@ -27,7 +27,7 @@ from arbllm.model.stream import empty_model
 from arbllm.model.training import Tuning
 from arbllm.model.walk import DecoderBlock, Linear, check_shares, find_blocks
 from arbllm.model.workers import solver_memory
-from arbllm.sizes import header_bytes, largest_layout
+from arbllm.sizes import header_bytes, largest_layout, most_listed
 from arbllm.text import check_amount
 
 FLOAT_BYTES = 4
@@ -78,6 +78,7 @@ def plan(
     *,
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
+    bitmap: str = RAW,
     tune: int | None = None,
     distill: int = 0,
     distill_windows: int | None = None,
@@ -94,6 +95,7 @@ def plan(
         out: where the checkpoint would go: if a job for it is unfinished, its blocks tell the time.
         config: method and options.
         embedding_bits: as in `arbllm.quantize`, like all that follows.
+        bitmap: how files hold group bitmaps.
         tune: steps of tuning; None for the method's own.
         distill: steps of distillation.
         distill_windows: windows to distil on; None for as many as for calibration.
@@ -109,11 +111,10 @@ def plan(
         TextError: likewise, windows.
     """
     config = config or BinarizationConfig()
-    config.check_options()
+    check_choices(config, embedding_bits, bitmap, None, distill, distill_windows)
     tuning = choose_tuning(config, tune, distill)
     for count in (windows, windows if distill_windows is None else distill_windows):
         check_amount(count, window_length)
-    check_embedding_bits(embedding_bits)
     if stream:
         config = streamed_config(config, distill)
     empty = empty_model(model, dtype, trust_remote_code)
@@ -133,13 +134,13 @@ def plan(
         stages |= _distilling(empty, blocks, (distill_windows or windows, window_length), rest + packed)
     stage = max(stages, key=lambda name: sum(stages[name].values()))
     memory = {"program": peak_memory_bytes() + PROGRAM_BYTES} | stages[stage]
-    linears = sum(len(block.linears) for block in blocks)
+    linears = [linear for block in blocks for linear in block.linears]
     return Plan(
         blocks=len(blocks),
-        linears=linears,
+        linears=len(linears),
         weights=weights,
         true_bits_per_weight=8 * packed / weights,
-        result_bytes=packed + rest + header_bytes(empty, linears),
+        result_bytes=packed + most_listed(empty, config, bitmap) + rest + header_bytes(empty, linears),
         peak_memory_bytes=sum(memory.values()),
         stage=stage,
         memory=memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from torch import Tensor
@@ -14,9 +15,12 @@ from arbllm.format.accounting import matrix_size
 from arbllm.format.coding import CSR
 from arbllm.format.layout import Layout, Segment
 from arbllm.integrations.embeddings import packed_embeddings
-from arbllm.model.walk import find_blocks
+from arbllm.model.walk import Linear, find_blocks
 
-HEADER_BYTES, HEADERS_A_LINEAR = 190, 6  # of a file's header for each tensor; further tensors of a packed linear
+ENTRY_BYTES = 100
+"""Of a file's header for each tensor, beside its name, which is there twice: once with its checksum."""
+PACKED_TENSORS, PACKED_NAME = 9, 15
+"""Of a packed linear, at most, and characters of their names beside that of the linear."""
 
 
 def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
@@ -35,7 +39,7 @@ def bits_for_size(model: PreTrainedModel, size: int) -> float:
     linears = [linear for block in find_blocks(model) for linear in block.linears]
     weights = sum(linear.weight.numel() for linear in linears)
     embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
-    rest = dense_bytes - dense_linear_bytes + embeddings + header_bytes(model, len(linears))
+    rest = dense_bytes - dense_linear_bytes + embeddings + header_bytes(model, linears)
     bits = 8 * (size - rest) / weights
     if bits < FEWEST_BITS:
         raise ConfigError(
@@ -45,9 +49,11 @@ def bits_for_size(model: PreTrainedModel, size: int) -> float:
     return min(bits, MOST_BITS)
 
 
-def header_bytes(model: PreTrainedModel, linears: int) -> int:
-    """Bytes that files take beside their tensors, about, once so many linears are packed."""
-    return HEADER_BYTES * (len(model.state_dict()) + HEADERS_A_LINEAR * linears)
+def header_bytes(model: PreTrainedModel, linears: Sequence[Linear]) -> int:
+    """Bytes that files take beside their tensors, about and at most, once these linears are packed."""
+    names = [len(name) for name in model.state_dict()]
+    names += [len(linear.name) + PACKED_NAME for linear in linears] * PACKED_TENSORS
+    return sum(2 * length + ENTRY_BYTES for length in names)
 
 
 def largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:
@@ -57,11 +63,19 @@ def largest_size(model: PreTrainedModel, config: BinarizationConfig, bitmap: str
         packed = sum(matrix_size(largest_layout(weight, config)).nbytes for weight in weights)
     else:
         packed = ceil(config.bits * sum(weight.numel() for weight in weights) / 8)
-    if bitmap == CSR:  # of each bit plane at most half the weights are listed, two bytes each
-        packed += sum(weight.numel() for weight in weights) * (config.groups // 2)
+    packed += most_listed(model, config, bitmap)
     dense_bytes, dense_linear_bytes = dense_sizes(model)
     embeddings = sum(layout.nbytes for layout in packed_embeddings(model).values())
     return dense_bytes - dense_linear_bytes + packed + embeddings
+
+
+def most_listed(model: PreTrainedModel, config: BinarizationConfig, bitmap: str) -> int:
+    """Bytes that group bitmaps may take in files beyond what they take raw."""
+    if bitmap != CSR:
+        return 0
+    # Of each bit plane at most half the weights are listed, two bytes each.
+    weights = sum(linear.weight.numel() for block in find_blocks(model) for linear in block.linears)
+    return weights * (config.groups // 2)
 
 
 def largest_layout(weight: Tensor, config: BinarizationConfig) -> Layout:

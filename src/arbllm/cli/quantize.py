@@ -152,6 +152,7 @@ def quantize(
                 out,
                 config=config,
                 embedding_bits=embeddings,
+                bitmap=bitmap,
                 tune=tune,
                 distill=distill,
                 distill_windows=distill_windows,

@@ -34,8 +34,8 @@ class Measurement:
 
 
 @contextmanager
-def measure() -> Iterator[Measurement]:
-    """Measure the block.
+def measure(device: torch.device | None = None) -> Iterator[Measurement]:
+    """Measure the block, and the GPU `device`, by default the current one.
 
     >>> with measure() as measured:
     ...     work()
@@ -44,8 +44,9 @@ def measure() -> Iterator[Measurement]:
     measurement = Measurement()
     reset_peak_memory()
     on_gpu = torch.cuda.is_available()
+    place = device if device is not None and device.type == "cuda" else None
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(place)
     start = time.perf_counter()
     try:
         yield measurement
@@ -53,4 +54,4 @@ def measure() -> Iterator[Measurement]:
         measurement.seconds = time.perf_counter() - start
         measurement.peak_memory_bytes = peak_memory_bytes()
         if on_gpu:
-            measurement.peak_device_memory_bytes = torch.cuda.max_memory_allocated()
+            measurement.peak_device_memory_bytes = torch.cuda.max_memory_allocated(place)

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
-from arbllm.device import choose_device
+from arbllm.device import choose_device, is_lack_of_memory
 from arbllm.errors import ArbllmError, CheckpointError, ConfigError
 from arbllm.experts import SplitExperts, split_experts
 from arbllm.format.accounting import StorageSize, total_size
@@ -71,6 +71,7 @@ def load(
         ImportError: `device` needs the library accelerate.
     """
     from transformers import AutoConfig
+    from transformers.utils import CONFIG_NAME, cached_file
 
     from arbllm.integrations.auto import auto_class
 
@@ -92,11 +93,15 @@ def load(
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: neither a directory here nor one that the hub gives ({reason})") from error
-    except (ArbllmError, ImportError, torch.OutOfMemoryError):
+    except (ArbllmError, ImportError):
         raise
     except Exception as error:  # a damaged config.json fails in any way that transformers knows
+        if is_lack_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: config.json describes no model that can be loaded ({reason})") from error
+    if not local.exists():
+        open_checkpoint(Path(cached_file(path, CONFIG_NAME)).parent)
     for name in sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: the model needs tensor {name}, which the checkpoint does not have")
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_relative_imports
 
+from arbllm.device import is_lack_of_memory
 from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.format.checkpoint import QUANT_METHOD
 from arbllm.format.header import read_header
@@ -164,20 +166,27 @@ def _copy_code(location: Mapping[str, Any], modules: list[str], directory: Path)
 def _beside_weights(location: Mapping[str, Any], name: str) -> Path | None:
     """A file of a model's directory, or of its repository on the hub; None where there is none, as with GGUF.
 
+    Warns where the hub, which could be reached a moment ago, does not give it: work of hours is not to fail for that.
+
     Args:
         location: as `_locate` gives it.
         name: of the file.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     model = location["pretrained_model_name_or_path"]
     if Path(model).is_dir():
         file = Path(model) / name
         return file if file.is_file() and "gguf_file" not in location else None
+    offline = location["local_files_only"]
     try:
-        return Path(hf_hub_download(model, name, local_files_only=location["local_files_only"]))
-    except EntryNotFoundError:
+        return Path(hf_hub_download(model, name, local_files_only=offline))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not absent and not offline:
+            message = f"{name} of {model} could not be fetched ({_first_line(error)}); if the model has it, copy it"
+            warnings.warn(message, stacklevel=2)
         return None
 
 
@@ -192,6 +201,7 @@ def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) ->
 
     Raises:
         ModelError: names the model and what is wrong with it.
+        MemoryError, RuntimeError: there is too little memory (see `naming_lack_of_memory`).
     """
     location = _locate(name_or_path)
     try:
@@ -199,6 +209,8 @@ def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) ->
     except ArbllmError:
         raise
     except Exception as error:  # configuration, weights, tokenizer and remote code fail in any way that they know
+        if is_lack_of_memory(error):
+            raise
         if "Unrecognized configuration class" in str(error):
             raise ModelError(f"{name_or_path}: not a causal language model that transformers knows") from error
         if location["local_files_only"] and not Path(name_or_path).expanduser().exists():

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -37,7 +37,6 @@ PAGE = ROOT / "docs" / "finetuning.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = 2  # windows of a step
 LEARNING_RATE = 1e-3
-ENDS = 8  # steps that the first and the last loss are means of
 HEADINGS = ("model", "perplexity")
 COMMAND = "python benchmarks/adapters.py {checkpoint} --train {train} --text {text} --page"
 
@@ -52,19 +51,17 @@ _SECTION = """\
 
 {table}
 
-The loss falls from {first:.2f} to {last:.2f} (means of {ends} steps). A step takes {seconds:.1f} s (median), the
-job {memory:.1f} GB at its peak. The adapters take {size:.1f} MB; packed linears are bit for bit what they were.
+A step takes {seconds:.1f} s (median), the job {memory:.1f} GB at its peak. The adapters take {size:.1f} MB; packed
+linears are bit for bit what they were.
 
 `{command}` writes this section.
 """
 
 
 class Outcome(NamedTuple):
-    """Perplexities by model, mean losses of the first and last steps, seconds a step, MB of adapters, GB at most."""
+    """Perplexities by model, seconds a step, MB of adapters, GB at most."""
 
     perplexities: dict[str, float]
-    first: float
-    last: float
     seconds: float
     size: float
     memory: float
@@ -91,7 +88,7 @@ def main() -> None:
         section = _SECTION.format(
             **{**vars(options), **outcome._asdict()},
             name=Path(options.checkpoint).name, train_name=Path(options.train).name, text_name=Path(options.text).name,
-            batch=BATCH, ends=ENDS, machine=machine(), table=as_markdown(HEADINGS, rows),
+            batch=BATCH, machine=machine(), table=as_markdown(HEADINGS, rows),
             command=COMMAND.format(
                 checkpoint=options.checkpoint, train=shown(options.train), text=shown(options.text)
             ),
@@ -114,7 +111,7 @@ def experiment(options: argparse.Namespace) -> Outcome:
     before = measured(packed)
     config = for_packed(LoraConfig(r=options.rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
     model = get_peft_model(packed, config)
-    losses, seconds = learn(model, lessons)
+    seconds = learn(model, lessons)
     after = measured(model.get_base_model())
     with TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -126,16 +123,14 @@ def experiment(options: argparse.Namespace) -> Outcome:
         again = measured(PeftModel.from_pretrained(fresh, directory, config=config).get_base_model())
     return Outcome(
         {"packed": before, "with adapters": after, "the same, loaded again": again},
-        mean(losses[:ENDS]),
-        mean(losses[-ENDS:]),
         median(seconds),
         size / 1e6,
         peak_memory_bytes() / 1e9,
     )
 
 
-def learn(model: PeftModel, lessons: Tensor) -> tuple[list[float], list[float]]:
-    """The loss and the seconds of every step; the rate rises over the first steps, then falls to nothing.
+def learn(model: PeftModel, lessons: Tensor) -> list[float]:
+    """Learn, and return the seconds of every step; the rate rises over the first steps, then falls to nothing.
 
     Args:
         model: its adapters are changed in place.
@@ -145,7 +140,7 @@ def learn(model: PeftModel, lessons: Tensor) -> tuple[list[float], list[float]]:
     batches = lessons.split(BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, len(batches), pct_start=0.1)
     model.train()
-    losses, seconds = [], []
+    seconds = []
     for batch in batches:
         start = time.perf_counter()
         loss = model(input_ids=batch, labels=batch).loss
@@ -153,10 +148,9 @@ def learn(model: PeftModel, lessons: Tensor) -> tuple[list[float], list[float]]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-        print(f"step {len(losses)}/{len(batches)}: loss {losses[-1]:.3f}, {seconds[-1]:.1f} s", flush=True)
-    return losses, seconds
+        print(f"step {len(seconds)}/{len(batches)}: loss {loss.item():.3f}, {seconds[-1]:.1f} s", flush=True)
+    return seconds
 
 
 def changed(model: PreTrainedModel, fresh: PreTrainedModel) -> list[str]:

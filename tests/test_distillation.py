@@ -165,6 +165,7 @@ def test_a_stopped_distillation_goes_on(dense, packed, distilled, tmp_path, monk
         ({"model": "verbose"}, ModelError, "has 300 tokens"),
         ({"model": "other"}, ModelError, r"embeddings of .*other are not those of .*; give the model that"),
         ({"windows": 10**6}, arbllm.TextError, "windows"),
+        ({"window_length": 4096}, ModelError, "longer than the model's 128 positions"),
     ],
 )
 def test_what_cannot_be_done_leaves_nothing_behind(dense, packed, tmp_path, changes, error, message):

@@ -21,7 +21,10 @@ LAYERS = (
     ("kernels", "rebuild"),
     ("solver", "baselines"),
     ("segments", "budget"),
-    ("factor",),
+    (
+        "factor",
+        "difference",
+    ),
     ("config",),
     ("format", "binarize"),
     ("errors", "native", "summary", "device"),

@@ -101,6 +101,19 @@ def test_the_time_comes_from_finished_blocks(dense, tmp_path):
     assert plan(dense, tmp_path / "out", **TEXT).seconds == 42
 
 
+def test_a_coding_that_takes_more_than_it_saves_is_foretold(dense, tmp_path):
+    options = {"config": arbllm.BinarizationConfig("arb-rc", iterations=1), **TEXT}
+    foretold = plan(dense, tmp_path / "packed", bitmap="csr", **options)
+    arbllm.quantize(dense, tmp_path / "packed", bitmap="csr", calibration="builtin", device="cpu", **options)
+    assert (tmp_path / "packed" / "model.safetensors").stat().st_size <= foretold.result_bytes
+    assert plan(dense, tmp_path / "packed", bitmap="raw", **options).result_bytes < foretold.result_bytes
+
+
+def test_a_gguf_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="GGUF file has no config"):
+        plan(tmp_path / "model.gguf", tmp_path / "out")
+
+
 def test_no_model(tmp_path):
     with pytest.raises(ModelError, match="cannot be built"):
         plan(tmp_path, tmp_path / "out")
@@ -118,6 +131,8 @@ def test_no_model(tmp_path):
         ({"windows": 0}, "at least one window"),
         ({"distill": 1, "distill_windows": 0}, "at least one window"),
         ({"dtype": "float99"}, "dtype 'float99' is unknown"),
+        ({"distill_windows": 4}, "of no use without distill"),
+        ({"bitmap": "zip"}, "bitmap 'zip' is unknown"),
     ],
 )
 def test_what_the_job_would_refuse_is_refused(dense, tmp_path, options, message):

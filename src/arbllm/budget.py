@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,7 +156,10 @@ def allocate(demands: Mapping[str, Demand], bits: float, scale_block: int, trell
             )
     total = sum(weights.values())
     if (floor := sum(least[name] * weights[name] for name in demands) / total) > bits:
-        raise ConfigError(f"the linears take at least {floor:.3f} bits a weight with scales, more than {bits:g}")
+        raise ConfigError(
+            f"the linears take at least {floor:.3f} bits a weight with scales, more than {bits:g}; "
+            f"choose {math.ceil(100 * floor) / 100:g} or more"
+        )
 
     def spend(level: float) -> dict[str, float]:
         return {name: min(MOST_BITS, max(least[name], wish + level)) for name, wish in wishes.items()}

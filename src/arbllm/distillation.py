@@ -28,6 +28,7 @@ from arbllm.integrations.auto import auto_class
 from arbllm.job import choose_tuning, shown, versions
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
+from arbllm.model.quantize import check_length
 from arbllm.model.resume import Progress, fingerprint, resumable_output
 from arbllm.model.source import open_config, open_model, open_model_only
 from arbllm.model.training import Tuning
@@ -148,6 +149,7 @@ class _Job:
         """Distil, and write all but the card; how that ended, and the sizes of the dense model as `dense_sizes`."""
         packed, tokenizer = open_model(str(self.checkpoint), trust_remote_code=self.trust_remote_code)
         windows, length, seed = (self.text[name] for name in ("windows", "window_length", "seed"))
+        check_length(packed, length)
         tokens = calibration_windows(self.text["text"], tokenizer, windows, length, seed)
         teacher = [_open_dense(self.model, self.checkpoint, packed, self.trust_remote_code)]
         sizes = dense_sizes(teacher[0])

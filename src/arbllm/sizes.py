@@ -19,8 +19,8 @@ from arbllm.model.walk import Linear, find_blocks
 
 ENTRY_BYTES = 100
 """Of a file's header for each tensor, beside its name, which is there twice: once with its checksum."""
-PACKED_TENSORS, PACKED_NAME = 9, 15
-"""Of a packed linear, at most, and characters of their names beside that of the linear."""
+FURTHER_TENSORS, FURTHER_NAME = 7, 15
+"""Of a packed linear, beside the one that a dense linear has, and characters of their names beyond the linear's."""
 
 
 def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def bits_for_size(model: PreTrainedModel, size: int) -> float:
 def header_bytes(model: PreTrainedModel, linears: Sequence[Linear]) -> int:
     """Bytes that files take beside their tensors, about and at most, once these linears are packed."""
     names = [len(name) for name in model.state_dict()]
-    names += [len(linear.name) + PACKED_NAME for linear in linears] * PACKED_TENSORS
+    names += [len(linear.name) + FURTHER_NAME for linear in linears] * FURTHER_TENSORS
     return sum(2 * length + ENTRY_BYTES for length in names)
 
 

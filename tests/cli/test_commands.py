@@ -236,6 +236,11 @@ def test_one_flipped_byte(packed, tmp_path):
     assert "model.safetensors: tensor" in fail("verify", damaged)
 
 
+def test_a_file_in_the_place_of_its_directory(packed):
+    for command in ("verify", "inspect"):
+        assert "is a file; give the directory" in fail(command, packed / "model.safetensors")
+
+
 def test_verify(packed):
     values = json.loads(succeed("verify", packed, "--json").stdout)
     assert (values["sound"], values["files"], values["linears"]) == (True, 1, 14)
@@ -336,6 +341,17 @@ def test_a_terminated_process_cleans_up(packed, tmp_path):
         assert running.stderr.read().splitlines()[-1] == "interrupted"
     assert running.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_reader_that_has_read_enough_is_no_failure(packed, command):
+    words = [sys.executable, "-m", "arbllm", command, str(packed)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        assert running.stderr
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
 
 
 def test_an_error_as_a_process(tmp_path):

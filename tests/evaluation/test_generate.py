@@ -46,6 +46,8 @@ def test_drawing_depends_on_the_seed_alone(model):
         ("Hello", {"temperature": -1.0}, "0 or more"),
         ("Hello", {"repetition_penalty": 0.0}, "above 0"),
         ("Hello", {"repetition_penalty": float("nan")}, "above 0"),
+        ("Hello", {"seed": 2**64}, "seed must be a number of 64 bits"),
+        ("caf\udce9", {}, "no valid text"),  # as Python has arguments that are not UTF-8
     ],
 )
 def test_unusable_arguments(model, prompt, options, message):

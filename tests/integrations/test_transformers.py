@@ -319,6 +319,21 @@ def test_a_repository_of_the_hub_is_verified_too(model, saved, tmp_path):
         from_pretrained("someone/packed", **options)
 
 
+def test_the_config_of_a_repository_of_the_hub_is_verified_too(saved, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--packed" / "snapshots" / ("0" * 40)
+    shutil.copytree(saved, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load("someone/packed")
+    file = snapshot / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"config\.json: is not the one that .* was written with"):
+        load("someone/packed")
+
+
 def test_truncated_and_missing_files_are_refused(spoiled):
     file = spoiled / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -1,11 +1,14 @@
 import json
+import warnings
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -16,9 +19,11 @@ from transformers import (
 )
 
 from arbllm.config import BinarizationConfig
-from arbllm.errors import CheckpointError, ConfigError, ModelError
+from arbllm.device import naming_lack_of_memory
+from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError
 from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
+from arbllm.model import source
 from arbllm.model.quantize import quantize_model
 from arbllm.model.source import open_model, open_model_only, open_tokenizer, save_tokenizer
 from arbllm.nn import BinaryLinear
@@ -177,6 +182,8 @@ def test_code_of_a_model_whose_classes_have_names_of_transformers(tmp_path):
     bring_own_code(save_tiny(tmp_path), config_class="LlavaConfig")
     for _ in range(2):  # the second time transformers has registered the class
         assert type(open_model_only(str(tmp_path), trust_remote_code=True)).__name__ == "CustomForCausalLM"
+        with pytest.raises(ModelError, match="comes with code of its own; read it, and pass --trust-remote-code"):
+            open_model_only(str(tmp_path))
 
 
 def test_a_model_that_speaks_is_refused():
@@ -212,3 +219,34 @@ def test_code_that_prepares_input_goes_along(tmp_path):
     (source / "preprocessor_config.json").write_text(json.dumps({"auto_map": prepares}))
     save_tokenizer(byte_tokenizer(), source, out)
     assert {file.name for file in out.glob("*.py")} == {"images.py", "sizes.py"}
+
+
+def test_lack_of_memory_is_not_taken_for_a_model_that_is_wrong(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    save_tiny(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ArbllmError, match=r"out of memory.*--stream"), naming_lack_of_memory():
+        open_model_only(str(tmp_path))
+
+
+def test_files_that_the_hub_does_not_give_in_the_end_cost_a_warning_alone(tmp_path, monkeypatch):
+    class AbsentError(EntryNotFoundError):
+        def __init__(self):
+            Exception.__init__(self, "404")
+
+    def fail(error):
+        def download(*_, **__):
+            raise error
+
+        return download
+
+    location = {"pretrained_model_name_or_path": "someone/model", "local_files_only": False}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail(LocalEntryNotFoundError("no connection")))
+    with pytest.warns(UserWarning, match=r"processor_config\.json of someone/model could not be fetched"):
+        assert source._beside_weights(location, "processor_config.json") is None
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail(AbsentError()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert source._beside_weights(location, "processor_config.json") is None

@@ -22,15 +22,23 @@ INTERRUPTED_EXIT_CODE = 130
 PIPE_WIDTH = 200
 
 
+class PipedConsole(Console):
+    """A console that leaves it to `command` that nobody reads on, where rich would end the program with an error."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what was caught."""
+        raise
+
+
 def stdout() -> Console:
     """Where results go; tables keep their full width when they are piped somewhere."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    console = PipedConsole()
+    return console if console.is_terminal else PipedConsole(width=PIPE_WIDTH)
 
 
 def stderr() -> Console:
     """Where progress and errors go."""
-    return Console(stderr=True)
+    return PipedConsole(stderr=True)
 
 
 @contextmanager

@@ -90,12 +90,15 @@ def begin(protocol: Protocol, out: Path) -> Pieces:
         See `text_pieces`.
 
     Raises:
-        ConfigError: `out` holds rows that were made with other settings.
+        ConfigError: `out` holds rows that were made with other settings, or cannot be made.
         TextError: see `text_pieces`.
     """
     settings = merged_settings(protocol, out)
     pieces = text_pieces(protocol)
-    (out / ROWS).mkdir(parents=True, exist_ok=True)
+    try:
+        (out / ROWS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
     write_json(out / SETTINGS, settings)
     return pieces
 

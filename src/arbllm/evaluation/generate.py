@@ -53,7 +53,7 @@ def generate(
         The continuation, without the prompt.
 
     Raises:
-        ConfigError: the prompt holds no token, or a number is out of range.
+        ConfigError: the prompt holds no token or no text, or a number is out of range.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
@@ -61,6 +61,10 @@ def generate(
         raise ConfigError(f"temperature must be 0 or more, not {temperature}")
     if not repetition_penalty > 0:
         raise ConfigError(f"repetition_penalty must be above 0 (1 for none), not {repetition_penalty}")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed must be a number of 64 bits, not {seed}")
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ConfigError("the prompt is no valid text; give it in UTF-8")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model some text to continue")

@@ -135,7 +135,10 @@ def count_windows(tokens: Tensor, context: int, max_windows: int | None = None) 
         raise TextError(f"max-windows must be at least 1, not {max_windows}")
     count = tokens.numel() // context
     if count == 0:
-        raise TextError(f"the text has {tokens.numel()} tokens, less than one window of {context}; lower the context")
+        raise TextError(
+            f"the text has {tokens.numel()} tokens, less than one window of {context}; choose a longer text, or, where "
+            "it can be chosen, a shorter --context"
+        )
     return min(count, max_windows or count)
 
 

@@ -310,6 +310,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing; is {file.parent} a packed checkpoint?") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{file.parent}: is a file; give the directory of the checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
     except UnicodeDecodeError as error:

@@ -219,6 +219,10 @@ def _from_pretrained(auto: Any, part: str, name_or_path: str, **options: Any) ->
                 "cache, and the hub cannot be reached. Give the path of a local model"
             ) from error
         _check_files(Path(name_or_path).expanduser())
+        if "custom code" in str(error) and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name_or_path}: comes with code of its own; read it, and pass --trust-remote-code if you trust it"
+            ) from error
         raise ModelError(f"{name_or_path}: its {part} cannot be opened ({_first_line(error)})") from error
 
 

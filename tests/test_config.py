@@ -43,7 +43,7 @@ def test_defaults_and_round_trip():
         ("block_size", 4, "at least 8"),
         ("block_size", 12.5, "whole number"),
         ("iterations", -1, "at least 0"),
-        ("damping", 0, "between 0 and 1"),
+        ("damping", 0, "above 0 and below 1"),
     ],
 )
 def test_bad_options_name_what_is_allowed(option, value, says):

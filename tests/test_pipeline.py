@@ -114,6 +114,11 @@ def test_the_model_behind_the_card_is_the_one_on_disk(job):
             "trellis is no option of method 'arb-rc'",
         ),
         (
+            {"config": arbllm.BinarizationConfig(block_size=64)},
+            ConfigError,
+            "block_size is no option of method 'arb-rcx'",
+        ),
+        (
             {"config": arbllm.BinarizationConfig("billm", iterations=3)},
             ConfigError,
             "iterations is no option of method 'billm'",

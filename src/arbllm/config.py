@@ -15,7 +15,7 @@ UNDIVIDED = ("none", "column")
 GROUPS = (2, 4)
 SPLITS = ("weight", "saliency")
 COMPENSATIONS = ("exact", "reference")
-PAPERS_OPTIONS = ("partition", "groups", "split_on", "compensation")
+PAPERS_OPTIONS = ("partition", "groups", "block_size", "split_on", "compensation")
 JOINT_OPTIONS = ("allocation", "scale_block", "trellis")
 DEFAULT_BITS, FEWEST_BITS, MOST_BITS = 2.25, 1.1, 4.0
 
@@ -84,7 +84,7 @@ class BinarizationConfig:
         if type(self.trellis) is not bool:
             raise ConfigError(f"trellis must be true or false, not {self.trellis!r}")
         if not 0 < self.damping < 1:
-            raise ConfigError(f"damping must lie between 0 and 1, not {self.damping!r}")
+            raise ConfigError(f"damping must lie above 0 and below 1, not {self.damping!r}")
 
     def _check_bits(self, method: Method) -> None:
         if not method.joint:

@@ -125,6 +125,10 @@ def test_eval_agrees_for_packed_and_exported(packed, tmp_path):
     assert all(value["windows"] == 5 and value["peak_memory_bytes"] > 0 for value in values)
 
 
+def test_options_of_tasks_without_a_task(packed):
+    assert "limit and task_data are for tasks" in fail("eval", packed, "--text", "builtin", "--limit", 3)
+
+
 def test_eval_prints_a_table(packed):
     result = succeed("eval", packed, "--text", "builtin", "--context", 64, "--max-windows", 2)
     assert re.search(r"perplexity +\d+\.\d+", result.stdout)

@@ -101,6 +101,8 @@ def evaluate(
     place = choose_device(device)
     if not texts and not tasks:
         raise ConfigError("nothing to evaluate: name a text or a task")
+    if not tasks and (limit is not None or task_data is not None):
+        raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
     check_tasks(tasks, task_data, limit)
     with measure() as measured:
         opened, tokenizer = open_model(

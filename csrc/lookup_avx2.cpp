@@ -9,7 +9,7 @@ namespace arbllm {
 namespace {
 
 struct Avx2 {
-    static constexpr int lanes = 32, together = 2;
+    static constexpr int lanes = 32, together = 2, fetched_to = 3;
     using Bytes = __m256i;
 
     static Bytes zero() { return _mm256_setzero_si256(); }

@@ -9,7 +9,7 @@ namespace arbllm {
 namespace {
 
 struct Avx512 {
-    static constexpr int lanes = 64, together = 1;
+    static constexpr int lanes = 64, together = 1, fetched_to = 2;
     using Bytes = __m512i;
 
     static Bytes zero() { return _mm512_setzero_si512(); }

@@ -226,7 +226,8 @@ class Dots {
                     const int octets = std::min(OCTETS, stretch.bytes - byte);
                     for (int i = 0; i < octets; ++i) {
                         for (int term = 0; term < TERMS; ++term) {
-                            prefetch(stretch.ahead + LANES * (TERMS * (byte + i) + term));
+                            const uint8_t* const ahead = stretch.ahead + LANES * (TERMS * (byte + i) + term);
+                            __builtin_prefetch(ahead, 0, Avx512::fetched_to);
                         }
                         find_trellis<TERMS>(stretch, byte + i, table, levels.of[i]);
                     }

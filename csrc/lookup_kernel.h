@@ -3,6 +3,7 @@
 //
 //   Bytes               a vector of V::lanes bytes, V::lanes a divisor of 64; also seen as numbers of 16 bits
 //   together            vectors that are worked on at once, as many as registers hold; a divisor of 64 / V::lanes
+//   fetched_to          where codes of a trellis are to be when they are read: 3 is the first cache, 2 the second
 //   zero, load          all zero; from memory
 //   table               16 bytes of memory, in a form that lookup takes
 //   low, high           the lower or higher four bits of each byte

@@ -9,7 +9,7 @@ namespace arbllm {
 namespace {
 
 struct Neon {
-    static constexpr int lanes = 16, together = 2;
+    static constexpr int lanes = 16, together = 2, fetched_to = 3;
     using Bytes = uint8x16_t;
 
     static Bytes zero() { return vdupq_n_u8(0); }

@@ -4,7 +4,7 @@ namespace arbllm {
 namespace {
 
 struct Portable {
-    static constexpr int lanes = 16, together = 1;
+    static constexpr int lanes = 16, together = 1, fetched_to = 3;
     struct Bytes {
         uint16_t pairs[lanes / 2];
     };

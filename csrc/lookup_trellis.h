@@ -20,9 +20,6 @@ constexpr int EXACT = 2;  // summands, those of the largest coefficients, whose 
 // Of other summands, what the two tables of a byte give is averaged, to 8 bits, so that there is half as much to add up.
 constexpr bool is_averaged(int summand) { return summand >= EXACT; }
 
-// Asks for a line of codes, to be in the second cache when it is read: the first is full of tables.
-void prefetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
-
 // The codes of a stretch of one block and of the block above, [byte][plane][lane].
 struct StretchCodes {
     const uint8_t *codes, *above;
@@ -143,7 +140,7 @@ void add_part(const StretchCodes& stretch, const Pass& pass, const uint8_t* tabl
         const int end = std::min(first + BLOCK_BYTES, stretch.bytes);
         for (int byte = first; byte < end; ++byte) {
             for (int line = 0; line < FETCHED; line += LANES) {
-                prefetch(ahead + FETCHED * byte + line);
+                __builtin_prefetch(ahead + FETCHED * byte + line, 0, V::fetched_to);
             }
             found.add(stretch, byte, tables + 32 * byte);
         }

@@ -83,5 +83,5 @@ def test_a_dense_model_is_not_a_packed_checkpoint(packed, tmp_path):
 
 
 def test_the_checkpoint_is_not_its_own_output(packed):
-    with pytest.raises(ConfigError, match="packed checkpoint itself"):
+    with pytest.raises(ConfigError, match="is itself what is read"):
         export(packed, packed, overwrite=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from arbllm.config import BinarizationConfig
 from arbllm.device import peak_memory_bytes
+from arbllm.errors import ModelError
 from arbllm.experts import SplitExperts
 from arbllm.format.accounting import matrix_size
 from arbllm.format.coding import RAW
@@ -117,6 +118,8 @@ def plan(
         check_amount(count, window_length)
     if stream:
         config = streamed_config(config, distill)
+    if Path(model).suffix == ".gguf":
+        raise ModelError(f"{model}: a GGUF file has no config.json to plan by; leave out --dry-run")
     empty = empty_model(model, dtype, trust_remote_code)
     empty.tie_weights()
     blocks = find_blocks(empty)

@@ -63,8 +63,10 @@ def generate(
         raise ConfigError(f"repetition_penalty must be above 0 (1 for none), not {repetition_penalty}")
     if not -(2**63) <= seed < 2**64:
         raise ConfigError(f"seed must be a number of 64 bits, not {seed}")
-    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise ConfigError("the prompt is no valid text; give it in UTF-8")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is no valid text; give it in UTF-8") from error
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model some text to continue")

@@ -22,15 +22,16 @@ def dense_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     Returns:
         The same object, now an ordinary model: nothing in its config tells of quantization.
     """
-    cast, dtype = dtype is not None, dtype or model.dtype
+    if dtype is not None:
+        for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+            parameter.data = parameter.data.to(dtype)
+    dtype = dtype or model.dtype
     packed = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
     for name, module in packed.items():
         model.set_submodule(name, dense_layer(module, dtype))
     fuse_experts(model)
     model._weight_conversions = None  # it is to be saved as its makers name things, as transformers does by default
     dense_embeddings(model, dtype)
-    for parameter in model.parameters() if cast else ():  # buffers, such as rotary frequencies, stay as they are
-        parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -152,8 +152,6 @@ def empty_model(source: Path | str, dtype: str = "auto", trust_remote_code: bool
     from accelerate import init_empty_weights
 
     source = Path(source).expanduser() if Path(source).expanduser().exists() else source
-    if Path(source).suffix == ".gguf":
-        raise ModelError(f"{source}: a GGUF file has no config.json to read; leave out --dry-run")
     generation = Path(source) / "generation_config.json"
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

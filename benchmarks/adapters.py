@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import arbllm
 from arbllm.device import peak_memory_bytes
-from arbllm.evaluation.perplexity import perplexity
 from arbllm.integrations.peft import for_packed
+from arbllm.model.perplexity import perplexity
 from arbllm.nn import BinaryLinear
 from arbllm.text import calibration_windows, evaluation_tokens
 from eight_bits import shown

@@ -47,7 +47,7 @@ def one_matrix(name: str, weight: torch.Tensor, hessian: torch.Tensor, repeats: 
         for method, call in (
             ("nearest", partial(round_to_nearest, weight, bits)),
             ("GPTQ", partial(gptq, weight, hessian, bits)),
-            ("GPTQ by energy", partial(gptq, weight, hessian, bits, by_energy=True)),
+            ("GPTQ, act-order", partial(gptq, weight, hessian, bits, by_energy=True)),
         ):
             rounded, seconds = timed(call, repeats)
             weight_error = float((weight - rounded.weight).square().sum() / weight.square().sum())

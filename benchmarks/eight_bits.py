@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import arbllm.integrations.transformers  # noqa: F401  so that transformers knows packed models
-from arbllm.evaluation.perplexity import cut_windows
 from arbllm.kernels.cpu import instruction_sets, most_tokens
+from arbllm.model.perplexity import cut_windows
 from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
 from kernels import machine

@@ -15,9 +15,9 @@ from transformers import (
 
 import arbllm
 from arbllm.config import BinarizationConfig
-from arbllm.evaluation.perplexity import perplexity
 from arbllm.export import export
 from arbllm.model.likelihood import log_likelihoods
+from arbllm.model.perplexity import perplexity
 from arbllm.model.source import PREPARATION_FILES, open_model_only
 from arbllm.model.walk import find_blocks
 from arbllm.nn import BinaryLinear

@@ -14,20 +14,18 @@ SOURCE = Path(arbllm.__file__).parent
 # Each layer may import from its own row and from the rows below it.
 LAYERS = (
     ("cli", "__main__"),
-    ("pipeline", "distillation", "job", "plan", "sizes", "export", "card", "progress", "evaluation"),
-    ("model", "text", "hub"),
+    ("evaluation",),
+    ("pipeline", "distillation", "job", "plan", "sizes", "export", "card", "progress"),
+    ("model", "text"),
     ("integrations",),
     ("nn", "tunable", "embedding", "experts"),
     ("kernels", "rebuild"),
     ("solver", "baselines"),
     ("segments", "budget"),
-    (
-        "factor",
-        "difference",
-    ),
+    ("factor", "difference"),
     ("config",),
     ("format", "binarize"),
-    ("errors", "native", "summary", "device"),
+    ("errors", "native", "summary", "device", "measure", "hub"),
 )
 RANK = {name: rank for rank, row in enumerate(reversed(LAYERS)) for name in row}
 

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import arbllm
 from arbllm.errors import ArbllmError, ConfigError, ModelError, TextError
-from arbllm.evaluation.report import report
 from arbllm.export import export
 from arbllm.format.checkpoint import bytes_on_disk, verify
+from arbllm.format.report import report
 from arbllm.model.events import BlockFinished, Event, JobStarted, LinearQuantized
 from arbllm.model.training import Tuning
 from arbllm.nn import BinaryLinear

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arbllm.distillation import distill
     from arbllm.errors import ArbllmError, CheckpointError, ConfigError, ModelError, TextError
     from arbllm.format.matrix import BinaryMatrix
-    from arbllm.integrations.transformers import load
+    from arbllm.integrations.load import load
     from arbllm.pipeline import quantize
     from arbllm.solver import quantize_matrix
 
@@ -35,7 +35,7 @@ _HOMES = {
     "ModelError": "arbllm.errors",
     "TextError": "arbllm.errors",
     "distill": "arbllm.distillation",
-    "load": "arbllm.integrations.transformers",
+    "load": "arbllm.integrations.load",
     "quantize": "arbllm.pipeline",
     "quantize_matrix": "arbllm.solver",
 }

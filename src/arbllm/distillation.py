@@ -17,15 +17,15 @@ from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, naming_lack_of_memory
 from arbllm.embedding import Int8Embedding
 from arbllm.errors import ConfigError, ModelError
-from arbllm.evaluation.measure import measure
-from arbllm.evaluation.report import CheckpointReport, report
 from arbllm.experts import split_experts
 from arbllm.format.checkpoint import open_checkpoint
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.output import output_path
+from arbllm.format.report import CheckpointReport, report
 from arbllm.format.rows import quantize_rows
 from arbllm.integrations.auto import auto_class
 from arbllm.job import choose_tuning, shown, versions
+from arbllm.measure import measure
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
 from arbllm.model.quantize import check_length

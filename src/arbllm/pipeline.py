@@ -17,8 +17,6 @@ import arbllm
 from arbllm.card import CardFacts, model_card
 from arbllm.config import BinarizationConfig
 from arbllm.device import check_disk_space, choose_device, evaluation_dtype, naming_lack_of_memory
-from arbllm.evaluation.measure import measure
-from arbllm.evaluation.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.format.checkpoint import bytes_on_disk, open_checkpoint
 from arbllm.format.coding import RAW
 from arbllm.format.header import order_metadata
@@ -26,8 +24,10 @@ from arbllm.format.output import output_path
 from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
 from arbllm.job import Job, check_choices, choose_tuning, shown, streamable
+from arbllm.measure import measure
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import Event, LinearQuantized, OnEvent
+from arbllm.model.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
 from arbllm.model.ranks import joined, own_device
 from arbllm.model.resume import Progress, resumable_output
 from arbllm.model.source import open_config, open_model, open_model_only, save_tokenizer

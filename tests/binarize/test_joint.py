@@ -6,20 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arbllm.binarize.joint import (
-    Levels,
-    choose_levels,
-    feed_forward,
-    loss,
-    refit_scales,
-    solve_columns,
-    solve_rows,
-    start,
-)
+from arbllm.binarize.joint import Levels, choose_levels, feed_forward, refit_scales, solve_columns, solve_rows, start
 from arbllm.binarize.sweep import TILE
+from arbllm.binarize.trellis import TrellisLevels
 
 KINDS = list(itertools.product((1, 2, 4), (1, 2)))
 WEIGHTS = ("random", "dead input", "constant", "zero", "one magnitude")
+
+
+def loss(weight: Tensor, levels: Levels | TrellisLevels, metric: Tensor) -> float:
+    """tr(E P E^T) with E = W - W_hat."""
+    error = weight - levels.values()
+    return float(((metric @ error) * error).sum())
 
 
 def problem(seed: int, rows: int = 12, columns: int = 20, weights: str = "random") -> tuple[Tensor, Tensor]:

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from arbllm.binarize import joint
 from arbllm.binarize.code import derived_planes
-from arbllm.binarize.joint import loss
 from arbllm.binarize.sweep import TILE
 from arbllm.binarize.trellis import TrellisLevels, choose_levels, feed_forward, refit_scales, start
 from arbllm.binarize.viterbi import SIGN
 from arbllm.format.assemble import assemble
 from arbllm.format.layout import Segment
-from tests.binarize.test_joint import WEIGHTS, energy, problem, upper_of
+from tests.binarize.test_joint import WEIGHTS, energy, loss, problem, upper_of
 from tests.binarize.test_viterbi import least_costs
 from tests.helpers import levels_by_hand, trellis_values
 

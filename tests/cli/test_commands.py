@@ -270,7 +270,7 @@ def test_an_unexpected_error_is_one_line_too(packed, monkeypatch):
     def explode(*_, **__):
         raise RuntimeError("line one\nline two")
 
-    monkeypatch.setattr("arbllm.evaluation.report.report", explode)
+    monkeypatch.setattr("arbllm.format.report.report", explode)
     assert fail("inspect", packed) == "error: RuntimeError: line one line two (--debug shows where)"
     assert isinstance(run("inspect", packed, "--debug").exception, RuntimeError)
 
@@ -281,7 +281,7 @@ def test_a_warning_is_one_line_and_other_libraries_are_quiet(packed, monkeypatch
         warnings.warn_explicit("of no interest", UserWarning, "other.py", 1, module="other")
         raise arbllm.CheckpointError("stop")
 
-    monkeypatch.setattr("arbllm.evaluation.report.report", warn)
+    monkeypatch.setattr("arbllm.format.report.report", warn)
     assert run("inspect", packed).stderr == "warning: raised the damping\nerror: stop\n"
 
 
@@ -289,13 +289,13 @@ def test_an_interrupted_command(packed, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("arbllm.evaluation.report.report", interrupt)
+    monkeypatch.setattr("arbllm.format.report.report", interrupt)
     result = run("inspect", packed)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 def test_an_infinite_perplexity_is_null_in_json(packed, monkeypatch):
-    monkeypatch.setattr("arbllm.evaluation.perplexity._exp", lambda _: float("inf"))
+    monkeypatch.setattr("arbllm.model.perplexity._exp", lambda _: float("inf"))
     options = ("--text", "builtin", "--context", 64, "--max-windows", 1)
     assert json.loads(succeed("eval", packed, *options, "--json").stdout)["perplexity"] is None
 

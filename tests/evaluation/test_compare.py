@@ -293,7 +293,11 @@ def test_names_of_binarizations(name, family, bits, tune, distill):
 
 
 def test_names_of_others():
-    assert [find_recipe(name).family for name in ("fp16", "gptq-3", "hqq-1")] == ["fp16", "gptq", "hqq"]
+    assert [find_recipe(name).family for name in ("fp16", "gptq-act-order-3", "hqq-1")] == [
+        "fp16",
+        "gptq-act-order",
+        "hqq",
+    ]
     for name in ("arb-rcx-x", "arb-rcx-2-3", "gptq-1", "arb-y", ""):
         with pytest.raises(ConfigError, match="arb-rcx"):
             find_recipe(name)

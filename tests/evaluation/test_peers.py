@@ -44,8 +44,10 @@ def test_more_bits_less_error(dense, tmp_path, family):
 
 
 def test_calibration_pays(dense, tmp_path):
-    errors = [quantize_peer(dense, tmp_path / f"{name}", name, **TEXT).output_error for name in ("gptq-2", "rtn-2")]
-    assert errors[0] < errors[1]
+    names = ("gptq-act-order-2", "gptq-2", "rtn-2")
+    made = [quantize_peer(dense, tmp_path / name, name, **TEXT) for name in names]
+    assert made[0].output_error < made[1].output_error < made[2].output_error
+    assert made[0].true_bits_per_weight > made[1].true_bits_per_weight == made[2].true_bits_per_weight
 
 
 def test_the_checkpoint_is_an_ordinary_model(dense, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arbllm.baselines import round_to_nearest
-from arbllm.evaluation.perplexity import perplexity
+from arbllm.model.perplexity import perplexity
 from arbllm.model.source import open_model
 from arbllm.model.walk import find_blocks
 from arbllm.text import evaluation_tokens

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import arbllm
 from arbllm.errors import CheckpointError
-from arbllm.evaluation.report import report
 from arbllm.format.accounting import total_size
 from arbllm.format.checkpoint import bytes_on_disk, file_metadata, open_checkpoint, verify
 from arbllm.format.coding import coded_planes, encode
+from arbllm.format.report import report
 from arbllm.nn import BinaryLinear
 from tests.helpers import pack_randomly
 from tests.tiny import tiny_llama

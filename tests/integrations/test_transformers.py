@@ -19,7 +19,8 @@ from transformers import (
 import arbllm
 from arbllm.errors import CheckpointError, ConfigError
 from arbllm.format.checkpoint import bytes_on_disk, file_metadata, open_checkpoint, verify
-from arbllm.integrations.transformers import ArbllmConfig, load, mark_packed, packed_linears
+from arbllm.integrations.load import load
+from arbllm.integrations.transformers import ArbllmConfig, mark_packed, packed_linears
 from arbllm.nn import BinaryLinear
 from tests.helpers import pack_randomly
 from tests.tiny import tiny_llama
@@ -377,6 +378,19 @@ def test_what_is_not_a_packed_checkpoint(tmp_path):
         load(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="neither a directory here nor one that the hub gives"):
         load("./nowhere")
+
+
+def test_a_hub_out_of_reach_is_not_asked_for_files(monkeypatch):
+    asked = []
+    monkeypatch.setattr("arbllm.integrations.load.hub_is_reachable", lambda: False)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **options: asked.append(options) or missing())
+    with pytest.raises(CheckpointError, match="nobody/nothing: neither a directory here"):
+        load("nobody/nothing")
+    assert [options["local_files_only"] for options in asked] == [True]
+
+
+def missing() -> None:
+    raise OSError
 
 
 def test_what_is_wrong_with_the_device_is_not_blamed_on_the_checkpoint(saved):

@@ -171,7 +171,7 @@ def test_a_missing_weight_is_named(tmp_path):
 def test_an_unreadable_configuration(tmp_path):
     save_tiny(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be opened"):
+    with pytest.raises(ModelError, match=r"its config\.json cannot be read"):
         open_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ModelError, match="no-such-model"):

@@ -140,12 +140,6 @@ def start(weight: Tensor, groups: int, terms: int) -> Levels:
     )
 
 
-def loss(weight: Tensor, levels: Levels, metric: Tensor) -> float:
-    """tr(E P E^T) with E = W - W_hat."""
-    error = weight - levels.values()
-    return float(((metric @ error) * error).sum())
-
-
 def refit_scales(goal: Tensor, levels: Levels, metric: Tensor) -> Levels:
     """Row scales of all slots, rounded as they are stored, then the column scales that suit them, rounded too."""
     basis = levels.basis()

@@ -30,11 +30,6 @@ class ScaleCodes:
     codes: Tensor
     largest: Tensor
 
-    @property
-    def values(self) -> Tensor:
-        """The scales, float32 (slots, k)."""
-        return self.largest[:, None] * shares(self.codes)
-
 
 def positive_codes(scales: Tensor) -> ScaleCodes:
     """The nearest codes of positive scales, float32 (slots, k), each slot against its own largest scale."""

@@ -35,9 +35,9 @@ def export(
     `arbllm export SmolLM2-135M-Instruct.Q4_1.gguf smollm2`
     """
     with command(debug):
-        from arbllm.evaluation.measure import measure
         from arbllm.export import export as run
         from arbllm.format.checkpoint import bytes_on_disk
+        from arbllm.measure import measure
 
         with measure() as measured:
             run(checkpoint, dense, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)

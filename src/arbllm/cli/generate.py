@@ -37,7 +37,7 @@ def generate(
     with command(debug):
         from arbllm.device import choose_device, evaluation_dtype
         from arbllm.evaluation.generate import generate as run
-        from arbllm.evaluation.measure import measure
+        from arbllm.measure import measure
         from arbllm.model.source import open_model
 
         chosen = choose_device(device)

@@ -14,8 +14,8 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json, st
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from arbllm.evaluation.report import CheckpointReport, LinearReport
     from arbllm.format.accounting import StorageSize
+    from arbllm.format.report import CheckpointReport, LinearReport
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
     `arbllm inspect smollm2-packed --json`
     """
     with command(debug):
-        from arbllm.evaluation.report import report
+        from arbllm.format.report import report
 
         found = report(checkpoint)
         if json:

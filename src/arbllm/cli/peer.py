@@ -26,7 +26,9 @@ from arbllm.cli.output import command, format_bytes, print_facts, print_json, sa
 def peer(
     model: DenseModel,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq or hqq and its bits: rtn-4, gptq-3, hqq-2.")] = "gptq-3",
+    method: Annotated[
+        str, typer.Option(help="rtn, gptq, gptq-act-order or hqq and its bits: rtn-4, hqq-2.")
+    ] = "gptq-3",
     calibration: CalibrationText = "c4",
     windows: Windows = 128,
     window_length: WindowLength = 2048,

@@ -5,7 +5,7 @@ Row scales alone describe no difference between columns; this is why ARB-RC has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
@@ -104,12 +104,11 @@ def variance_shares(weight: Tensor) -> Shares:
     )
 
 
-def analyze_model(model: PreTrainedModel, on_linear: Callable[[str], None] | None = None) -> list[LinearShares]:
+def analyze_model(model: PreTrainedModel) -> list[LinearShares]:
     """The shares of every linear of every decoder block, in the model's order.
 
     Args:
         model: a dense causal language model.
-        on_linear: told of each linear as it begins.
 
     Raises:
         ModelError: the model has no decoder blocks, is packed already, or a weight is not finite.
@@ -119,8 +118,6 @@ def analyze_model(model: PreTrainedModel, on_linear: Callable[[str], None] | Non
     found = []
     for block in blocks:
         for linear in block.linears:
-            if on_linear:
-                on_linear(linear.name)
             kind = linear.name.rpartition(".")[2]
             found.append(LinearShares(linear.name, block.index, kind, variance_shares(linear.weight)))
     return found

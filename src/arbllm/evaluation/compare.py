@@ -22,11 +22,11 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.evaluate import evaluate
 from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known, make
 from arbllm.evaluation.peers import check_library
-from arbllm.evaluation.perplexity import check_context, count_windows
 from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings, shown_settings
 from arbllm.evaluation.speed import tokens_per_second, write_samples
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
 from arbllm.evaluation.written import write_json
+from arbllm.model.perplexity import check_context, count_windows
 from arbllm.model.source import open_config, open_model, open_tokenizer
 from arbllm.progress import ProgressDisplay, RequestDisplay, WindowDisplay
 from arbllm.text import evaluation_tokens

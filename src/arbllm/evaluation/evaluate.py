@@ -9,11 +9,11 @@ from typing import Any
 
 from arbllm.device import choose_device, evaluation_dtype
 from arbllm.errors import ConfigError
-from arbllm.evaluation.measure import measure
-from arbllm.evaluation.perplexity import Perplexity, cut_windows, perplexity
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks, evaluate_tasks
 from arbllm.format.checkpoint import bytes_on_disk
 from arbllm.integrations.transformers import stored_size
+from arbllm.measure import measure
+from arbllm.model.perplexity import Perplexity, cut_windows, perplexity
 from arbllm.model.source import open_model
 from arbllm.text import evaluation_tokens
 

@@ -17,13 +17,13 @@ from arbllm.evaluation.methods import FULL, PARTS
 
 SIZE = (5.6, 5.6)
 COLOURS = {
-    FULL: "#22223b", "rtn": "#9c6644", "gptq": "#2a9134", "hqq": "#0077b6", "billm": "#8d99ae", "arb": "#e0a458",
-    "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
+    FULL: "#22223b", "rtn": "#9c6644", "gptq": "#2a9134", "gptq-act-order": "#7cb518", "hqq": "#0077b6",
+    "billm": "#8d99ae", "arb": "#e0a458", "arb-x": "#4f8a8b", "arb-rc": "#c8553d", "arb-rcx": "#6a4c93",
 }  # fmt: skip
 OTHER = "#555555"
 COLLAPSED = 10
 ROOM_ABOVE = 0.45  # for the names of rows that collapsed, in heights of the picture below them
-MARKERS = {"rtn": "s", "gptq": "D", "hqq": "v", FULL: "*"}
+MARKERS = {"rtn": "s", "gptq": "D", "gptq-act-order": "d", "hqq": "v", FULL: "*"}
 LETTER, LINE, MARKER = 6.2, 14.0, 7.0  # a letter's width, a line's height, half a marker's width, in pixels
 CLEARER = 5.0  # pixels by which a name should be nearer to its own point than to any other
 Box = tuple[float, float, float, float]  # left, low, right, high

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from arbllm.errors import ConfigError
-from arbllm.evaluation.perplexity import longest_context
+from arbllm.model.perplexity import longest_context
 
 
 class _Callback(TextStreamer):

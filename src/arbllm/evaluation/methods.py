@@ -20,7 +20,7 @@ from arbllm.config import DEFAULT_BITS, BinarizationConfig
 from arbllm.distillation import distill
 from arbllm.errors import ConfigError
 from arbllm.evaluation.peers import dense_parts, find_peer, peer_names, quantize_peer
-from arbllm.evaluation.report import report
+from arbllm.format.report import report
 from arbllm.model.events import OnEvent
 from arbllm.model.source import open_model_only
 from arbllm.pipeline import quantize

@@ -1,5 +1,7 @@
 """Methods that binarization is compared with, by name: `rtn-4`, `gptq-3`, `hqq-2` and whatever is registered here.
 
+`gptq-act-order-3` is GPTQ with the columns by falling energy, which its users call act-order.
+
 Each rounds one linear after the other in the same loop over decoder blocks, on the same Hessians, and leaves an
 ordinary dense checkpoint; what its codes, scales and zeros would take packed is counted, not stored.
 """
@@ -19,12 +21,12 @@ from transformers import PreTrainedModel
 from arbllm.baselines import BITS, Rounded, gptq, round_to_nearest
 from arbllm.device import check_disk_space, choose_device
 from arbllm.errors import ConfigError
-from arbllm.evaluation.measure import measure
 from arbllm.experts import fuse_experts
 from arbllm.factor import Factor
 from arbllm.format.output import output_directory, output_path
 from arbllm.integrations.hqq import BITS as HQQ_BITS
 from arbllm.integrations.hqq import hqq_round
+from arbllm.measure import measure
 from arbllm.model.events import OnEvent
 from arbllm.model.rounding import RoundLinear, round_model
 from arbllm.model.source import open_model_only, open_tokenizer, save_tokenizer
@@ -187,6 +189,13 @@ def _gptq(bits: int) -> RoundLinear:
     return run
 
 
+def _gptq_act_order(bits: int) -> RoundLinear:
+    def run(weight: Tensor, factor: Factor) -> Rounded:
+        return gptq(weight, factor.hessian, bits, group_size=GROUP_SIZE, by_energy=True)
+
+    return run
+
+
 def _hqq(bits: int) -> RoundLinear:
     def run(weight: Tensor, _: Factor) -> Rounded:
         return hqq_round(weight, bits)
@@ -195,4 +204,9 @@ def _hqq(bits: int) -> RoundLinear:
 
 
 # A new peer is a function that rounds one matrix, and an entry here.
-ADAPTERS = {"rtn": Adapter(BITS, _nearest), "gptq": Adapter(BITS, _gptq), "hqq": Adapter(HQQ_BITS, _hqq, "hqq")}
+ADAPTERS = {
+    "rtn": Adapter(BITS, _nearest),
+    "gptq": Adapter(BITS, _gptq),
+    "gptq-act-order": Adapter(BITS, _gptq_act_order),
+    "hqq": Adapter(HQQ_BITS, _hqq, "hqq"),
+}

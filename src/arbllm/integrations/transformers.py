@@ -20,8 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arbllm import __version__
-from arbllm.device import choose_device, is_lack_of_memory
-from arbllm.errors import ArbllmError, CheckpointError, ConfigError
+from arbllm.errors import CheckpointError, ConfigError
 from arbllm.experts import SplitExperts, split_experts
 from arbllm.format.accounting import StorageSize, total_size
 from arbllm.format.checkpoint import (
@@ -32,7 +31,6 @@ from arbllm.format.checkpoint import (
     check_structure,
     check_version,
     file_metadata,
-    open_checkpoint,
 )
 from arbllm.format.checksum import checksum
 from arbllm.format.coding import RAW, coded_planes, decode, encode
@@ -41,70 +39,6 @@ from arbllm.nn import BinaryLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def load(
-    path: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a packed checkpoint, verifying every byte of it.
-
-    >>> model = arbllm.load("smollm2-packed")
-
-    Args:
-        path: a directory, or the id of a repository on the hub.
-        dtype: of the dense tensors, such as embeddings; None takes the checkpoint's. Packed tensors keep theirs.
-        device: where the model goes; None is the CPU.
-        trust_remote_code: run model code that comes with the checkpoint.
-
-    Returns:
-        An ordinary transformers causal LM, in evaluation mode, with `BinaryLinear` in the place of packed linears (and
-        `Int8Embedding`, `Int8Linear` in the place of embeddings and head where they are in 8 bits).
-
-    Raises:
-        CheckpointError: not a packed checkpoint, of another format version, damaged, or not loaded whole; names the
-            tensor.
-        ConfigError: `device` is not there.
-        ImportError: `device` needs the library accelerate.
-    """
-    from transformers import AutoConfig
-    from transformers.utils import CONFIG_NAME, cached_file
-
-    from arbllm.integrations.auto import auto_class
-
-    if (local := Path(path).expanduser()).exists():
-        open_checkpoint(path := local)
-    if device is not None:
-        choose_device(str(device))
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if (getattr(config, "quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"{path} is not a packed checkpoint: its config.json names no arbllm quantization")
-        model, report = auto_class(config).from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            device_map=None if device is None else {"": device},
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: neither a directory here nor one that the hub gives ({reason})") from error
-    except (ArbllmError, ImportError):
-        raise
-    except Exception as error:  # a damaged config.json fails in any way that transformers knows
-        if is_lack_of_memory(error):
-            raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: config.json describes no model that can be loaded ({reason})") from error
-    if not local.exists():
-        open_checkpoint(Path(cached_file(path, CONFIG_NAME)).parent)
-    for name in sorted(report["missing_keys"]):
-        raise CheckpointError(f"{path}: the model needs tensor {name}, which the checkpoint does not have")
-    return model
 
 
 def mark_packed(model: PreTrainedModel, quantization_config: Mapping[str, Any] | ArbllmConfig) -> None:

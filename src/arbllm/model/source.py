@@ -26,7 +26,7 @@ from arbllm.format.checkpoint import QUANT_METHOD
 from arbllm.format.header import read_header
 from arbllm.hub import hub_is_reachable
 from arbllm.integrations.auto import auto_class
-from arbllm.integrations.transformers import load
+from arbllm.integrations.load import load
 
 PREPARATION_FILES = (
     "processor_config.json",
@@ -243,7 +243,8 @@ def _locate(name_or_path: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where the model lies.
 
     Raises:
-        ModelError: a path that leads nowhere, to a directory without a model, or to a file of another kind.
+        ModelError: a path that leads nowhere, to a directory without a model or with a damaged config.json, or to a
+            file of another kind.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -253,6 +254,10 @@ def _locate(name_or_path: str) -> dict[str, Any]:
             raise ModelError(
                 f"{name_or_path}: has no config.json, so it is not the directory of a model{_gguf_hint(path)}"
             )
+        try:
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # transformers would name the part that it happened to open first
+            raise ModelError(f"{name_or_path}: its config.json cannot be read ({_first_line(error)})") from error
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     if path.is_file():
         if path.suffix != ".gguf":

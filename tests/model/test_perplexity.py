@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel
 
 from arbllm.errors import ModelError, TextError
-from arbllm.evaluation.perplexity import perplexity
+from arbllm.model.perplexity import perplexity
 
 SMALL = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

@@ -1,8 +1,8 @@
 import json
 
 from arbllm.cli.inspect import columns_by_bits
-from arbllm.evaluation.report import report
 from arbllm.format.layout import Layout, Segment
+from arbllm.format.report import report
 from arbllm.nn import BinaryLinear
 from tests.helpers import pack_randomly, random_packed
 from tests.tiny import tiny_llama

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from arbllm.evaluation.measure import measure
+from arbllm.measure import measure
 
 MEGABYTE = 2**20
 

@@ -382,15 +382,16 @@ def test_what_is_not_a_packed_checkpoint(tmp_path):
 
 def test_a_hub_out_of_reach_is_not_asked_for_files(monkeypatch):
     asked = []
+
+    def missing(path: str, **options: bool) -> None:
+        asked.append(options["local_files_only"])
+        raise OSError
+
     monkeypatch.setattr("arbllm.integrations.load.hub_is_reachable", lambda: False)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **options: asked.append(options) or missing())
+    monkeypatch.setattr(AutoConfig, "from_pretrained", missing)
     with pytest.raises(CheckpointError, match="nobody/nothing: neither a directory here"):
         load("nobody/nothing")
-    assert [options["local_files_only"] for options in asked] == [True]
-
-
-def missing() -> None:
-    raise OSError
+    assert asked == [True]
 
 
 def test_what_is_wrong_with_the_device_is_not_blamed_on_the_checkpoint(saved):

@@ -33,7 +33,7 @@ from arbllm.model.resume import Progress, resumable_output
 from arbllm.model.source import open_config, open_model, open_model_only, save_tokenizer
 from arbllm.model.training import Tuning
 from arbllm.progress import JsonLinesLog
-from arbllm.sizes import largest_size
+from arbllm.sizes import largest_size, size_in_bytes
 from arbllm.summary import JobSummary
 from arbllm.text import evaluation_tokens
 
@@ -59,7 +59,7 @@ def quantize(
     config: BinarizationConfig | None = None,
     embedding_bits: int = 16,
     bitmap: str = RAW,
-    size: int | None = None,
+    size: int | str | None = None,
     tune: int | None = None,
     distill: int = 0,
     distill_windows: int | None = None,
@@ -93,7 +93,8 @@ def quantize(
         embedding_bits: 8 to round embeddings and head to 8 bits with one scale a row, 16 to leave them as they are.
         bitmap: how the files hold group bitmaps, losslessly: `raw`, `entropy` (a range coder, smaller) or `csr` (as the
             paper names it, but larger unless one weight in 16 or fewer is in the rarer group). In memory it is raw.
-        size: bytes that the checkpoint's weight files may take in all; it takes the place of `config.bits`.
+        size: what the checkpoint's weight files may take in all, in bytes or as in "1.8GB"; it takes the place of
+            `config.bits`.
         tune: Adam steps on each block's scales and norms after it is solved, 0 for none; None means 40 with arb-rcx,
             else none.
         distill: steps of end-to-end distillation of all scales and norms in the end, 0 for none. The dense model reads
@@ -119,7 +120,8 @@ def quantize(
             that can be known.
     """
     model, out, config = str(model), output_path(out, model), config or BinarizationConfig()
-    check_choices(config, embedding_bits, bitmap, size, distill, distill_windows)
+    largest = None if size is None else size_in_bytes(size)
+    check_choices(config, embedding_bits, bitmap, largest, distill, distill_windows)
     place = own_device(choose_device(device))
     tuning = choose_tuning(config, tune, distill)
     if stream:
@@ -132,7 +134,7 @@ def quantize(
             config=config,
             embedding_bits=embedding_bits,
             bitmap=bitmap,
-            size=size,
+            size=largest,
             tuning=tuning,
             distill=distill,
             distill_windows=distill_windows,

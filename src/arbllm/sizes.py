@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import ceil
 
@@ -21,6 +22,19 @@ ENTRY_BYTES = 100
 """Of a file's header for each tensor, beside its name, which is there twice: once with its checksum."""
 FURTHER_TENSORS, FURTHER_NAME = 7, 15
 """Of a packed linear, beside the one that a dense linear has, and characters of their names beyond the linear's."""
+
+
+def size_in_bytes(size: int | str) -> int:
+    """Bytes from a number of them, or from a text with a unit, as in 1.8GB or 95MB (powers of ten).
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
+    try:
+        return round(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ConfigError(f"size {size!r} is not understood; write it as in 1.8GB or 95MB") from None
 
 
 def dense_sizes(model: PreTrainedModel) -> tuple[int, int]:

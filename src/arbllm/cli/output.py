@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from arbllm.errors import ArbllmError, ConfigError
+from arbllm.errors import ArbllmError
 
 ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -88,21 +87,6 @@ def print_facts(facts: Mapping[str, str]) -> None:
     for name, value in facts.items():
         table.add_row(name, escape(value))
     stdout().print(table)
-
-
-def parse_size(text: str | None) -> int | None:
-    """Bytes from a number with a unit, as in 1.8GB or 95MB (powers of ten); None from None.
-
-    Raises:
-        ConfigError: it is no such text.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    try:
-        return round(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise ConfigError(f"size {text!r} is not understood; write it as in 1.8GB or 95MB") from None
 
 
 def format_bytes(count: int) -> str:

@@ -20,7 +20,7 @@ from arbllm.cli.options import (
     WindowLength,
     Windows,
 )
-from arbllm.cli.output import command, format_bytes, parse_size, print_facts, print_json, say
+from arbllm.cli.output import command, format_bytes, print_facts, print_json, say
 
 if TYPE_CHECKING:
     from arbllm.plan import Plan
@@ -173,7 +173,7 @@ def quantize(
                 config=config,
                 embedding_bits=embeddings,
                 bitmap=bitmap,
-                size=parse_size(size),
+                size=size,
                 tune=tune,
                 distill=distill,
                 distill_windows=distill_windows,

@@ -6,7 +6,7 @@
 | `billm` | BiLLM, with its three zones |
 | `arb`, `arb-x`, `arb-rc` | the paper's, with its column-group bitmap |
 | `arb-rcx`, `arb-rcx-2.25` | with a budget of true bits, tuned by block; `-untuned` or `-distilled` may follow |
-| `rtn-4`, `gptq-3`, `hqq-2` | peers, see `arbllm.evaluation.peers` |
+| `rtn-4`, `gptq-3`, `gptq-act-order-3`, `hqq-2` | peers, see `arbllm.evaluation.peers` |
 """
 
 from __future__ import annotations

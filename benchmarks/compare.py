@@ -37,7 +37,7 @@ from results import CONTEXT, DATA, DISTILL_WINDOWS, JOINT_WINDOWS, ROOT
 CALIBRATIONS = {"wikitext2": DATA / "wiki.valid.raw", "c4": DATA.parent / "c4" / "c4_sample.txt"}
 ITEMS = 200
 METHODS = (
-    "fp16,rtn-4,gptq-4,gptq-3,gptq-2,hqq-4,hqq-2,hqq-1,billm,arb,arb-x,arb-rc,"
+    "fp16,rtn-4,gptq-4,gptq-3,gptq-2,gptq-act-order-3,gptq-act-order-2,hqq-4,hqq-2,hqq-1,billm,arb,arb-x,arb-rc,"
     "arb-rcx-1.1,arb-rcx-1.1-distilled,arb-rcx-1.6,arb-rcx-2.25-untuned,arb-rcx-2.25,arb-rcx-2.25-distilled,arb-rcx-2.85"
 )
 

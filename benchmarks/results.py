@@ -80,10 +80,11 @@ _JOINT = """\
 validation text of WikiText-2, or of C4 where that is said. Rows named by a budget alone had each block's scales
 and norms tuned after it was solved, *distilled* ones {steps} steps of distillation on {lessons} windows of the same
 text as well, *untuned* ones neither.
-`rtn` and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `hqq` is the library of that
-name, with groups of 64; all in the same loop on the same windows. Their true bits count scales and zeros, and their
-megabytes are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples
-of text: [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
+`rtn` and `gptq` round to uniform grids, one a row and 128 columns, clipped by search; `gptq-act-order` takes
+columns by falling energy of their inputs; `hqq` is the library of that name, with groups of 64; all in the same loop
+on the same windows. Their true bits count scales and zeros, and an order of columns where there is one; their megabytes
+are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
+[the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
 The text that methods are calibrated on is of the kind that they are tested on, and distillation makes the most of it;
 what *QA* can tell is in the [notes](notes.md).
 

@@ -71,7 +71,7 @@ def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip:
     (kept / ROWS).mkdir(parents=True, exist_ok=True)
     for method in methods:
         run_row(find_recipe(method), wanted, pieces, out, speed="speed" not in skip, on_step=say)
-        shutil.copy(out / ROWS / f"{method}.json", kept / ROWS)
+        shutil.copy2(out / ROWS / f"{method}.json", kept / ROWS)
     results = collect(protocol, pieces, out, METHODS.split(","))
     if not results["rows"]:
         print("no row is whole yet, so there is no report")
@@ -81,11 +81,12 @@ def run(protocol: Protocol, methods: Sequence[str], out: Path, kept: Path, skip:
 
 
 def take_kept_rows(kept: Path, out: Path) -> None:
-    """Copy rows that are kept to where jobs go on from them, but for those that are there."""
+    """Copy rows that are kept to where jobs go on from them, but for those that are there and no older."""
     (out / ROWS).mkdir(parents=True, exist_ok=True)
     for file in (kept / ROWS).glob("*.json"):
-        if not (out / ROWS / file.name).exists():
-            shutil.copy(file, out / ROWS)
+        there = out / ROWS / file.name
+        if not there.exists() or there.stat().st_mtime < file.stat().st_mtime:
+            shutil.copy2(file, there)
 
 
 def say(method: str, step: str) -> None:

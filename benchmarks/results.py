@@ -24,11 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arbllm.evaluation.compare import PIECE, perplexity_of, read_row
+from arbllm.evaluation.compare import PIECE, perplexity_of
 from arbllm.evaluation.frontier import shown
 from arbllm.evaluation.methods import DISTILLATION_STEPS
 from arbllm.evaluation.methods import FULL as FP16
 from arbllm.evaluation.protocol import ROWS
+from arbllm.evaluation.steps import read_row
 from arbllm.evaluation.write_report import markdown
 from arbllm.evaluation.written import markdown_table
 from budgets import JOINT, budget_table

@@ -62,6 +62,7 @@ void multiply_rows(Array<const float, 2> x, Array<const int8_t, 2> codes, Array<
 }  // namespace arbllm
 
 void bind_rows(nb::module_& module) {
-    module.def("multiply_rows", &arbllm::multiply_rows, nb::arg("x"), nb::arg("codes"), nb::arg("scales"), nb::arg("y"),
-               nb::arg("instruction_set"), nb::arg("threads"), "y = x (scale * code)^T: see arbllm.kernels.rows.");
+    module.def("multiply_rows", &arbllm::multiply_rows, nb::arg("x"), nb::arg("codes"), nb::arg("scales"),
+               nb::arg("y").noconvert(), nb::arg("instruction_set"), nb::arg("threads"),
+               "y = x (scale * code)^T: see arbllm.kernels.rows.");
 }

@@ -130,8 +130,10 @@ void contract(const Places& places, Array<const uint8_t, 2> codes, Array<const f
 
 void bind_rebuild(nb::module_& module) {
     module.def("rebuild", &arbllm::rebuild, nb::arg("places"), nb::arg("codes"), nb::arg("levels"), nb::arg("order"),
-               nb::arg("rows"), nb::arg("columns"), nb::arg("weight"), nb::arg("threads"), "Write the weight: see arbllm.rebuild.");
+               nb::arg("rows"), nb::arg("columns"), nb::arg("weight").noconvert(), nb::arg("threads"),
+               "Write the weight: see arbllm.rebuild.");
     module.def("contract", &arbllm::contract, nb::arg("places"), nb::arg("codes"), nb::arg("levels"), nb::arg("order"),
-               nb::arg("rows"), nb::arg("columns"), nb::arg("gradient"), nb::arg("row_gradients"), nb::arg("column_gradients"),
+               nb::arg("rows"), nb::arg("columns"), nb::arg("gradient"),
+               nb::arg("row_gradients").noconvert(), nb::arg("column_gradients").noconvert(),
                "Write the gradients of the scales; those of the column scales as a row for each thread, to be added up.");
 }

@@ -55,6 +55,7 @@ void sweep(int terms, Matrix rows, Matrix columns, Matrix influence, Row steps, 
 
 void bind_sweep(nb::module_& module) {
     module.def("sweep", &arbllm::sweep, nb::arg("terms"), nb::arg("rows"), nb::arg("columns"), nb::arg("influence"),
-               nb::arg("steps"), nb::arg("state"), nb::arg("values").none(), nb::arg("choices"), nb::arg("chosen"),
+               nb::arg("steps"), nb::arg("state"), nb::arg("values").none(),
+               nb::arg("choices").noconvert(), nb::arg("chosen").noconvert(),
                "One pass over the columns of a segment: see arbllm.binarize.sweep.");
 }

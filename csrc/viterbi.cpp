@@ -56,6 +56,6 @@ void viterbi(Matrix state, std::optional<Matrix> values, Matrix influence, Row s
 
 void bind_viterbi(nb::module_& module) {
     module.def("viterbi", &arbllm::viterbi, nb::arg("state"), nb::arg("values").none(), nb::arg("influence"),
-               nb::arg("steps"), nb::arg("columns"), nb::arg("rows"), nb::arg("levels"), nb::arg("choices"),
-               nb::arg("changes"), "Signs of a trellis, a few columns: see arbllm.binarize.viterbi.");
+               nb::arg("steps"), nb::arg("columns"), nb::arg("rows"), nb::arg("levels"), nb::arg("choices").noconvert(),
+               nb::arg("changes").noconvert(), "Signs of a trellis, a few columns: see arbllm.binarize.viterbi.");
 }

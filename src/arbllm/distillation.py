@@ -25,7 +25,7 @@ from arbllm.format.report import CheckpointReport, report
 from arbllm.format.rows import quantize_rows
 from arbllm.integrations.auto import auto_class
 from arbllm.job import choose_tuning, shown, versions
-from arbllm.measure import measure
+from arbllm.measure import Measurement, Meter
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import DistillationFinished, Event, OnEvent
 from arbllm.model.quantize import check_length
@@ -107,8 +107,7 @@ def distill(
     job = _Job(checkpoint, before, model, steps, text, place, trust_remote_code, overwrite)
     with naming_lack_of_memory(), resumable_output(out, overwrite) as (kept, work):
         check_disk_space(before.bytes_on_disk, work)
-        with measure(place) as measured:
-            finished, dense_bytes, dense_linear_bytes = job.run(kept, work, on_event)
+        finished, cost, dense_bytes, dense_linear_bytes = job.run(kept, work, on_event)
         after = report(work, contents=False)
         linears = after.size.linears
         summary = DistillationSummary(
@@ -125,7 +124,7 @@ def distill(
             divergence_before=finished.before,
             divergence_after=finished.after,
             steps=finished.steps,
-            **asdict(measured),
+            **asdict(cost),
         )
         auto = auto_class(open_config(str(work), trust_remote_code)).__name__
         (work / CARD_FILE).write_text(_card(model, summary, after, auto), encoding="utf-8")
@@ -145,15 +144,18 @@ class _Job:
     trust_remote_code: bool
     overwrite: bool
 
-    def run(self, kept: Path, work: Path, on_event: OnEvent | None) -> tuple[DistillationFinished, int, int]:
-        """Distil, and write all but the card; how that ended, and the sizes of the dense model as `dense_sizes`."""
+    def run(
+        self, kept: Path, work: Path, on_event: OnEvent | None
+    ) -> tuple[DistillationFinished, Measurement, int, int]:
+        """Distil, and write all but the card; how that ended, its cost, and the dense model's sizes (`dense_sizes`)."""
+        meter = Meter(self.device)
         packed, tokenizer = open_model(str(self.checkpoint), trust_remote_code=self.trust_remote_code)
         windows, length, seed = (self.text[name] for name in ("windows", "window_length", "seed"))
-        check_length(packed, length)
+        check_length(packed.config, length)
         tokens = calibration_windows(self.text["text"], tokenizer, windows, length, seed)
         teacher = [_open_dense(self.model, self.checkpoint, packed, self.trust_remote_code)]
         sizes = dense_sizes(teacher[0])
-        progress = Progress(kept, self._manifest(teacher[0], tokens), self.overwrite)
+        progress = Progress(kept, self._manifest(teacher[0], tokens), self.overwrite, meter)
         events: list[Event] = []
         with JsonLinesLog(work / DISTILLATION_LOG_FILE) as log:
             emit, tuning = both(log, both(events.append, on_event)), Tuning(self.steps, distillation_rate(self.steps))
@@ -162,7 +164,7 @@ class _Job:
         if (self.checkpoint / LOG_FILE).exists():
             shutil.copy(self.checkpoint / LOG_FILE, work)
         assert isinstance(events[-1], DistillationFinished), "the last event of a distillation is its end"
-        return events[-1], *sizes
+        return events[-1], progress.cost(), *sizes
 
     def _manifest(self, dense: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
         """What the job is: with any of it changed, what was learnt would be something else."""

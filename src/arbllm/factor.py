@@ -144,7 +144,9 @@ def _invert(upper: Tensor) -> None:
     """Invert an upper triangular matrix in place by halves, a third of the work of solving against the identity."""
     size = len(upper)
     if size <= INVERSE_LEAF:
-        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True))
+        upper.copy_(
+            torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+        )
         return
     half = size // 2
     first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]

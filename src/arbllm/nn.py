@@ -202,11 +202,19 @@ class BinaryLinear(PackedModule):
                     self.register_buffer(name, tensor.clone())
 
     def _matrix_for(self, device: torch.device) -> BinaryMatrix:
-        """The packed weight where it is to be read; what a GPU's layer left to the host is copied."""
+        """The packed weight where it is to be read; what a GPU's layer left to the host is copied.
+
+        Raises:
+            ValueError: it is on another GPU.
+        """
         matrix = self.matrix
-        if matrix.signs.is_cpu and device.type == "cuda":
-            return matrix.map(lambda tensor: tensor.to(device))
-        return matrix
+        if device.type != "cuda" or matrix.signs.device == device:
+            return matrix
+        if not matrix.signs.is_cpu:
+            raise ValueError(
+                f"the packed weight is on {matrix.signs.device}, its input on {device}; move one to the other"
+            )
+        return matrix.map(lambda tensor: tensor.to(device))
 
     def _leave_stored(self, kernel: ModuleType) -> None:
         """Keep the stored form, which was prepared, out of the memory that the kernel computes from."""

@@ -24,7 +24,7 @@ from arbllm.format.output import output_path
 from arbllm.integrations.auto import auto_class
 from arbllm.integrations.transformers import mark_packed
 from arbllm.job import Job, check_choices, choose_tuning, shown, streamable
-from arbllm.measure import measure
+from arbllm.measure import Meter
 from arbllm.model.distill import distill_model, distillation_rate
 from arbllm.model.events import Event, LinearQuantized, OnEvent
 from arbllm.model.perplexity import DEFAULT_CONTEXT, Perplexity, cut_windows, longest_context, perplexity
@@ -157,18 +157,19 @@ def quantize(
 def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event: OnEvent | None) -> QuantizationSummary:
     """What rank 0 does: the job, and a checkpoint of it."""
     with resumable_output(out, overwrite) as (kept, work):
-        with measure(job.device) as measured:
-            opened = job.open()
-            model, config = opened.model, opened.config
-            held_out = _held_out(model, evaluate, opened.tokenizer) if evaluate else None
-            check_disk_space(largest_size(model, config, job.bitmap), work)
-            progress = Progress(kept, job.manifest(opened), overwrite)
-            with JsonLinesLog(work / LOG_FILE) as log:
-                emit = both(log, on_event)
-                results = job.binarize(opened, emit, progress)
-                if job.distill:
-                    _distill(model, job, opened.lessons, emit, progress)
-            save_packed(model, opened.tokenizer, job.model, work, _facts(job, config, results))
+        meter = Meter(job.device)
+        opened = job.open()
+        model, config = opened.model, opened.config
+        held_out = _held_out(model, evaluate, opened.tokenizer) if evaluate else None
+        check_disk_space(largest_size(model, config, job.bitmap), work)
+        progress = Progress(kept, job.manifest(opened), overwrite, meter)
+        with JsonLinesLog(work / LOG_FILE) as log:
+            emit = both(log, on_event)
+            results = job.binarize(opened, emit, progress)
+            if job.distill:
+                _distill(model, job, opened.lessons, emit, progress)
+        save_packed(model, opened.tokenizer, job.model, work, _facts(job, config, results))
+        cost = progress.cost()
         dense_bytes, dense_linear_bytes = opened.dense_bytes, opened.dense_linear_bytes
         del opened, model
         packed = open_checkpoint(work).size.linears
@@ -185,7 +186,7 @@ def _write(job: Job, out: Path, overwrite: bool, evaluate: str | None, on_event:
             dense_bytes=dense_bytes,
             dense_linear_bytes=dense_linear_bytes,
             perplexity=score.perplexity if score else None,
-            **asdict(measured),
+            **asdict(cost),
         )
         auto = auto_class(open_config(str(work), job.trust_remote_code)).__name__
         (work / CARD_FILE).write_text(_card(job, summary, config, auto, evaluate, score), encoding="utf-8")

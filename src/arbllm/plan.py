@@ -125,7 +125,7 @@ def plan(
     blocks = find_blocks(empty)
     check_shares(blocks)
     weights = sum(linear.weight.numel() for block in blocks for linear in block.linears)
-    check_length(empty, window_length)
+    check_length(empty.config, window_length)
     packed = _packed_bytes(blocks, config)
     rest = _rest_bytes(empty, blocks, embedding_bits)
     text = windows, window_length

@@ -22,7 +22,8 @@ class JobSummary:
         linear_bytes: of it, the linears.
         dense_bytes: what the model's tensors took before, in the dtype that it was stored in.
         dense_linear_bytes: of it, the linears.
-        seconds: wall-clock time, from opening the model to the finished checkpoint; an evaluation not counted.
+        seconds: wall-clock time, from opening the model to the finished checkpoint; an evaluation not counted. Of a job
+            that was stopped and went on, that of the work that was kept, too.
         peak_memory_bytes: greatest resident memory of the process meanwhile.
         peak_device_memory_bytes: greatest memory of tensors on the GPU; None without one.
     """

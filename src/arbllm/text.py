@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from arbllm.errors import TextError
-from arbllm.hub import hub_is_reachable
+from arbllm.hub import hub_is_reachable, is_offline_by_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +216,7 @@ def _hub_rows(name: str, split: Split) -> Sequence[str]:
     from huggingface_hub import constants
 
     remedy = "use the built-in text (--calibration builtin, --text builtin) or the path of a text file instead"
-    if not constants.HF_HUB_OFFLINE and not hub_is_reachable():
+    if not is_offline_by_choice() and not hub_is_reachable():
         raise TextError(
             f"{name}: {constants.ENDPOINT} cannot be reached; {remedy}, or set HF_HUB_OFFLINE=1 to read the local cache"
         )

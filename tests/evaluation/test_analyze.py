@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from arbllm.config import BinarizationConfig
-from arbllm.errors import ConfigError
+from arbllm.errors import ConfigError, ModelError
 from arbllm.evaluation.analyze import analyze_model, by_kind_and_depth, compare_methods, most_columnar, variance_shares
 from arbllm.evaluation.write_analysis import FIGURES, PAGE, PICTURE, write_analysis
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate
 from arbllm.model.walk import find_blocks
 from arbllm.solver import quantize_matrix
 from tests.model.tiny_models import random_windows, tiny_model
+from tests.tiny import tiny_llama
 
 
 def signs(rows: int, columns: int) -> torch.Tensor:
@@ -83,6 +84,11 @@ def test_methods_are_calibrated_on_what_the_dense_model_passes():
         assert remainder.columns == variance_shares(weight - remainder.weight).columns
     with pytest.raises(ConfigError, match=r"no linear 'lm_head'.*layers.0.self_attn.q_proj"):
         compare_methods(model, "lm_head", windows)
+
+
+def test_windows_longer_than_the_model_takes_are_refused():
+    with pytest.raises(ModelError, match="choose --window-length 128 or less"):
+        compare_methods(tiny_llama(), "model.layers.0.mlp.up_proj", torch.zeros(1, 129, dtype=torch.long))
 
 
 def test_the_page(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from arbllm.difference import output_error
 from arbllm.errors import ArbllmError, ConfigError, TextError
 from arbllm.evaluation import compare as module
+from arbllm.evaluation import steps as steps_module
 from arbllm.evaluation.compare import (
     RESULTS,
     collect,
@@ -22,13 +23,15 @@ from arbllm.evaluation.compare import (
     perplexities,
     text_pieces,
 )
-from arbllm.evaluation.evaluate import evaluate
+from arbllm.evaluation.evaluate import Evaluation, evaluate
 from arbllm.evaluation.methods import DISTILLATION_STEPS, PARTS, Calibration, find_recipe
 from arbllm.evaluation.peers import find_peer
 from arbllm.evaluation.protocol import ROWS, Protocol, merged_settings
+from arbllm.evaluation.steps import isolated
 from arbllm.factor import factorize
 from arbllm.format.checkpoint import bytes_on_disk
 from arbllm.integrations.hqq import hqq_round
+from arbllm.model.perplexity import NotFiniteError
 from tests.tiny import save_tiny
 
 METHODS = ("fp16", "hqq-4", "arb-rc", "arb-rcx-1.6-untuned")
@@ -120,7 +123,7 @@ def test_an_interruption_keeps_the_steps_before_it(protocol, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_speed", stop)
+        patch.setattr(steps_module, "_speed", stop)
         with pytest.raises(KeyboardInterrupt):
             compare(protocol, ["rtn-2"], tmp_path, isolate=False)
     assert set(json.loads((tmp_path / ROWS / "rtn-2.json").read_text())) == {"quantize", "texts"}
@@ -149,6 +152,72 @@ def test_a_collapsed_piece_makes_a_collapsed_text(protocol):
         "texts": {"builtin": {"0-2": {"perplexity": 20.0, "windows": 2}, "2-3": {"perplexity": None, "windows": 1}}}
     }
     assert perplexities(protocol, {"builtin": [(0, 2), (2, 3)]}, done) == {"builtin": float("inf")}
+
+
+def test_what_another_checkpoint_gave_is_not_mixed_in(protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 2)
+    steps: list[str] = []
+    options = {"isolate": False, "on_step": lambda _, step: steps.append(step)}
+    compare(protocol, ["arb-rc"], tmp_path, **options)
+    more = replace(protocol, max_windows=4)
+    steps.clear()
+    compare(more, ["arb-rc"], tmp_path, **options)  # the checkpoint was deleted, and is made anew as it was
+    assert steps == ["quantize", "texts builtin 2-4"]
+    file = tmp_path / ROWS / "arb-rc.json"
+    values = json.loads(file.read_text())
+    values["quantize"]["checkpoint"] = "of another processor"
+    file.write_text(json.dumps(values))
+    steps.clear()
+    compare(replace(protocol, max_windows=6), ["arb-rc"], tmp_path, **options)
+    assert steps == ["quantize", *(f"texts builtin {start}-{start + 2}" for start in (0, 2, 4)), "speed"]
+
+
+def test_a_collapsed_model_has_a_row_and_others_follow(protocol, tmp_path, monkeypatch):
+    def collapsed(model: str, *arguments: object, **options: object) -> Evaluation:
+        if "rtn-2" in model:
+            raise NotFiniteError("the model's logits are not finite")
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(steps_module, "evaluate", collapsed)
+    one, other = compare(protocol, ["rtn-2", "rtn-4"], tmp_path, isolate=False)["rows"]
+    assert one["perplexity"] == {"builtin": float("inf")}
+    assert other["perplexity"]["builtin"] < 1000
+    assert json.loads((tmp_path / RESULTS).read_text())["rows"][0]["perplexity"] == {"builtin": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text": "nofile.txt"}, "nofile.txt"),
+        ({"window_length": 4096}, "choose --window-length 128 or less"),
+        ({"windows": 0}, "at least one window"),
+        ({"distill_windows": -3}, "at least one window"),
+        ({"windows": 10**6}, "its .* tokens hold"),
+        ({"device": "tpu"}, "device 'tpu' is not known"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+    ],
+    ids=str,
+)
+def test_what_cannot_calibrate_is_refused_before_any_work(protocol, tmp_path, change, said):
+    other = replace(protocol, calibration=replace(protocol.calibration, **change))
+    with pytest.raises(ArbllmError, match=said):
+        compare(other, ["fp16", "arb-rc"], tmp_path / "out", isolate=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_tasks_without_any_are_refused(protocol, tmp_path):
+    with pytest.raises(ConfigError, match="limit and task_data are for tasks"):
+        compare(replace(protocol, limit=3), ["fp16"], tmp_path / "out", isolate=False)
+
+
+def test_damaged_files_are_named(protocol, tmp_path):
+    (tmp_path / ROWS).mkdir()
+    (tmp_path / ROWS / "fp16.json").write_text('{"quant')
+    with pytest.raises(ConfigError, match=r"fp16\.json: not readable .*; delete it"):
+        compare(protocol, ["fp16"], tmp_path, isolate=False)
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ConfigError, match=r"settings\.json: not readable .*; choose another --out"):
+        compare(protocol, ["fp16"], tmp_path, isolate=False)
 
 
 def test_tasks_are_kept_one_by_one(protocol, tmp_path):
@@ -200,7 +269,12 @@ def test_what_distils_may_change_until_something_was_distilled(protocol, tmp_pat
 
 
 def test_a_step_in_a_process_of_its_own():
-    assert module._isolated(dict, [("a", 1)]) == {"a": 1}
+    assert isolated(dict, [("a", 1)]) == {"a": 1}
+
+
+def test_a_step_that_is_killed_tells_of_memory():
+    with pytest.raises(ArbllmError, match="ended from outside, probably for lack of memory"):
+        isolated(os._exit, 9)
 
 
 def test_a_step_ends_when_its_job_is_stopped(tmp_path):
@@ -216,7 +290,7 @@ def test_a_step_ends_when_its_job_is_stopped(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            module._isolated(exec, f"open({str(begun)!r}, 'w').close(); import time; time.sleep(600)")
+            isolated(exec, f"open({str(begun)!r}, 'w').close(); import time; time.sleep(600)")
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.perf_counter() - start < 300
@@ -227,9 +301,9 @@ def test_a_step_ends_when_its_job_is_killed(tmp_path):
     begun = tmp_path / "begun"
     step = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     lines = [
-        "from arbllm.evaluation.compare import _isolated",
+        "from arbllm.evaluation.steps import isolated",
         "if __name__ == '__main__':",
-        f"    _isolated(exec, {step!r})",
+        f"    isolated(exec, {step!r})",
     ]
     (tmp_path / "job.py").write_text("\n".join(lines))
     with subprocess.Popen([sys.executable, str(tmp_path / "job.py")]) as process:

@@ -48,6 +48,16 @@ def test_other_files_under_the_same_path_are_refused(protocol, begun, tmp_path, 
         begin(protocol, begun)
 
 
+def test_other_files_in_the_home_directory_are_refused(protocol, begun, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = replace(protocol, texts=("~/text.txt",), model="~/dense")
+    begin(at_home, tmp_path / "other")
+    (tmp_path / "other" / ROWS / "fp16.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("something else to read " * 20)
+    with pytest.raises(ConfigError, match=r"~/text\.txt is not what it was"):
+        begin(at_home, tmp_path / "other")
+
+
 def test_settings_from_before_checksums_go_on(protocol, begun):
     settings = json.loads((begun / SETTINGS).read_text())
     del settings["contents"]

@@ -6,7 +6,8 @@ import yaml
 from torch.nn.functional import log_softmax
 
 from arbllm.errors import ConfigError, TextError
-from arbllm.evaluation.tasks import TASKS, TaskScore, averages, definition, evaluate_tasks
+from arbllm.evaluation import tasks
+from arbllm.evaluation.tasks import TASKS, TaskScore, averages, check_tasks, definition, evaluate_tasks
 from arbllm.model import likelihood
 from tests.data import needs
 from tests.helpers import pack_randomly
@@ -201,6 +202,37 @@ def test_unusable_tasks_and_files(sharp, data, tmp_path):
     (tmp_path / "piqa" / "valid-labels.lst").write_text("zero\n")
     with pytest.raises(TextError, match=r"valid-labels.lst: line 1"):
         fail(["piqa"], tmp_path)
+
+
+def test_rows_may_hold_what_ends_lines_elsewhere(tmp_path):
+    rows = [{"question": "one\u2028two\x85three"}, {"question": "four"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    assert list(tasks._rows(file)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("piqaa", "'piqaa' is unknown to lm-evaluation-harness; is piqa"),
+        ("ai2_arc", "ai2_arc is a group of tasks; name those that are wanted: arc_challenge, arc_easy"),
+        ("mmlu", "mmlu is a group of tasks"),
+        ("gsm8k", "gsm8k wants text to be written"),
+    ],
+)
+def test_names_of_the_harness_are_checked_before_any_work(monkeypatch, name, said):
+    monkeypatch.setattr(tasks, "hub_is_reachable", lambda: True)
+    check_tasks(("piqa", "arc_easy"), None, None)
+    with pytest.raises(ConfigError, match=said):
+        check_tasks(("piqa", name), None, None)
+
+
+def test_data_sets_that_were_fetched_will_do(monkeypatch):
+    monkeypatch.setattr(tasks, "hub_is_reachable", lambda: False)
+    with pytest.raises(TextError, match="the hub cannot be reached"):
+        check_tasks(("piqa",), None, None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check_tasks(("piqa",), None, None)
 
 
 def test_every_definition_is_zero_shot_multiple_choice(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from arbllm.evaluation import figures
 from arbllm.evaluation.methods import PARTS
-from arbllm.evaluation.write_report import markdown, render, write_report
+from arbllm.evaluation.write_report import _sort_key, markdown, render, write_report
 
 LINEARS = [f"model.layers.{block}.{kind}" for block in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -100,7 +100,7 @@ def test_what_the_page_says(results):
     assert "50.0 ± 12.5 | 62.5 ± 10.0" in text
     body = text[text.index("<tbody>") : text.index("</tbody>")]
     cells = [re.findall(r'<td data-value="([^"]*)">([^<]*)</td>', line) for line in body.split("</tr>")[:-1]]
-    assert [line[0][0] for line in cells] == ["fp16", "gptq-3", "arb-rcx-2.25", "hqq-1"]
+    assert [line[0][1] for line in cells] == ["fp16", "gptq-3", "arb-rcx-2.25", "hqq-1"]
     assert cells[3][1] == ("1e300", "not finite")
     assert cells[0][-2] == ("", "")
     assert [float(line[6][0]) for line in cells] == [16, 3.2, 2.25, 1.5]
@@ -172,3 +172,29 @@ def test_a_report_of_nothing_but_collapsed_models(results, tmp_path):
     for each in results["rows"]:
         each["perplexity"] = dict.fromkeys(each["perplexity"], None)
     assert "not finite" in write_report(results, tmp_path).read_text()
+
+
+def test_names_of_texts_may_hold_anything(results, tmp_path):
+    names = ["cost_$5_vs_$6_.txt", "a$\\foo$.txt", "wiki.txt", "wiki-txt", "книги.txt", "новости.txt", "книги"]
+    for each in results["rows"]:
+        each["perplexity"] = dict.fromkeys(names, next(iter(each["perplexity"].values())))
+    page = write_report(results, tmp_path).read_text()
+    stems = figures.stems(names)
+    assert len(set(stems)) == len(names)
+    for name, stem in zip(names, stems, strict=True):
+        assert (tmp_path / f"pareto-bits-{stem}.png").exists()
+        assert f"perplexity on {name}; the line" in page
+
+
+def test_errors_that_were_not_finite_are_left_out(results, tmp_path):
+    collapsed = results["rows"][1]
+    collapsed["output_error"] = None
+    collapsed["output_errors"] = dict.fromkeys(LINEARS)
+    write_report(results, tmp_path)
+    assert "| gptq-3 | 20.00 | 20.00 | 2.00 | 0.500 | 3.20 | 3.2 |  |" in markdown(results)
+
+
+def test_methods_are_sorted_by_their_bits():
+    names = ["arb-rcx-1.6", "arb-rcx-2", "arb-rcx-2.25", "arb-rcx-2.25-untuned", "arb-rcx-2.5", "arb-rcx-10"]
+    shuffled = names[1::2] + names[::2]
+    assert sorted(shuffled, key=_sort_key) == names

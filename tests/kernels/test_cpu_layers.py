@@ -141,3 +141,9 @@ def test_a_layer_that_moves_lets_go_of_what_it_prepared(layer):
     prepared = layer._prepared
     assert layer.to("cpu")._prepared is prepared
     assert layer.to("meta")._prepared is None
+
+
+def test_inputs_of_which_signs_are_still_to_be_changed(layer):
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+    assert torch.equal(layer(torch._efficientzerotensor(x.shape)), layer(torch.zeros_like(x)))

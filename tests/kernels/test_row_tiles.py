@@ -42,6 +42,31 @@ def test_gradients_are_true():
     assert torch.autograd.gradcheck(lambda x: row_tiles.multiply(x, codes, scales), (x,))
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_derivatives_of_all_kinds(tokens):
+    codes, scales = weight(9, 5)
+    dense, x, change = dequantize_rows(codes, scales), inputs(tokens, 5), inputs(tokens, 5)
+    y, moved, *_ = torch.func.jvp(lambda x: row_tiles.multiply(x, codes, scales), (x,), (change,))
+    torch.testing.assert_close((y, moved), (x @ dense.T, change @ dense.T))
+    gradient = torch.func.grad(lambda x: row_tiles.multiply(x, codes, scales).square().sum())(x)
+    torch.testing.assert_close(gradient, 2 * x @ dense.T @ dense)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_gradients_are_true():
+    codes, scales = weight(9, 5)
+    x = inputs(3, 5, torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: row_tiles.multiply(x, codes, scales).square(), (x,))
+
+
+def test_autocast_makes_no_difference():
+    codes, scales = weight(50, 23)
+    x = inputs(40, 23)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = row_tiles.multiply(x, codes, scales)
+    assert torch.equal(y, row_tiles.multiply(x, codes, scales))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operators(dtype):
     codes, scales = weight(10, 64)

@@ -62,5 +62,9 @@ MATRICES = {
         (1, 1, 2, True),
         scale_bits=16,
     ),
+    "codes of rows alone": partial(random_matrix, 35, 90, salient=9, block_size=64, column_scaled=False, scale_bits=8),
+    "codes of rows and means": partial(
+        random_matrix, 18, 70, groups=4, salient=5, row_means=True, column_scaled=False, scale_bits=8
+    ),
     "no groups": partial(random_matrix, 18, 130, groups=1, row_means=True, scale_bits=8),
 }

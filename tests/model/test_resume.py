@@ -9,6 +9,7 @@ import torch
 
 import arbllm
 from arbllm.errors import ArbllmError
+from arbllm.measure import Measurement
 from arbllm.model import resume
 from arbllm.model.events import BlockFinished, BlockStarted, Event
 from arbllm.model.resume import FinishedBlock, Progress, resumable_output, unfinished_directory, write_whole
@@ -49,6 +50,27 @@ def stop(monkeypatch):
         monkeypatch.setattr(resume, "write_whole", write_or_stop)
 
     return at
+
+
+class Known:
+    """A meter that shows what it is told."""
+
+    def __init__(self, seconds, peak):
+        self.measurement = Measurement(seconds, peak)
+
+    def read(self):
+        return self.measurement
+
+
+def test_what_a_job_cost_before_it_was_stopped_counts(tmp_path):
+    assert Progress(tmp_path, MANIFEST, meter=Known(1.0, 999)).cost() == Measurement(1.0, 999)
+    Progress(tmp_path, MANIFEST, meter=Known(5.0, 100)).keep_shares({})
+    again = Progress(tmp_path, MANIFEST, meter=Known(2.0, 70))
+    assert again.cost() == Measurement(7.0, 100)
+    again.keep_block(3, BLOCK)
+    assert Progress(tmp_path, MANIFEST, meter=Known(1.0, 120)).cost() == Measurement(8.0, 120)
+    other = MANIFEST | {"model": "abd"}
+    assert Progress(tmp_path, other, overwrite=True, meter=Known(1.0, 2)).cost() == Measurement(1.0, 2)
 
 
 def test_a_block_comes_back_as_it_was(tmp_path):

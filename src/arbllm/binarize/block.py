@@ -134,7 +134,7 @@ class Block:
     def reconstruct(self) -> Tensor:
         """W_hat of the block, float32 (n, width)."""
         rows, device = self.parts[0].zones[0].mask.shape[0], self.parts[0].columns.device
-        weight = torch.empty(rows, self.width, device=device)
+        weight = torch.empty(rows, self.width, dtype=torch.float32, device=device)
         for part in self.parts:
             weight[:, part.columns] = part.reconstruct()
         return weight
@@ -156,7 +156,7 @@ def _through_float16(values: Tensor) -> Tensor:
 
 def signs_of(values: Tensor) -> Tensor:
     """Signs in float32, an exact zero counting as +1."""
-    return torch.where(values >= 0, 1.0, -1.0)
+    return 2 * (values >= 0).float() - 1
 
 
 def nearest_signs(values: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

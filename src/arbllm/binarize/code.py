@@ -66,7 +66,7 @@ def level_values(terms: int) -> tuple[float, ...]:
 
 def levels(terms: int, device: torch.device | None = None) -> Tensor:
     """`level_values` as a tensor, float32."""
-    return torch.tensor(level_values(terms), device=device)
+    return torch.tensor(level_values(terms), dtype=torch.float32, device=device)
 
 
 def first_level(terms: int) -> int:
@@ -76,7 +76,8 @@ def first_level(terms: int) -> int:
 
 def all_levels(device: torch.device | None = None) -> Tensor:
     """The levels of all kinds, those of the fewest signs first: float32 (60)."""
-    return torch.tensor([level for terms in sorted(COEFFICIENTS) for level in level_values(terms)], device=device)
+    values = [level for terms in sorted(COEFFICIENTS) for level in level_values(terms)]
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def window_bits(window: int) -> int:

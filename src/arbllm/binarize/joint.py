@@ -116,7 +116,7 @@ class Levels:
         )
 
     def _signs(self, term: int) -> Tensor:
-        return 1.0 - 2.0 * (self.choices >> (self.terms - 1 - term) & 1)
+        return 1 - 2 * (self.choices >> (self.terms - 1 - term) & 1).float()
 
 
 def start(weight: Tensor, groups: int, terms: int) -> Levels:

@@ -64,7 +64,9 @@ def _native_tile(tile: Columns, rows: Tensor, table: Tensor) -> tuple[Tensor, Te
     """As `_tile`, by the extension."""
     native, device = load(), rows.device
     assert native
-    choices, changes = torch.empty(tile.state.shape, dtype=torch.uint8), torch.empty(tile.state.shape)
+    choices, changes = (
+        torch.empty(tile.state.shape, dtype=kind, device="cpu") for kind in (torch.uint8, torch.float32)
+    )
     native.viterbi(
         *(None if part is None else part.cpu().contiguous().numpy() for part in (*tile, rows, table)),
         choices.numpy(),
@@ -115,7 +117,7 @@ def best_path(wanted: Tensor, scales: Tensor, table: Tensor) -> Tensor:
     windows = torch.arange(WINDOWS, device=wanted.device)
     labels = torch.tensor([window_bits(window) for window in range(WINDOWS)], device=wanted.device)
     costs = least[labels].transpose(0, 1).reshape(steps, 2, STATES, ROWS_APART)  # by step, oldest sign, new state
-    total = torch.full((STATES, ROWS_APART), FAR, device=wanted.device)
+    total = wanted.new_full((STATES, ROWS_APART), FAR)
     total[0] = 0
     origins = (windows >> 1).view(2, STATES)
     oldest = []

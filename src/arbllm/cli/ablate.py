@@ -64,6 +64,7 @@ def ablate(
         from arbllm.evaluation.methods import Calibration
         from arbllm.evaluation.protocol import Protocol
 
+        out = out.expanduser()
         protocol = Protocol(
             model,
             Calibration(calibration, windows, window_length, seed, device, dtype, trust_remote_code),

@@ -53,6 +53,7 @@ def analyze(
         from arbllm.model.source import open_model
         from arbllm.text import calibration_windows
 
+        out = out.expanduser()
         prepare_output(out)
         say("opening", model)
         opened, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)

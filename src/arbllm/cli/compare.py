@@ -77,6 +77,7 @@ def compare(
         from arbllm.evaluation.protocol import Protocol
         from arbllm.evaluation.write_report import markdown, write_report
 
+        out = out.expanduser()
         require_matplotlib()  # for the report, hours later
         protocol = Protocol(
             model,
@@ -85,7 +86,7 @@ def compare(
             context,
             max_windows,
             tuple(names(tasks)),
-            str(task_data) if task_data else None,
+            str(task_data.expanduser()) if task_data else None,
             limit,
         )
         results = run(

@@ -83,8 +83,8 @@ def evaluate(
 
 
 def names(text: str | None) -> list[str]:
-    """The names in a list with commas; none in None."""
-    return [name for name in map(str.strip, (text or "").split(",")) if name]
+    """The names in a list with commas, each once; none in None."""
+    return list(dict.fromkeys(name for name in map(str.strip, (text or "").split(",")) if name))
 
 
 def _facts(result: Evaluation) -> dict[str, str]:

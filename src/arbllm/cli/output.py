@@ -85,7 +85,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
     table.add_column(style="dim")
     table.add_column()
     for name, value in facts.items():
-        table.add_row(name, escape(value))
+        table.add_row(escape(name), escape(value))
     stdout().print(table)
 
 

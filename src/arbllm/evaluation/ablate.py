@@ -12,10 +12,11 @@ from typing import Any
 
 from arbllm.config import DEFAULT_BITS, BinarizationConfig
 from arbllm.errors import ConfigError
-from arbllm.evaluation.compare import MODELS, Pieces, begin, perplexities, run_row
+from arbllm.evaluation.compare import begin, perplexities, run_row
 from arbllm.evaluation.frontier import score, shown
 from arbllm.evaluation.methods import FULL, JOINT, Recipe
 from arbllm.evaluation.protocol import Protocol, shown_settings
+from arbllm.evaluation.steps import MODELS, Pieces
 from arbllm.evaluation.written import markdown_table, write_json
 
 RESULTS, PAGE = "ablation.json", "ablation.md"
@@ -117,16 +118,16 @@ def ablate(
         ArbllmError: a step failed; what was done before is kept.
     """
     chosen = _chosen(studies)
-    pieces = begin(protocol, out)
+    windows = {variant: max(1, round(variant.windows * protocol.calibration.windows)) for variant in chosen}
+    pieces = begin(protocol, out, most_windows=max(windows.values()))
     options: dict[str, Any] = {"isolate": isolate, "speed": False, "on_step": on_step}
     full = _figures(protocol, pieces, run_row(Recipe(FULL), protocol, pieces, out, **options))
     rows = []
     for variant in chosen:
-        windows = max(1, round(variant.windows * protocol.calibration.windows))
-        own = replace(protocol, calibration=replace(protocol.calibration, windows=windows))
+        own = replace(protocol, calibration=replace(protocol.calibration, windows=windows[variant]))
         steps = run_row(Recipe(variant.name, variant.config, variant.tune), own, pieces, out, **options)
         shutil.rmtree(out / MODELS / variant.name, ignore_errors=True)
-        facts = {"study": variant.study, "variant": variant.label, "windows": windows}
+        facts = {"study": variant.study, "variant": variant.label, "windows": windows[variant]}
         facts |= {"config": variant.config.to_dict(), "tune": variant.tune, "published": _published(variant)}
         rows.append(facts | _figures(protocol, pieces, steps))
         results = {"settings": shown_settings(protocol), FULL: full, "rows": rows}
@@ -149,8 +150,8 @@ def page(results: dict[str, Any]) -> str:
             best = score(row, text) == min(score(other, text) for other in rivals)
             figures.append(f"**{shown(score(row, text))}**" if best else shown(score(row, text)))
         published = "" if row["published"] is None else shown(row["published"])
-        lines.append([row["study"], row["variant"], *figures, f"{row['true_bits']:.2f}", f"{row['output_error']:.4f}",
-                      published])  # fmt: skip
+        error = "" if row["output_error"] is None else f"{row['output_error']:.4f}"
+        lines.append([row["study"], row["variant"], *figures, f"{row['true_bits']:.2f}", error, published])
     full = ", ".join(f"{shown(score(results[FULL], text))} on {text}" for text in texts)
     return (
         f"# Ablations on {Path(settings['model']).name}\n\n"

@@ -19,6 +19,7 @@ from arbllm.config import BinarizationConfig
 from arbllm.difference import output_error, weight_error
 from arbllm.errors import ConfigError
 from arbllm.model.capture import capture_inputs, gather_hessians, propagate, resident
+from arbllm.model.quantize import check_windows
 from arbllm.model.walk import DecoderBlock, check_weights, find_blocks
 from arbllm.solver import quantize_matrix
 
@@ -139,12 +140,14 @@ def compare_methods(
 
     Raises:
         ConfigError: the model has no such linear, or a method is unknown.
+        ModelError: the windows are longer than the model's positions.
     """
     blocks = find_blocks(model)
     target = next((block for block in blocks if any(linear.name == name for linear in block.linears)), None)
     if target is None:
         some = blocks[0].linears[0].name
         raise ConfigError(f"the model has no linear {name!r} in a decoder block; its first is {some}")
+    check_windows(model, windows)
     weight, hessian = _reach(model, blocks, target, name, windows)
     remainders = []
     for method in methods:

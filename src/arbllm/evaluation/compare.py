@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
-import os
 import platform
 import shutil
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from arbllm.device import choose_device, evaluation_dtype
+from arbllm.device import choose_device
 from arbllm.errors import ConfigError
-from arbllm.evaluation.evaluate import evaluate
-from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known, make
+from arbllm.evaluation.methods import FULL, Recipe, find_recipe, is_known
 from arbllm.evaluation.peers import check_library
 from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings, shown_settings
-from arbllm.evaluation.speed import tokens_per_second, write_samples
+from arbllm.evaluation.steps import MODELS, Pieces, isolated, items, read_row, steps_of
 from arbllm.evaluation.tasks import TaskScore, averages, check_tasks
 from arbllm.evaluation.written import write_json
 from arbllm.model.perplexity import check_context, count_windows
-from arbllm.model.source import open_config, open_model, open_tokenizer
-from arbllm.progress import ProgressDisplay, RequestDisplay, WindowDisplay
-from arbllm.text import evaluation_tokens
+from arbllm.model.quantize import check_length
+from arbllm.model.source import check_dtype, open_config, open_tokenizer
+from arbllm.text import calibration_windows, check_amount, evaluation_tokens
 
-RESULTS, MODELS = "results.json", "models"
+RESULTS = "results.json"
 PIECE = 50  # windows of a text at a time, so that an interruption costs no more
-Pieces = dict[str, list[tuple[int, int]]]
 
 
 def compare(
@@ -71,8 +64,10 @@ def compare(
     for recipe in recipes:
         if recipe.is_peer:
             check_library(recipe.name)
+    if not protocol.tasks and (protocol.limit is not None or protocol.task_data is not None):
+        raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
-    pieces = begin(protocol, out)
+    pieces = begin(protocol, out, calibrated=any(recipe.name != FULL for recipe in recipes))
     for place, recipe in enumerate(recipes):
         run_row(recipe, protocol, pieces, out, isolate=isolate, on_step=on_step)
         if not keep_models:
@@ -83,18 +78,29 @@ def compare(
     return results
 
 
-def begin(protocol: Protocol, out: Path) -> Pieces:
+def begin(protocol: Protocol, out: Path, *, calibrated: bool = True, most_windows: int = 0) -> Pieces:
     """Look at all that can be wrong with a protocol before any work is done, then make `out` and keep it there.
+
+    Args:
+        protocol: what every method goes through.
+        out: the directory of the comparison.
+        calibrated: whether any method reads the calibration text.
+        most_windows: windows of it that will be read at most, if more than the protocol's.
 
     Returns:
         See `text_pieces`.
 
     Raises:
-        ConfigError: `out` holds rows that were made with other settings, or cannot be made.
-        TextError: see `text_pieces`.
+        ConfigError: `out` holds rows that were made with other settings, or cannot be made; or the device or the dtype
+            is unknown.
+        TextError, ModelError: see `text_pieces` and `calibration_windows`.
     """
     settings = merged_settings(protocol, out)
+    choose_device(protocol.calibration.device)
+    check_dtype(protocol.calibration.dtype)
     pieces = text_pieces(protocol)
+    if calibrated:
+        check_calibration(protocol, most_windows)
     try:
         (out / ROWS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,6 +125,21 @@ def text_pieces(protocol: Protocol) -> Pieces:
     return pieces
 
 
+def check_calibration(protocol: Protocol, most_windows: int = 0) -> None:
+    """See that the calibration text has the windows that will be asked of it, `most_windows` if that is more.
+
+    Raises:
+        TextError: it cannot be read, or is too short; or a number of windows is out of range.
+        ModelError: the model cannot take windows of that length.
+    """
+    text = protocol.calibration
+    check_length(open_config(protocol.model, text.trust_remote_code), text.window_length)
+    asked = text.windows, text.windows if text.distill_windows is None else text.distill_windows
+    check_amount(min(asked), text.window_length)
+    tokenizer = open_tokenizer(protocol.model, text.trust_remote_code)
+    calibration_windows(text.text, tokenizer, max(*asked, most_windows), text.window_length, text.seed)
+
+
 def collect(protocol: Protocol, pieces: Pieces, out: Path, methods: Sequence[str]) -> dict[str, Any]:
     """The rows that are whole; of methods not asked for now as well, behind the others."""
     files = {file.stem: file for file in sorted((out / ROWS).glob("*.json"))}
@@ -127,7 +148,7 @@ def collect(protocol: Protocol, pieces: Pieces, out: Path, methods: Sequence[str
     rows = []
     for name in order:
         recipe, done = find_recipe(name), read_row(files[name])
-        if all(step.find(done) for step in _steps(recipe, protocol, pieces, out)):
+        if all(step.find(done) for step in steps_of(recipe, protocol, pieces, out)):
             rows.append(_row(recipe, protocol, pieces, done))
     return {
         "settings": shown_settings(protocol),
@@ -145,6 +166,7 @@ def run_row(
     *,
     isolate: bool = True,
     speed: bool = True,
+    checkpoint: bool = False,
     on_step: Callable[[str, str], None] | None = None,
 ) -> dict[str, Any]:
     """Run the steps of one method that have not been done.
@@ -156,6 +178,7 @@ def run_row(
         out: its steps are kept in `rows` under it, its checkpoint in `models`.
         isolate: see `compare`.
         speed: whether to measure speed and write samples, too.
+        checkpoint: whether its checkpoint is to be there in the end, even if all steps were done.
         on_step: see `compare`.
 
     Returns:
@@ -163,32 +186,26 @@ def run_row(
     """
     file = out / ROWS / f"{recipe.name}.json"
     done = read_row(file)
-    steps = _steps(recipe, protocol, pieces, out, speed)
-    if all(step.find(done) for step in steps):
+    steps = steps_of(recipe, protocol, pieces, out, speed)
+    if all(step.find(done) for step in steps) and not (checkpoint and not _is_made(recipe, out)):
         return done
+    before: dict[str, Any] = {}
     if recipe.name != FULL and not _is_made(recipe, out):
-        done.pop("quantize", None)  # the model itself is needed for what is missing
+        before = done.pop("quantize", {})  # the model itself is needed for what is missing
     if recipe.base and "quantize" not in done:
-        _make_base(recipe.base, protocol, out, isolate, on_step)
+        first = replace(protocol, texts=(), tasks=())
+        run_row(recipe.base, first, {}, out, isolate=isolate, speed=False, on_step=on_step, checkpoint=True)
     for step in steps:
         if not step.find(done):
             if on_step:
                 on_step(recipe.name, " ".join(step.path))
-            result = _isolated(step.run, *step.arguments) if isolate else step.run(*step.arguments)
+            result = isolated(step.run, *step.arguments) if isolate else step.run(*step.arguments)
+            if before and before.get("checkpoint") != result.get("checkpoint"):
+                done = {}  # what the one before it gave is of another checkpoint: processors round differently
+            before = {}
             step.keep(done, result)
             write_json(file, done)
     return done
-
-
-def _make_base(
-    base: Recipe, protocol: Protocol, out: Path, isolate: bool, on_step: Callable[[str, str], None] | None
-) -> None:
-    """Quantize what a distillation begins with, unless that is there; kept as the first step of its own row."""
-    if not _is_made(base, out):
-        file = out / ROWS / f"{base.name}.json"
-        write_json(file, {key: value for key, value in read_row(file).items() if key != "quantize"})
-    first = replace(protocol, texts=(), tasks=())
-    run_row(base, first, {}, out, isolate=isolate, speed=False, on_step=on_step)
 
 
 def _is_made(recipe: Recipe, out: Path) -> bool:
@@ -200,128 +217,9 @@ def _needed(recipes: Sequence[Recipe]) -> set[str]:
     return {each.name for recipe in recipes for each in (recipe, recipe.base) if each}
 
 
-def read_row(file: Path) -> dict[str, Any]:
-    """What the steps of a method have given so far."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step of a row: where its result is kept, and what gives it."""
-
-    path: tuple[str, ...]
-    run: Callable[..., dict[str, Any]]
-    arguments: tuple[Any, ...]
-
-    def find(self, done: dict[str, Any]) -> dict[str, Any]:
-        """Its result among those of a row; empty if there is none."""
-        for key in self.path:
-            done = done.get(key, {})
-        return done
-
-    def keep(self, done: dict[str, Any], result: dict[str, Any]) -> None:
-        """Put its result among those of a row."""
-        *folders, name = self.path
-        for key in folders:
-            done = done.setdefault(key, {})
-        done[name] = result
-
-
-def _steps(recipe: Recipe, protocol: Protocol, pieces: Pieces, out: Path, speed: bool = True) -> list[_Step]:
-    """The steps of a row in the order in which they run."""
-    checkpoint = out / MODELS / recipe.name
-    model = protocol.model if recipe.name == FULL else str(checkpoint)
-    steps = [_Step(("quantize",), _quantize, (recipe, protocol, out))]
-    for text in protocol.texts:
-        steps += [_Step(("texts", Path(text).name, f"{start}-{stop}"), _read, (protocol, model, text, start, stop))
-                  for start, stop in pieces[text]]  # fmt: skip
-    steps += [_Step(("tasks", task, _items(protocol)), _ask, (protocol, model, task)) for task in protocol.tasks]
-    return [*steps, _Step(("speed",), _speed, (protocol, model))] if speed else steps
-
-
-def _items(protocol: Protocol) -> str:
-    return "all" if protocol.limit is None else str(protocol.limit)
-
-
-def _isolated(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The function's result, from a process that begins and ends with it, and that ends when this one is stopped."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that began it is gone, in whatever way that ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "it was begun by another"
-
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
-
-
-def _quantize(recipe: Recipe, protocol: Protocol, out: Path) -> dict[str, Any]:
-    checkpoint = out / MODELS / recipe.name
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with ProgressDisplay() as display:
-        made = make(recipe, protocol.model, checkpoint, protocol.calibration, display)
-    if recipe.base:  # what it took from the beginning
-        before = read_row(out / ROWS / f"{recipe.base.name}.json")["quantize"]
-        made["seconds"] += before["seconds"]
-        made["peak_memory_bytes"] = max(made["peak_memory_bytes"], before["peak_memory_bytes"])
-    return made
-
-
-def _read(protocol: Protocol, model: str, text: str, start: int, stop: int) -> dict[str, Any]:
-    with WindowDisplay() as display:
-        result = evaluate(
-            model,
-            (text,),
-            context=protocol.context,
-            skip_windows=start,
-            max_windows=stop - start,
-            on_window=display,
-            **protocol.calibration.place(),
-        )
-    return {
-        "perplexity": result.texts[text].perplexity,
-        "windows": result.texts[text].windows,
-        "seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
-
-
-def _ask(protocol: Protocol, model: str, task: str) -> dict[str, Any]:
-    with RequestDisplay() as display:
-        result = evaluate(
-            model,
-            (),
-            tasks=(task,),
-            task_data=Path(protocol.task_data) if protocol.task_data else None,
-            limit=protocol.limit,
-            on_request=display,
-            **protocol.calibration.place(),
-        )
-    return result.tasks[0].to_dict()
-
-
-def _speed(protocol: Protocol, model: str) -> dict[str, Any]:
-    place = choose_device(protocol.calibration.device)
-    dtype = evaluation_dtype(protocol.calibration.dtype, place)
-    opened, tokenizer = open_model(model, dtype, place, protocol.calibration.trust_remote_code)
-    samples = [asdict(sample) for sample in write_samples(opened, tokenizer)]
-    return {"tokens_per_second": tokens_per_second(opened, tokenizer), "samples": samples}
-
-
 def _row(recipe: Recipe, protocol: Protocol, pieces: Pieces, done: dict[str, Any]) -> dict[str, Any]:
     """One row of `results.json` from the steps of its method."""
-    scores = [done["tasks"][task][_items(protocol)] for task in protocol.tasks]
+    scores = [done["tasks"][task][items(protocol)] for task in protocol.tasks]
     acc, acc_norm = averages(map(TaskScore.from_dict, scores)) if scores else (None, None)
     return {
         "method": recipe.name,

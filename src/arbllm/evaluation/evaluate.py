@@ -103,6 +103,10 @@ def evaluate(
         raise ConfigError("nothing to evaluate: name a text or a task")
     if not tasks and (limit is not None or task_data is not None):
         raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
+    if not texts and (skip_windows or max_windows is not None):
+        raise ConfigError("skip_windows and max_windows are for texts; name one, or leave these options out")
+    texts, tasks = list(dict.fromkeys(texts)), list(dict.fromkeys(tasks))
+    task_data = task_data and task_data.expanduser()
     check_tasks(tasks, task_data, limit)
     with measure() as measured:
         opened, tokenizer = open_model(
@@ -127,7 +131,7 @@ def evaluate(
         tasks=scores,
         true_bits_per_weight=size.true_bits or None,
         nominal_bits_per_weight=size.nominal_bits or None,
-        bytes_on_disk=bytes_on_disk(Path(model)) if Path(model).exists() else None,
+        bytes_on_disk=bytes_on_disk(Path(model)) if Path(model).expanduser().exists() else None,
         seconds=measured.seconds,
         peak_memory_bytes=measured.peak_memory_bytes,
         peak_device_memory_bytes=measured.peak_device_memory_bytes,

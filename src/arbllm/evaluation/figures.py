@@ -53,21 +53,27 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Any]:
     import matplotlib as mpl
 
     figures = {}
-    with mpl.rc_context({"font.size": 11, "font.family": "sans-serif"}):
-        for text in rows[0]["perplexity"] if rows else ():
-            stem = stem_of(text)
+    # Names of texts and methods may hold dollars, which would begin a formula.
+    with mpl.rc_context({"font.size": 11, "font.family": "sans-serif", "text.parse_math": False}):
+        texts = list(rows[0]["perplexity"]) if rows else []
+        for text, stem in zip(texts, stems(texts), strict=True):
             figures[f"pareto-bits-{stem}"] = pareto(rows, text, "true_bits")
             figures[f"pareto-bytes-{stem}"] = pareto(rows, text, "bytes")
-        if any(row.get("output_errors") for row in rows):
+        if any(map(_errors, rows)):
             figures["error-by-layer"] = error_by_layer(rows)
             figures["error-by-kind"] = error_by_kind(rows)
         figures["storage"] = storage(rows)
     return figures
 
 
-def stem_of(text: str) -> str:
-    """The name of a text as it stands in names of figures."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def stems(texts: Sequence[str]) -> list[str]:
+    """The names of texts as they stand in names of figures, each another one."""
+    found: list[str] = []
+    for text in texts:
+        stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "text"
+        further = (f"{stem}-{number}" for number in range(2, len(texts) + 2))
+        found.append(next(name for name in (stem, *further) if name not in found))
+    return found
 
 
 def save_png(figure: Any, path: Path) -> None:
@@ -137,7 +143,7 @@ def error_by_layer(rows: Sequence[Row]) -> Any:
     figure, axes = _axes()
     drawn: list[float] = []
     for row in rows:
-        if errors := row.get("output_errors"):
+        if errors := _errors(row):
             blocks = _grouped((_block(name), error) for name, error in errors.items())
             means = [mean(values) for values in blocks.values()]
             drawn += means
@@ -157,9 +163,9 @@ def error_by_kind(rows: Sequence[Row]) -> Any:
     """Mean output error by kind of linear, a mark a method."""
     figure, axes = _axes()
     drawn: list[float] = []
-    kinds = list(dict.fromkeys(_kind(name) for row in rows for name in row.get("output_errors", ())))
+    kinds = list(dict.fromkeys(_kind(name) for row in rows for name in _errors(row)))
     for row in rows:
-        if errors := row.get("output_errors"):
+        if errors := _errors(row):
             groups = _grouped((_kind(name), error) for name, error in errors.items())
             places = [kinds.index(kind) for kind in groups]
             means = [mean(values) for values in groups.values()]
@@ -288,6 +294,11 @@ def _shade(row: Row, rows: Sequence[Row]) -> float:
     """Members of a family in one colour, the more bits the stronger."""
     bits = sorted(other["true_bits"] for other in rows if other["family"] == row["family"])
     return 0.4 + 0.6 * (bits.index(row["true_bits"]) + 1) / len(bits)
+
+
+def _errors(row: Row) -> dict[str, float]:
+    """Output errors by linear, without those that were not finite."""
+    return {name: error for name, error in row.get("output_errors", {}).items() if error is not None}
 
 
 def _grouped(pairs: Iterable[tuple[Any, float]]) -> dict[Any, list[float]]:

@@ -43,7 +43,8 @@ def generate(
         tokenizer: its tokenizer.
         prompt: the text to continue.
         max_new_tokens: tokens to write at most; the model may end sooner.
-        temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
+        temperature: 0 takes the likeliest token each time; above it, tokens are drawn from as many as the model's own
+            settings tell, by transformers' default from the 50 likeliest.
         repetition_penalty: above 1, makes tokens that are there already less likely: logits are divided by it, or
             multiplied where they are negative. Small models run in circles less.
         seed: of the draw.

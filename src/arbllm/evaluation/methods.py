@@ -164,7 +164,7 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
     summary: JobSummary
     if recipe.base:
         del options["dtype"]  # it goes on in that of the checkpoint
-        options["windows"] = calibration.distill_windows or calibration.windows
+        options["windows"] = calibration.windows if calibration.distill_windows is None else calibration.distill_windows
         summary = distill(out.with_name(recipe.base.name), out, model=model, steps=recipe.distill, **options)
     else:
         summary = quantize(model, out, config=recipe.config, tune=recipe.tune, **options)
@@ -186,11 +186,11 @@ def make(recipe: Recipe, model: str, out: Path, calibration: Calibration, on_eve
 
 
 def _joint(name: str) -> Recipe:
-    words = name.removeprefix(JOINT).strip("-").split("-")
+    words = name.removeprefix(JOINT).split("-")[1:]
     tuning = {"untuned": (0, 0), DISTILLED[1:]: (None, DISTILLATION_STEPS)}
-    tune, distill = tuning[words.pop()] if words[-1] in tuning else (None, 0)
+    tune, distill = tuning[words.pop()] if words and words[-1] in tuning else (None, 0)
     try:
-        bits = float(words[0]) if words and words[0] else DEFAULT_BITS
+        bits = float(words[0]) if words else DEFAULT_BITS
         if len(words) > 1:
             raise ValueError
     except ValueError:

@@ -60,7 +60,10 @@ def merged_settings(protocol: Protocol, out: Path) -> dict[str, Any]:
     settings = _plain(protocol) | {"contents": contents(protocol)}
     begun = settings
     if (out / SETTINGS).exists() and any((out / ROWS).glob("*.json")):
-        begun = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        try:
+            begun = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{out / SETTINGS}: not readable ({error}); choose another --out") from error
     before, free = _fixed(begun), set() if any((out / ROWS).glob("*-distilled.json")) else {"distill_windows"}
     for name, value in _fixed(settings).items():
         if before.get(name) != value and name not in free:
@@ -95,9 +98,9 @@ def contents(protocol: Protocol) -> dict[str, str]:
     """Checksums of what a protocol reads from the disk, by name: texts, and samples of the model's files."""
     found = {}
     for name in (*protocol.texts, protocol.calibration.text):
-        if Path(name).is_file():
-            found[name] = sha256(Path(name).read_bytes()).hexdigest()
-    model = Path(protocol.model)
+        if (file := Path(name).expanduser()).is_file():
+            found[name] = sha256(file.read_bytes()).hexdigest()
+    model = Path(protocol.model).expanduser()
     files = [model] if model.is_file() else sorted(path for path in model.glob("*") if path.suffix in WEIGHTS)
     if files:
         found[protocol.model] = sha256(b"".join(map(_sample, files))).hexdigest()

@@ -57,6 +57,8 @@ def _continue(
         max_new_tokens=tokens,
         min_new_tokens=tokens if exactly else None,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # whatever the model's own settings are
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     seconds = time.perf_counter() - start  # reading the tokens below would wait for a GPU, as generate itself does

@@ -15,8 +15,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arbllm.errors import ConfigError, TextError
-from arbllm.hub import hub_is_reachable
-from arbllm.integrations.lm_eval import check_harness, run_harness
+from arbllm.hub import hub_is_reachable, is_offline_by_choice
+from arbllm.integrations.lm_eval import check_harness, check_names, run_harness
 from arbllm.model.likelihood import log_likelihoods
 
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
@@ -80,8 +80,6 @@ def evaluate_tasks(
     """
     check_tasks(tasks, data, limit)
     wanted: list[str | dict[str, Any]] = [definition(task, data) for task in tasks] if data else list(tasks)
-    if not data and not hub_is_reachable():
-        raise TextError("the hub cannot be reached, and tasks come from there; give local files with --task-data DIR")
     # Where a model's state is no cache of keys and values, the harness reads a question again for every answer.
     stateful = getattr(model, "_is_stateful", False)
     score = None if stateful else partial(log_likelihoods, model, on_request=on_request)
@@ -100,6 +98,9 @@ def check_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> N
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 item, not {limit}")
     if data is None:
+        if tasks:
+            check_names(tasks)
+            check_hub()
         return
     for task in tasks:
         for file in definition(task, data)["dataset_kwargs"]["files"]:
@@ -107,6 +108,16 @@ def check_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> N
                 raise TextError(
                     f"task {task}: {data / file} is missing; --task-data names the folder that holds {file}"
                 )
+
+
+def check_hub() -> None:
+    """See that data sets can be had: from the hub, or, where it is not to be asked, from what was fetched before.
+
+    Raises:
+        TextError: the hub cannot be reached.
+    """
+    if not is_offline_by_choice() and not hub_is_reachable():
+        raise TextError("the hub cannot be reached, and tasks come from there; give local files with --task-data DIR")
 
 
 def definition(task: str, data: Path) -> dict[str, Any]:
@@ -140,7 +151,8 @@ def _load(data: Path, *, files: Sequence[str], **_: Any) -> dict[str, Any]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """A row a line: of a `.jsonl` file its object, of a `.lst` file a label."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`: JSON may hold characters that it takes for the ends of lines.
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             yield {"label": int(line)} if path.suffix == ".lst" else json.loads(line)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -10,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png, stem_of
+from arbllm.evaluation.figures import COLLAPSED, all_figures, as_svg, save_png, stems
 from arbllm.evaluation.frontier import Row, frontier, score, shown, verdict
 from arbllm.evaluation.methods import FULL
 from arbllm.evaluation.written import markdown_table
@@ -110,7 +111,7 @@ def _results(rows: Sequence[Row], texts: Sequence[str]) -> str:
     best = {row["method"] for text in texts for row in frontier(rows, text)}
     lines = []
     for row in rows:
-        cells = [_cell(row["method"], escape(row["method"]))]
+        cells = [_cell(_sort_key(row["method"]), escape(row["method"]))]
         cells += [_number(score(row, text), shown(score(row, text))) for text in texts]
         cells += [_value(row, "average_acc", "{:.3f}"), _value(row, "average_acc_norm", "{:.3f}")]
         cells += [_value(row, "nominal_bits", "{:.2f}"), _value(row, "true_bits", "{:.3f}")]
@@ -128,6 +129,11 @@ def _value(row: Row, name: str, form: str, unit: float = 1.0) -> str:
     return _cell("", "") if value is None else _number(value, form.format(value / unit))
 
 
+def _sort_key(method: str) -> str:
+    """A name with its bits in figures of one length: 2.25 lies between 2 and 2.5."""
+    return re.sub(r"\d+(\.\d+)?", lambda bits: f"{float(bits[0]):08.3f}", method)
+
+
 def _number(value: float, text: str) -> str:
     return _cell(f"{value:.8g}" if value < float("inf") else "1e300", text)
 
@@ -138,8 +144,7 @@ def _cell(value: str, text: str) -> str:
 
 def _figure(name: str, svg: str, texts: Sequence[str]) -> str:
     kind = next(kind for kind in CAPTIONS if name.startswith(kind))
-    stem = name.removeprefix(kind).strip("-")
-    text = next((text for text in texts if stem_of(text) == stem), stem)
+    text = dict(zip(stems(texts), texts, strict=True)).get(name.removeprefix(kind).strip("-"), "")
     caption = escape(CAPTIONS[kind].format(text=text))
     return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
 
@@ -210,7 +215,7 @@ def markdown(results: dict[str, Any]) -> str:
         ratio = shown(score(row, texts[0]) / score(full, texts[0])) if full and texts else ""
         figures = [shown(score(row, text)) for text in texts]
         average = "" if row["average_acc"] is None else f"{row['average_acc']:.3f}"
-        error = f"{row['output_error']:.4f}" if "output_error" in row else ""
+        error = "" if row.get("output_error") is None else f"{row['output_error']:.4f}"
         sizes = [f"{row['true_bits']:.2f}", f"{row['bytes'] / 1e6:.1f}"]
         lines.append([row["method"], *figures, ratio, average, *sizes, error])
     said = "\n".join(f"- {line}" for text in texts for line in verdict(rows, text))

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arbllm.model.resume import write_whole
+
 
 def to_json(values: Mapping[str, Any]) -> str:
     """JSON with null in place of numbers that it cannot hold, such as the perplexity of a collapsed model."""
@@ -16,9 +18,7 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write `to_json` so that an interruption leaves the old file or the new one."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(to_json(values) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, (to_json(values) + "\n").encode())
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

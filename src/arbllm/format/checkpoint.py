@@ -150,7 +150,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: not an arbllm checkpoint, of another format version, or damaged; names file and tensor.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     config = _read_json(path / "config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
@@ -281,7 +281,7 @@ def bitmap_coding(quantization: Mapping[str, Any]) -> str:
 
 def bytes_on_disk(path: Path | str) -> int:
     """Bytes of a model's weight files: of a directory the safetensors (or .bin) files, of a file itself."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path.stat().st_size
     files = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -54,8 +56,8 @@ def run_harness(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that it takes
     lm = _wrap(model, tokenizer, score, on_request)
-    # To look through the harness's own thousands of tasks takes it a while.
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+    own = any(isinstance(task, str) for task in tasks)
+    manager = _own_tasks() if own else TaskManager(include_defaults=False)
     options: dict[str, Any] = {"num_fewshot": 0, "limit": limit, "log_samples": False, "task_manager": manager}
     with patch("lm_eval.evaluator.get_git_commit_hash"):  # git complains on stderr outside of a repository
         results = lm_eval.simple_evaluate(lm, tasks=list(tasks), **options)
@@ -71,6 +73,36 @@ def check_harness() -> None:
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("tasks need lm-evaluation-harness: pip install lm-eval")
+
+
+def check_names(tasks: Sequence[str]) -> None:
+    """Refuse names of the harness that are not those of single tasks with answers to choose from.
+
+    Raises:
+        ConfigError: names the task, and what could be meant.
+    """
+    manager = _own_tasks()
+    for task in tasks:
+        entry = manager.task_index.get(task)
+        if entry is None:
+            close = get_close_matches(task, manager.all_subtasks, 3)
+            hint = f"; is {' or '.join(close)} meant?" if close else "; lm-eval ls tasks lists all"
+            raise ConfigError(f"task {task!r} is unknown to lm-evaluation-harness{hint}")
+        settings = entry.cfg or {}
+        if task not in manager.all_subtasks:
+            parts = sorted(entry.tags) or [part for part in settings.get("task", ()) if isinstance(part, str)]
+            raise ConfigError(f"{task} is a group of tasks; name those that are wanted: {', '.join(parts[:8])}")
+        if str(settings.get("output_type", "")).startswith("generate"):
+            raise ConfigError(f"task {task} wants text to be written; choose tasks with answers to choose from")
+
+
+@cache
+def _own_tasks() -> Any:
+    """The harness's thousands of tasks, which it takes seconds to look through."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
 
 
 def _wrap(

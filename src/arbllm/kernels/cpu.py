@@ -91,7 +91,7 @@ def prepare(matrix: BinaryMatrix) -> Tensor:
         *map(_address, (row_scales, row_means, column_scales, order)),
     )
     size = packed.prepared_bytes()
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % ALIGNMENT
     packed.prepare(memory.data_ptr() + start, torch.get_num_threads())
     return memory[start : start + size]
@@ -137,7 +137,7 @@ def multiply(
     chosen = 0 if instruction_set is None else instruction_set_number(instruction_set)
     # Without a compiler or a mode that watches, a direct call saves half of the time that a small product takes, and
     # sizes one by one a microsecond.
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_neg() and not x._is_zerotensor()
     if plain and not exact and x.dtype in _DIRECT and x.is_contiguous() and (size := x.numel()) and (shape := x.shape):
         *before, columns = shape
         tokens = size // columns
@@ -270,7 +270,7 @@ def _tiles(
     module, address = native_module(), prepared.data_ptr()
     lanes = module.LANES
     blocks, step = -(-rows // lanes), max(1, TILE_BYTES // (dtype.itemsize * lanes * columns))
-    memory = torch.empty(columns * lanes * min(step, blocks), dtype=dtype)
+    memory = torch.empty(columns * lanes * min(step, blocks), dtype=dtype, device="cpu")
     half, threads = dtype == torch.bfloat16, torch.get_num_threads()
     for first in range(0, blocks, step):
         last = min(first + step, blocks)

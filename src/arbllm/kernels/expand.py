@@ -164,7 +164,8 @@ def _scales(matrix: BinaryMatrix, pieces: Sequence[Piece]) -> tuple[Tensor, Tens
         numbers += part_scales(PARTS[part]) if part else [1.0] * own
         columns.append(torch.arange(own * place.segment.width).repeat(repeats) + source.column_scale)
     assert matrix.column_scales is not None, "a trellis has column scales"
-    column_scales, factors = matrix.column_scales[torch.cat(columns).to(device)], torch.tensor(numbers, device=device)
+    column_scales = matrix.column_scales[torch.cat(columns).to(device)]
+    factors = torch.tensor(numbers, dtype=torch.float32, device=device)
     if matrix.scale_steps is None:
         return matrix.row_scales[:, slots].float() * factors, None, column_scales
     return matrix.row_scales, matrix.scale_steps[slots].float() * factors, column_scales

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arbllm.format.rows import dequantize_rows
+from arbllm.kernels.modes import is_followed
 
 CPU_TILE_WEIGHTS = 2**20
 """A tile in float32 and its codes stay within the caches."""
@@ -33,14 +34,18 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     Returns:
         (t, V) in the dtype of x; gradients reach x.
     """
+    if is_followed():  # by what knows no formulas of ours, such as derivatives in forward mode
+        inputs = x.to(_computing_dtype(x))
+        return torch.cat([inputs @ weight.T for _, weight in _tiles(codes, scales, inputs)], 1).to(x.dtype)
     return torch.ops.arbllm.row_tiles_matmul(x, codes, scales)
 
 
 @torch.library.impl(_library, "row_tiles_matmul", "CompositeExplicitAutograd")
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     y, inputs = x.new_empty(len(x), len(codes)), x.to(_computing_dtype(x))
-    for tile, weight in _tiles(codes, scales, inputs):
-        y[:, tile] = inputs @ weight.T
+    with torch.autocast(x.device.type, enabled=False):
+        for tile, weight in _tiles(codes, scales, inputs):
+            y[:, tile] = inputs @ weight.T
     return y
 
 
@@ -48,8 +53,9 @@ def _multiply(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 def _multiply_transposed(y: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     inputs = y.to(_computing_dtype(y))
     x = inputs.new_zeros(len(y), codes.shape[1])
-    for tile, weight in _tiles(codes, scales, inputs):
-        x += inputs[:, tile] @ weight
+    with torch.autocast(y.device.type, enabled=False):
+        for tile, weight in _tiles(codes, scales, inputs):
+            x += inputs[:, tile] @ weight
     return x.to(y.dtype)
 
 
@@ -82,4 +88,9 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.arbllm.row_tiles_transposed(gradient, *ctx.saved_tensors), None, None
 
 
-torch.library.register_autograd("arbllm::row_tiles_matmul", _gradient, setup_context=_keep_weight, lib=_library)
+def _second_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.arbllm.row_tiles_matmul(gradient, *ctx.saved_tensors), None, None
+
+
+for _name, _backward in (("row_tiles_matmul", _gradient), ("row_tiles_transposed", _second_gradient)):
+    torch.library.register_autograd(f"arbllm::{_name}", _backward, setup_context=_keep_weight, lib=_library)

@@ -50,7 +50,8 @@ def multiply(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: str | No
 
 @torch.library.impl(_library, "rows_matmul", "CPU")
 def _compute(x: Tensor, codes: Tensor, scales: Tensor, instruction_set: int) -> Tensor:
-    inputs, y = x.float().contiguous(), torch.empty(len(x), len(codes))
+    inputs = x.float().contiguous()
+    y = inputs.new_empty(len(x), len(codes))
     arrays = (inputs.detach(), codes.contiguous(), scales.float(), y)
     cpu.native_module().multiply_rows(*arrays, instruction_set, torch.get_num_threads())
     return y.to(x.dtype)

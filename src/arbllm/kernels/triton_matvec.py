@@ -262,7 +262,7 @@ def _products_of_run(
 
 @triton.jit
 def _one_run(
-    fields, words, z, norms, sums, row_scales, row_means, block, run, runs, tiles, rows, quarter, m, outputs,
+    fields, words, z, norms, sums, row_scales, steps, row_means, block, run, runs, tiles, rows, quarter, m, outputs,
     GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
     SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
     COLUMNS: tl.constexpr, MOST_TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr,
@@ -294,6 +294,8 @@ def _one_run(
             else:
                 for g in tl.static_range(GROUPS):
                     scale = scale_values(tl.load(slot + g * TERMS * next_slot, mask=inside, other=0), CODES)
+                    if CODES:
+                        scale *= tl.load(steps + tl.load(fields + RUN_STEP) + g * TERMS + term).to(tl.float32)
                     value = _transformed(products, term * GROUPS, 0, GROUPS, place, tl.full((1, N), g, tl.int32))
                     if g == 0:
                         value -= total[None, :]
@@ -369,9 +371,9 @@ def few_tokens(
             outputs = zeros(4, M, N)
             for run in range(first, last):
                 outputs = _one_run(
-                    run_table + run * FIELDS, words, z, norms, sums, row_scales, row_means, block, run, runs, tiles,
-                    rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES,
-                    MEANS, PARTS * TOKENS, MOST_TILES, M, N, WORDS,
+                    run_table + run * FIELDS, words, z, norms, sums, row_scales, steps, row_means, block, run, runs,
+                    tiles, rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED,
+                    CODES, MEANS, PARTS * TOKENS, MOST_TILES, M, N, WORDS,
                 )  # fmt: skip
             for q in tl.static_range(4):
                 values = tl.sum(tl.reshape(outputs[q], (M, N // TOKENS, TOKENS)), 1)

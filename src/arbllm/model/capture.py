@@ -234,7 +234,7 @@ class _InputRecorder:
             if linear not in self._leaders and linear.routed:
                 columns = linear.weight.shape[1]
                 self._leaders[linear], self._tokens[linear] = linear, 0
-                self._sums[linear] = torch.zeros(columns, columns, device=linear.weight.device)
+                self._sums[linear] = torch.zeros(columns, columns, dtype=torch.float32, device=linear.weight.device)
             elif linear not in self._leaders:
                 raise ModelError(
                     f"{linear.name}: never ran on the calibration text; calibrate on more windows if it is an expert's "
@@ -270,7 +270,7 @@ class _InputRecorder:
     def _add(self, linear: Linear, tensor: Tensor) -> None:
         rows = tensor.reshape(-1, tensor.shape[-1]).float()
         if linear not in self._sums:
-            self._sums[linear] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self._sums[linear] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
             self._tokens[linear] = 0
         _add_upper(self._sums[linear], rows)
         self._tokens[linear] += rows.shape[0]

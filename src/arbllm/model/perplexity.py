@@ -17,6 +17,10 @@ from arbllm.model.head import Head, split_head, tokens_at_a_time
 DEFAULT_CONTEXT = 2048
 
 
+class NotFiniteError(ModelError):
+    """The model's logits are not finite: it has collapsed, or its dtype cannot hold them."""
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """A measured perplexity.
@@ -60,7 +64,8 @@ def perplexity(
 
     Raises:
         TextError: the text holds no whole window, or `context` or a number of windows is out of range.
-        ModelError: the model cannot take so long a context, or its logits are not finite.
+        ModelError: the model cannot take so long a context.
+        NotFiniteError: its logits are not finite.
     """
     windows = cut_windows(model, tokens, context, max_windows, skip_windows)
     start = time.perf_counter()
@@ -70,7 +75,9 @@ def perplexity(
     for done, window in enumerate(windows, start=1):
         total += negative_log_likelihood(model, window.to(model.device), head)
         if not math.isfinite(total):
-            raise ModelError(f"the model's logits are not finite (window {done}); evaluate in float32 or bfloat16")
+            raise NotFiniteError(
+                f"the model's logits are not finite (window {done}); if this was not float32 or bfloat16, try that"
+            )
         if on_window:
             on_window(done, len(windows), _exp(total / (done * (context - 1))))
     mean = total / (len(windows) * (context - 1))

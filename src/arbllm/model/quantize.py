@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from arbllm.binarize.methods import get_method
 from arbllm.config import BinarizationConfig
@@ -284,7 +284,7 @@ class _BlockJob:
 
     def _tell_unseen(self, groups: list[InputGroup]) -> None:
         """Warn of experts that no token came to, whose weights are all that the solver has to go by."""
-        tokens = torch.tensor([float(group.tokens) for group in groups])
+        tokens = torch.tensor([group.tokens for group in groups], dtype=torch.float32)
         self.ranks.average([tokens])
         names = [group.linears[0].name.rpartition(".")[0] for group in groups]
         unseen = list(dict.fromkeys(name for name, count in zip(names, tokens, strict=True) if not count))
@@ -365,7 +365,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
     """
     if windows.ndim != 2 or not windows.numel():
         raise ModelError(f"calibration windows must be a matrix of tokens (windows, length), not {list(windows.shape)}")
-    check_length(model, windows.shape[1])
+    check_length(model.config, windows.shape[1])
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(windows.max()) >= vocabulary or int(windows.min()) < 0:
         raise ModelError(
@@ -374,13 +374,13 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
         )
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
+def check_length(config: PretrainedConfig, length: int) -> None:
     """Refuse windows of more tokens than the model has positions.
 
     Raises:
         ModelError: they are longer.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ModelError(
             f"windows of {length} tokens are longer than the model's {positions} positions; "

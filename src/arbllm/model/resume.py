@@ -3,6 +3,7 @@
 Beside the output directory OUT lies `.OUT.unfinished` while a job runs:
 
     manifest.json              what the job is: model, options, calibration tokens, versions
+    cost.json                  seconds and peak memory up to now
     shares.safetensors         how the bits are divided among the linears, where that was measured
     block-00000.safetensors    a finished block: packed linears, its other parameters, events
     training.safetensors       the distillation as it was a while ago: scales, norms, Adam's moments, losses
@@ -35,11 +36,12 @@ from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.output import check_replaceable, output_directory, put_back, sync_directory
+from arbllm.measure import Measurement, Meter
 from arbllm.model.events import Event, read_event
 from arbllm.model.training import Training
 from arbllm.nn import BinaryLinear
 
-MANIFEST_FILE, LOCK_FILE, CHECKPOINT_DIRECTORY = "manifest.json", "lock", "checkpoint"
+MANIFEST_FILE, COST_FILE, LOCK_FILE, CHECKPOINT_DIRECTORY = "manifest.json", "cost.json", "lock", "checkpoint"
 SHARES, TRAINING, DISTILLED = "shares", "training", "distilled"
 WORTH_KEEPING = ("block-*", TRAINING)  # where a job was stopped before its end
 _SHOWN_DIFFERENCES = 5
@@ -68,19 +70,28 @@ class Progress:
         manifest: what the job is, plain values.
     """
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, directory: Path, manifest: Mapping[str, Any], overwrite: bool = False, meter: Meter | None = None
+    ) -> None:
         """Begin in an empty directory, or go on with the same job.
 
         Args:
             directory: see the class.
             manifest: see the class.
             overwrite: drop what another job left.
+            meter: what measures the job; None begins here.
 
         Raises:
             ArbllmError: the directory is of another job; shows what differs.
         """
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
+        self._meter = meter or Meter()
+        self._begin(overwrite)
+        self._before = self._read_cost()
+
+    def _begin(self, overwrite: bool) -> None:
+        directory = self.directory
         file = directory / MANIFEST_FILE
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -98,9 +109,19 @@ class Progress:
                 f"{directory} holds the unfinished work of another job ({_difference(before, self.manifest)}); go on "
                 "with that one by its own options, or pass --overwrite to start again"
             )
-        for part in directory.glob("*.safetensors"):
-            part.unlink()
+        for part in (*directory.glob("*.safetensors"), directory / COST_FILE):
+            part.unlink(missing_ok=True)
         write_whole(file, json.dumps(self.manifest, indent=2).encode())
+
+    def cost(self) -> Measurement:
+        """What the job has cost so far, before it was stopped and since."""
+        return self._before + self._meter.read()
+
+    def _read_cost(self) -> Measurement:
+        try:
+            return Measurement(**json.loads((self.directory / COST_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return Measurement()  # nothing was finished yet
 
     def block(self, index: int) -> FinishedBlock | None:
         """A finished block, on the CPU; None where it is not finished."""
@@ -176,6 +197,7 @@ class Progress:
             "checksum": canonical_checksum([values, sums]),
         }
         write_whole(self.directory / f"{name}.safetensors", safetensors.torch.save(plain, metadata))
+        write_whole(self.directory / COST_FILE, json.dumps(self.cost().to_dict()).encode())
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and values of a file; None where there is none, or it is damaged, which is warned of."""

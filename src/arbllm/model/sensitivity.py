@@ -193,7 +193,7 @@ def _probe(
                     energy = weight.square().sum(0)
                     floor = energy @ factor.upper.diagonal().square().reciprocal()
                     effort = float(floor / ((weight @ factor.hessian) * weight).sum().clamp(min=TINY))
-                    noise = torch.randn(weight.shape, generator=generator).to(device)
+                    noise = torch.randn(weight.shape, dtype=torch.float32, generator=generator).to(device)
                     error = noise.mul_((energy / len(weight)).sqrt() / shrunk.diagonal()) @ shrunk
                     probes[linear] = _Probe(effort, error.to("cpu", dtypes[linear]))
             hidden = outputs

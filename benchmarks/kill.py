@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import arbllm
 from arbllm.format import output
-from arbllm.model import resume, training
+from arbllm.model import training
 from arbllm.pipeline import quantize
 
 MOMENTS = (0.1, 0.5)
@@ -102,7 +102,7 @@ def die() -> None:
 
 def run_until_write(run: Job, out: Path, number: int) -> None:
     """The job, killed when half of its file number `number` is written."""
-    write, count = resume.write_whole, 0
+    write, count = output.write_whole, 0
 
     def half(file: Path, octets: bytes) -> None:
         nonlocal count
@@ -112,7 +112,7 @@ def run_until_write(run: Job, out: Path, number: int) -> None:
             die()
         write(file, octets)
 
-    resume.write_whole = half
+    output.write_whole = half
     run(out)
 
 

@@ -294,7 +294,8 @@ def table(rows: dict[str, dict[str, Any]], max_windows: int, dense: int) -> str:
         perplexity, job = figures["perplexity"], figures["quantize"]
         bits = (f"{job['nominal_bits_per_weight']:.2f}", f"{job['true_bits_per_weight']:.2f}")
         ratio = (f"{job['bytes_on_disk'] / 1e6:.1f}", shown(perplexity), shown(perplexity / full))
-        lines.append((row, *bits, *ratio, f"{job['output_error']:.4f}", f"{job['peak_memory_bytes'] / 1e9:.2f}"))
+        peak = f"{job['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in job else ""  # of a job in one piece
+        lines.append((row, *bits, *ratio, f"{job['output_error']:.4f}", peak))
     return markdown_table(head, lines)
 
 

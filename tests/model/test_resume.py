@@ -9,10 +9,12 @@ import torch
 
 import arbllm
 from arbllm.errors import ArbllmError
+from arbllm.format import output
+from arbllm.format.output import write_whole
 from arbllm.measure import Measurement
 from arbllm.model import resume
 from arbllm.model.events import BlockFinished, BlockStarted, Event
-from arbllm.model.resume import FinishedBlock, Progress, resumable_output, unfinished_directory, write_whole
+from arbllm.model.resume import FinishedBlock, Progress, resumable_output, unfinished_directory
 from tests.helpers import random_matrix
 from tests.tiny import save_tiny
 
@@ -40,14 +42,14 @@ def stop(monkeypatch):
     """Stops the job before a file of this name is written."""
 
     def at(name):
-        write = resume.write_whole
+        write = output.write_whole
 
         def write_or_stop(file, octets):
             if file.name.startswith(name):
                 raise StoppedError
             write(file, octets)
 
-        monkeypatch.setattr(resume, "write_whole", write_or_stop)
+        monkeypatch.setattr(output, "write_whole", write_or_stop)
 
     return at
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arbllm.model.resume import write_whole
+from arbllm.format.output import write_whole
 
 
 def to_json(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Output directories that appear whole or not at all."""
+"""Output directories, and files, that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -90,6 +90,26 @@ def put_back(out: Path, work: Path) -> None:
     """Restore an `out` that had made way for `work` when the process was killed."""
     if not out.exists() and _old(work).exists():
         _old(work).rename(out)
+
+
+def write_whole(file: Path, octets: bytes) -> None:
+    """Write a file that is there whole or not at all, whenever the machine stops.
+
+    Raises:
+        OSError: it cannot be written, and nothing is left of it; names the file.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(octets)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    sync_directory(file.parent)
 
 
 def sync_directory(directory: Path) -> None:

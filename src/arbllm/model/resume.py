@@ -32,10 +32,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from arbllm.errors import ArbllmError, CheckpointError
+from arbllm.format import output
 from arbllm.format.checksum import canonical_checksum, checksum
 from arbllm.format.layout import Layout
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.format.output import check_replaceable, output_directory, put_back, sync_directory
+from arbllm.format.output import check_replaceable, output_directory, put_back
 from arbllm.measure import Measurement, Meter
 from arbllm.model.events import Event, read_event
 from arbllm.model.training import Training
@@ -96,7 +97,7 @@ class Progress:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            write_whole(file, json.dumps(self.manifest, indent=2).encode())
+            output.write_whole(file, json.dumps(self.manifest, indent=2).encode())
             return
         except ValueError as error:
             if not overwrite:
@@ -111,7 +112,7 @@ class Progress:
             )
         for part in (*directory.glob("*.safetensors"), directory / COST_FILE):
             part.unlink(missing_ok=True)
-        write_whole(file, json.dumps(self.manifest, indent=2).encode())
+        output.write_whole(file, json.dumps(self.manifest, indent=2).encode())
 
     def cost(self) -> Measurement:
         """What the job has cost so far, before it was stopped and since."""
@@ -196,8 +197,8 @@ class Progress:
             "checksums": json.dumps(sums),
             "checksum": canonical_checksum([values, sums]),
         }
-        write_whole(self.directory / f"{name}.safetensors", safetensors.torch.save(plain, metadata))
-        write_whole(self.directory / COST_FILE, json.dumps(self.cost().to_dict()).encode())
+        output.write_whole(self.directory / f"{name}.safetensors", safetensors.torch.save(plain, metadata))
+        output.write_whole(self.directory / COST_FILE, json.dumps(self.cost().to_dict()).encode())
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and values of a file; None where there is none, or it is damaged, which is warned of."""
@@ -258,26 +259,6 @@ def unfinished_directory(out: Path) -> Path:
     """Where the finished work of a job for `out` is kept."""
     out = out.resolve()
     return out.with_name(f".{out.name}.unfinished")
-
-
-def write_whole(file: Path, octets: bytes) -> None:
-    """Write a file that is there whole or not at all, whenever the machine stops.
-
-    Raises:
-        OSError: it cannot be written, and nothing is left of it; names the file.
-    """
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(octets)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    sync_directory(file.parent)
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:

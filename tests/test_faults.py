@@ -22,7 +22,7 @@ JOB = {
     "device": "cpu",
     "tune": 0,
 }
-KEPT = ["block-00000.safetensors", "lock", "manifest.json"]
+KEPT = ["block-00000.safetensors", "cost.json", "lock", "manifest.json"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up(monkeypatch, fails_then_goes_on):
 def test_a_disk_that_fills_up_in_the_end(monkeypatch, fails_then_goes_on, error):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", raises(error))
     blocks = [f"block-0000{index}.safetensors" for index in range(3)]
-    fails_then_goes_on("packed: no space left on the disk", [*blocks, "lock", "manifest.json"])
+    fails_then_goes_on("packed: no space left on the disk", [*blocks, "cost.json", "lock", "manifest.json"])
 
 
 def test_a_disk_that_becomes_read_only(monkeypatch, fails_then_goes_on):

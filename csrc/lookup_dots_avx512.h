@@ -11,11 +11,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "lookup.h"
 #include "lookup_levels_avx512.h"
 #include "lookup_tables.h"
+#include "own_vector.h"
 
 namespace arbllm {
 namespace {
@@ -285,10 +285,10 @@ class Dots {
 
     const Prepared& prepared_;
     int64_t bytes_ = 0;
-    std::vector<int64_t> at_;  // where the activations of each pass are in a token's space
-    std::vector<int> first_table_;  // of each pass: its accumulators' tables
-    std::vector<LevelTable> tables_;
-    std::vector<Task> tasks_;
+    OwnVector<int64_t> at_;  // where the activations of each pass are in a token's space
+    OwnVector<int> first_table_;  // of each pass: its accumulators' tables
+    OwnVector<LevelTable> tables_;
+    OwnVector<Task> tasks_;
 };
 
 }  // namespace

@@ -23,7 +23,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "bfloat16.h"
 #include "gather.h"
@@ -32,6 +31,7 @@
 #include "lookup_tables.h"
 #include "lookup_trellis.h"
 #include "lookup_unpack.h"
+#include "own_vector.h"
 #include "parallel.h"
 
 namespace arbllm {
@@ -97,7 +97,7 @@ class Lookups {
   private:
     const Prepared& prepared_;
     const Space space_;
-    const std::vector<Stretch> stretches_;
+    const OwnVector<Stretch> stretches_;
 };
 
 // One multiplication, as its threads see it: first what all tokens' activations become, then piece by piece of the rows
@@ -115,7 +115,7 @@ class Product {
           piece_(prepared.tiles() < SHARES * threads ? 1 : TILE_BLOCKS),
           pieces_((prepared.blocks() + piece_ - 1) / piece_) {
         const int64_t each = inputs_.bytes() + 4 * columns_;
-        static thread_local std::vector<uint8_t> memory;
+        static thread_local OwnVector<uint8_t> memory;
         if (static_cast<int64_t>(memory.size()) < activations.tokens * each + 64) {
             memory.resize(activations.tokens * each + 64);
         }
@@ -178,8 +178,8 @@ class Product {
     const Activations& activations_;
     const Inputs inputs_;
     const int64_t columns_;
-    std::vector<float*> x_;
-    std::vector<uint8_t*> spaces_;
+    OwnVector<float*> x_;
+    OwnVector<uint8_t*> spaces_;
     Claims tokens_, tasks_;
     const int64_t piece_;  // blocks of rows that a thread claims at a time
     Claims pieces_;

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <vector>
 
 #include "lookup.h"
+#include "own_vector.h"
 
 namespace arbllm {
 namespace {
@@ -57,8 +57,8 @@ struct Stretch {
     int pass, number;
 };
 
-std::vector<Stretch> stretches_of(const Prepared& prepared) {
-    std::vector<Stretch> all;
+OwnVector<Stretch> stretches_of(const Prepared& prepared) {
+    OwnVector<Stretch> all;
     for (int p = 0; p < prepared.header->passes; ++p) {
         for (int number = 0; number < stretches_of(prepared.passes[p]); ++number) {
             all.push_back({p, number});
@@ -94,7 +94,7 @@ class Space {
     }
 
   private:
-    std::vector<int64_t> entries_, numbers_;
+    OwnVector<int64_t> entries_, numbers_;
     int64_t entry_bytes_, bytes_;
 };
 

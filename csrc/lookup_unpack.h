@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "bfloat16.h"
 #include "lookup.h"
 #include "lookup_trellis.h"
+#include "own_vector.h"
 #include "parallel.h"
 
 namespace arbllm {
@@ -164,7 +164,7 @@ struct Unpacking {
     static void run(void* argument) {
         auto& job = *static_cast<Unpacking*>(argument);
         const int64_t columns = job.prepared.header->columns, stride = LANES * (job.last - job.first);
-        static thread_local std::vector<float> wide;
+        static thread_local OwnVector<float> wide;
         if (job.number == Number::bfloat16) {
             wide.resize(LANES * columns);
         }

@@ -7,6 +7,7 @@ from arbllm.errors import ConfigError
 from arbllm.evaluation.compare import begin
 from arbllm.evaluation.methods import Calibration
 from arbllm.evaluation.protocol import ROWS, SETTINGS, Protocol, merged_settings
+from arbllm.evaluation.tasks import definition
 from tests.tiny import save_tiny
 
 
@@ -46,6 +47,19 @@ def test_other_files_under_the_same_path_are_refused(protocol, begun, tmp_path, 
     changed = protocol.model if name == "model" else protocol.texts[0]
     with pytest.raises(ConfigError, match=f"{changed} is not what it was when {begun} was begun"):
         begin(protocol, begun)
+
+
+def test_other_questions_are_refused(protocol, tmp_path):
+    questions = tmp_path / "qa" / definition("boolq", tmp_path)["dataset_kwargs"]["files"][0]
+    questions.parent.mkdir(parents=True)
+    questions.write_text("{}")
+    asking = replace(protocol, tasks=("boolq",), task_data=str(tmp_path / "qa"))
+    begin(asking, tmp_path / "other")
+    (tmp_path / "other" / ROWS / "fp16.json").write_text("{}")
+    begin(asking, tmp_path / "other")
+    questions.write_text('{"question": "another"}')
+    with pytest.raises(ConfigError, match="is not what it was"):
+        begin(asking, tmp_path / "other")
 
 
 def test_other_files_in_the_home_directory_are_refused(protocol, begun, tmp_path, monkeypatch):

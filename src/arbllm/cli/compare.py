@@ -33,8 +33,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas: fp16, rtn-B, gptq-B, hqq-B, billm, arb, arb-x, arb-rc, arb-rcx-BITS, alone or with "
-            "-untuned or -distilled behind it."
+            help="With commas: fp16, rtn-B, gptq-B, gptq-act-order-B, hqq-B, billm, arb, arb-x, arb-rc, arb-rcx-BITS, "
+            "alone or with -untuned or -distilled behind it."
         ),
     ] = METHODS,
     text: Annotated[str, typer.Option(help="Texts of perplexity, with commas; see eval.")] = "wikitext2",

@@ -10,6 +10,7 @@ from typing import Any
 
 from arbllm.errors import ConfigError
 from arbllm.evaluation.methods import Calibration
+from arbllm.evaluation.tasks import definition
 
 SETTINGS, ROWS = "settings.json", "rows"
 WEIGHTS, SAMPLE = (".safetensors", ".bin", ".json"), 2**20  # files of a model, and how much of each is compared
@@ -95,9 +96,13 @@ def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def contents(protocol: Protocol) -> dict[str, str]:
-    """Checksums of what a protocol reads from the disk, by name: texts, and samples of the model's files."""
+    """Checksums of what a protocol reads from the disk, by name: texts, questions, and samples of the model's files."""
     found = {}
-    for name in (*protocol.texts, protocol.calibration.text):
+    questions = []
+    if data := protocol.task_data:
+        tasks = (definition(task, Path(data)) for task in protocol.tasks)
+        questions = [str(Path(data, file)) for task in tasks for file in task["dataset_kwargs"]["files"]]
+    for name in (*protocol.texts, protocol.calibration.text, *questions):
         if (file := Path(name).expanduser()).is_file():
             found[name] = sha256(file.read_bytes()).hexdigest()
     model = Path(protocol.model).expanduser()

@@ -21,7 +21,7 @@ def dense(tmp_path_factory):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Steps in processes of their own import everything anew, which takes seconds each."""
-    monkeypatch.setattr(comparison, "_isolated", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(comparison, "isolated", lambda function, *arguments: function(*arguments))
 
 
 def test_peer(dense, tmp_path):

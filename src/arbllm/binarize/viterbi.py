@@ -64,9 +64,8 @@ def _native_tile(tile: Columns, rows: Tensor, table: Tensor) -> tuple[Tensor, Te
     """As `_tile`, by the extension."""
     native, device = load(), rows.device
     assert native
-    choices, changes = (
-        torch.empty(tile.state.shape, dtype=kind, device="cpu") for kind in (torch.uint8, torch.float32)
-    )
+    choices = torch.empty(tile.state.shape, dtype=torch.uint8, device="cpu")
+    changes = torch.empty(tile.state.shape, dtype=torch.float32, device="cpu")
     native.viterbi(
         *(None if part is None else part.cpu().contiguous().numpy() for part in (*tile, rows, table)),
         choices.numpy(),

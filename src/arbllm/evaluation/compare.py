@@ -64,8 +64,6 @@ def compare(
     for recipe in recipes:
         if recipe.is_peer:
             check_library(recipe.name)
-    if not protocol.tasks and (protocol.limit is not None or protocol.task_data is not None):
-        raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
     check_tasks(protocol.tasks, Path(protocol.task_data) if protocol.task_data else None, protocol.limit)
     pieces = begin(protocol, out, calibrated=any(recipe.name != FULL for recipe in recipes))
     for place, recipe in enumerate(recipes):

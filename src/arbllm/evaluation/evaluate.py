@@ -101,8 +101,6 @@ def evaluate(
     place = choose_device(device)
     if not texts and not tasks:
         raise ConfigError("nothing to evaluate: name a text or a task")
-    if not tasks and (limit is not None or task_data is not None):
-        raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
     if not texts and (skip_windows or max_windows is not None):
         raise ConfigError("skip_windows and max_windows are for texts; name one, or leave these options out")
     texts, tasks = list(dict.fromkeys(texts)), list(dict.fromkeys(tasks))

@@ -95,6 +95,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> N
     """
     if tasks:
         check_harness()
+    elif limit is not None or data is not None:
+        raise ConfigError("limit and task_data are for tasks; name some, or leave these options out")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 item, not {limit}")
     if data is None:

@@ -117,6 +117,7 @@ def quantize(
         began.append(time.perf_counter())
         if isinstance(event, BlockFinished):
             finished.append(event)
+            print(f"block {len(finished)}: {event.seconds:.1f} s, {event.solve_seconds:.1f} s of them in the solver")
 
     method = BinarizationConfig(method="arb-rc", partition="cgb", iterations=iterations)
     quantize_model(model, windows, method, device=device, on_event=listen)

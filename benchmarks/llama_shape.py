@@ -6,6 +6,7 @@ Its linears are dense or packed; everything else is the same code, so that the t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Decoder(nn.Module):
     """
 
     position: Tensor
+    places: Tensor
     cosines: Tensor
     sines: Tensor
 
@@ -49,6 +51,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(shape.width, **options)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False, **options)
         self.register_buffer("position", torch.zeros(1, dtype=torch.int64, device=device))
+        self.register_buffer("places", torch.arange(length, device=device))
         angles = torch.arange(length)[:, None] * ROTARY_BASE ** -(torch.arange(0, HEAD_WIDTH, 2) / HEAD_WIDTH)
         angles = torch.cat([angles, angles], 1).to(device)
         self.register_buffer("cosines", angles.cos().to(dtype))
@@ -57,16 +60,16 @@ class Decoder(nn.Module):
     def forward(self, token: Tensor) -> Tensor:
         """The next token, int64 (1), after this one, int64 (1): the likeliest."""
         rotary = self.cosines[self.position], self.sines[self.position]
+        written = (self.places <= self.position)[None]
         hidden = self.embedding(token)
         for block in self.blocks:
-            hidden = block(hidden, self.position, rotary)
+            hidden = block(hidden, self.position, rotary, written)
         self.position.add_(1)
         return self.head(self.norm(hidden)).argmax(-1)
 
 
 class _Block(nn.Module):
     cache: Tensor
-    places: Tensor
 
     def __init__(self, shape: ModelShape, length: int, linear: MakeLinear, options: dict[str, Any]) -> None:
         super().__init__()
@@ -75,23 +78,43 @@ class _Block(nn.Module):
         self.linears = nn.ModuleDict({name: linear(*size) for name, size in zip(names, shape.linears, strict=True)})
         self.before_attention = nn.RMSNorm(shape.width, **options)
         self.before_feed_forward = nn.RMSNorm(shape.width, **options)
-        cache = torch.zeros(2, self.heads, length, HEAD_WIDTH, **options)
-        self.register_buffer("cache", cache)
-        self.register_buffer("places", torch.arange(length, device=cache.device))
+        self.register_buffer("cache", torch.zeros(2, self.heads, length, HEAD_WIDTH, **options))
 
-    def forward(self, hidden: Tensor, position: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        linears = self.linears
+    def forward(self, hidden: Tensor, position: Tensor, rotary: tuple[Tensor, Tensor], written: Tensor) -> Tensor:
+        linears, fused = self.linears, _fused if hidden.is_cuda else _as_they_are
         x = self.before_attention(hidden)
-        query, key, value = (linears[name](x).view(self.heads, 1, HEAD_WIDTH) for name in ("query", "key", "value"))
-        self.cache.index_copy_(2, position, torch.stack([_rotated(key, rotary), value]))
+        heads = [linears[name](x).view(self.heads, 1, HEAD_WIDTH) for name in ("query", "key", "value")]
+        query = fused(_placed)(*heads, *rotary, self.cache, position)
         attended = functional.scaled_dot_product_attention(
-            _rotated(query, rotary)[None], self.cache[:1], self.cache[1:], attn_mask=(self.places <= position)[None]
+            query[None], self.cache[:1], self.cache[1:], attn_mask=written
         )
         hidden = hidden + linears["output"](attended.reshape(1, -1))
         x = self.before_feed_forward(hidden)
-        return hidden + linears["down"](functional.silu(linears["gate"](x)) * linears["up"](x))
+        return hidden + linears["down"](fused(_gated)(linears["gate"](x), linears["up"](x)))
 
 
-def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+@cache
+def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as one kernel, or few."""
+    return torch.compile(function, dynamic=False)
+
+
+def _as_they_are(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def _placed(
+    query: Tensor, key: Tensor, value: Tensor, cosines: Tensor, sines: Tensor, cache: Tensor, position: Tensor
+) -> Tensor:
+    """The query, rotated; the rotated key and the value go to their place in the cache."""
+    cache.index_copy_(2, position, torch.stack([_rotated(key, cosines, sines), value]))
+    return _rotated(query, cosines, sines)
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    return x * rotary[0] + torch.cat([-second, first], -1) * rotary[1]
+    return x * cosines + torch.cat([-second, first], -1) * sines
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up

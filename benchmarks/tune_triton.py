@@ -1,17 +1,20 @@
 """Search how the Triton kernels are best launched on this GPU, and write it as data.
 
-    python benchmarks/tune_triton.py [--bits 2.25] [--repeats 5]
+    python benchmarks/tune_triton.py [--bits 2.25] [--repeats 5] [--workers 12] [--parts trellis_few,trellis_many]
 
 Writes src/arbllm/kernels/configurations/<name of the GPU>.json: for every shape and number of tokens the best of all
-candidates, and as the default of all other shapes what is best for the largest.
+candidates, and as the default of all other shapes what is best for the largest. Candidates are compiled by several
+processes at a time before any is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -25,26 +28,39 @@ from torch import Tensor
 from arbllm.kernels import cuda
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_configuration import Configuration, file_of, load
-from gpu_kernels import CACHE_BYTES, SHAPES, graph_times
+from gpu_kernels import SHAPES, graph_times
 from random_matrices import random_matrix
 
-FEW, MANY = (1, 8, 16), (64, 256)
-FEW_CHOICES = {
-    "rows": (32, 64, 128),
-    "words": (16, 32),
-    "programs": (512, 1024, 2048),
-    "registers": (128, 168, 255),
-    "warps": (4, 8),
-    "stages": (2, 3, 4),
+# Rows, words side by side and warps of a program.
+_TILES = [(128, 4, 4), (256, 4, 8), (256, 2, 4), (512, 1, 4), (512, 2, 8), (512, 4, 16), (1024, 1, 8), (1024, 2, 16)]
+_FEW = [
+    {"rows": rows, "words": words, "warps": warps, "most_words": most, "programs": programs}
+    for rows, words, warps in _TILES
+    for most, programs in product((8, 16, 32), (264, 396, 792))
+]
+CHOICES: dict[str, dict[int, list[dict[str, Any]]]] = {
+    "trellis_few": {
+        1: _FEW,
+        4: _FEW,
+        8: [launch for launch in _FEW if launch["warps"] == 4],
+    },
+    "trellis_many": {
+        tokens: [
+            {"rows": rows, "warps": warps, "stages": stages, "tokens": tokens, "programs": programs}
+            for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+            for stages, programs in product((2, 3), (132, 264, 528, 1056))
+        ]
+        for tokens in (8, 16, 64)
+    },
+    "dense": {2048: [{"rows": rows, "scratch_megabytes": 512, "warps": 4} for rows in (32, 64, 128)]},
 }
-MANY_CHOICES = {
-    "tokens": (16, 32, 64, 128),
-    "rows": (32, 64),
-    "words": (16, 32),
-    "programs": (132, 264, 528),
-    "warps": (4, 8),
-    "stages": (2, 3),
-}
+"""Candidates for each kernel by the number of tokens."""
+SHARES = 4
+"""Parts that the candidates of a kernel are compiled in."""
+BYTES = 120 * 10**6
+"""Memory that products go through before they come back to the first."""
+COMPILED = (4096, 4096)
+"""Kernels are the same for all shapes, so that they are compiled for the smallest."""
 
 
 def main() -> None:
@@ -52,50 +68,141 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, default=2.25, help="true bits a weight")
     parser.add_argument("--repeats", type=int, default=5, help="candidates are compared by the median of so many runs")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile first; 0 for none")
+    parser.add_argument("--parts", default=",".join(CHOICES), help="kernels, with commas")
+    parser.add_argument("--compile-only", action="store_true", help="only fill Triton's cache of compiled kernels")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here, so there is nothing to tune.")
     console = Console(width=150)
+    parts = options.parts.split(",")
+    if options.workers:
+        compile_all(parts, options.bits, options.workers)
+    if not options.compile_only:
+        tune(parts, options.bits, options.repeats, console)
+
+
+def compile_all(parts: list[str], bits: float, workers: int) -> None:
+    """Compile all candidates once."""
+    jobs = [(part, tokens) for part in parts for tokens in CHOICES[part]]
+    work = [(*job, share, bits) for job in jobs for share in range(SHARES)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(_compile, work))
+
+
+def _compile(job: tuple[str, int, int, float]) -> None:
+    part, tokens, share, bits = job
     device = torch.device("cuda")
-    chosen = load("any")
-    shapes: list[dict[str, Any]] = []
+    matrix = cuda.prepare(random_matrix(*COMPILED, bits, device))
+    base = list(candidates(load("any"), part, tokens))
+    kinds = {_same_kernel(asdict(getattr(candidate, part))): candidate for candidate in base}
+    for candidate in list(kinds.values())[share::SHARES]:
+        whole = replace(candidate, trellis_few=replace(candidate.trellis_few, programs=1))  # of as many words as it may
+        attempt(_inputs(tokens, COMPILED[1]), COMPILED[0], [matrix], whole)
+
+
+def _same_kernel(launch: dict[str, Any]) -> tuple[Any, ...]:
+    """Launches of which this is the same have the same kernel."""
+    return tuple(
+        (name, value) for name, value in launch.items() if name != "programs" and (name, value) != ("most_words", 8)
+    )
+
+
+def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
+    """Time all candidates and write the best."""
+    device = torch.device("cuda")
+    chosen = replace(load("any"), device=torch.cuda.get_device_name())
     for shape in SHAPES:
-        first = random_matrix(*shape, options.bits, device)
-        count = 1 + CACHE_BYTES // first.nbytes
-        matrices = [cuda.prepare(random_matrix(*shape, options.bits, device)) for _ in range(count)]
-        for part, tokens in [("few", tokens) for tokens in FEW] + [("many", tokens) for tokens in MANY]:
-            x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=device)
-            best, seconds = None, float("inf")
-            for candidate in candidates(load("any"), part, tokens):
-                kernel.configuration_of = lambda _, candidate=candidate: candidate  # type: ignore[assignment]
-                taken = attempt(x, shape[0], matrices, options.repeats)
-                if taken < seconds:
-                    best, seconds = getattr(candidate, part), taken
-            if best is None:
-                continue
-            found = {name: value for name, value in asdict(best).items() if name != "most_tokens"}
-            console.print(f"{shape[0]} x {shape[1]}, {tokens} tokens: {1e6 * seconds:.1f} us with {found}")
-            shapes.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
+        first = random_matrix(*shape, bits, device)
+        matrices = [cuda.prepare(random_matrix(*shape, bits, device)) for _ in range(1 + BYTES // first.nbytes)]
+        entries: list[dict[str, Any]] = []
+        least: dict[tuple[str, int], float] = {}
+        for part, tokens in [(each, tokens) for each in parts for tokens in CHOICES[each]]:
+            x = _inputs(tokens, shape[1])
+            timed = [
+                (attempt(x, shape[0], matrices, candidate, repeats), number, getattr(candidate, part))
+                for number, candidate in enumerate(candidates(load("any"), part, tokens))
+            ]
+            for seconds, _, launch in sorted(timed)[:3]:
+                console.print(f"{shape[0]} x {shape[1]}, {tokens} tokens: {1e6 * seconds:.1f} us with {launch}")
+            best = asdict(min(timed)[2])
+            found = {name: best[name] for name in CHOICES[part][tokens][0]}
+            least[part, tokens] = min(timed)[0]
+            entries.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
             chosen = replace(chosen, **{part: replace(getattr(chosen, part), **found)})
-        del matrices
-    write(replace(chosen, device=torch.cuda.get_device_name(), shapes=shapes), console)
+        if least.get(("trellis_many", 8), float("inf")) < least.get(("trellis_few", 8), float("inf")):
+            for entry in entries:
+                if "trellis_few" in entry:
+                    entry["trellis_few"]["most_tokens"] = 4
+        chosen = replace(chosen, shapes=[*chosen.shapes, *entries])
+        write(chosen, console)
+    if "trellis_few" in parts:
+        write(begin_early(chosen, bits, repeats, console), console)
+
+
+def begin_early(chosen: Configuration, bits: float, repeats: int, console: Console) -> Configuration:
+    """The configuration with programs for one token that begin early, for the shapes that gain from it."""
+    shapes = []
+    for entry in chosen.shapes:
+        if "trellis_few" in entry and entry["tokens"] == 1:
+            shape = entry["rows"], entry["columns"]
+            matrices = [cuda.prepare(random_matrix(*shape, bits, torch.device("cuda"))) for _ in range(24)]
+            launch = replace(chosen.trellis_few, **{**entry["trellis_few"], "most_tokens": 1})
+            seconds = {
+                early: attempt(
+                    _inputs(1, shape[1]),
+                    shape[0],
+                    matrices,
+                    replace(chosen, shapes=[], trellis_few=replace(launch, early=early)),
+                    repeats,
+                )
+                for early in (False, True)
+            }
+            console.print(
+                f"{shape[0]} x {shape[1]}, early: {1e6 * seconds[True]:.1f} us, not: {1e6 * seconds[False]:.1f}"
+            )
+            early = seconds[True] < seconds[False]
+            entry = {**entry, "trellis_few": {**entry["trellis_few"], "early": early}}
+        shapes.append(entry)
+    return replace(chosen, shapes=shapes)
+
+
+def _inputs(tokens: int, columns: int) -> Tensor:
+    return torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
 
 
 def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Configuration]:
-    """All configurations to try for the kernel for a `few` or `many` tokens; that kernel takes them all."""
-    choices = FEW_CHOICES if part == "few" else MANY_CHOICES
-    few = replace(default.few, most_tokens=tokens if part == "few" else 0)
-    base = replace(default, few=few, many=replace(default.many, most_tokens=tokens))
-    for values in product(*choices.values()):
-        yield replace(base, **{part: replace(getattr(base, part), **dict(zip(choices, values, strict=True)))})
+    """All configurations to try for a kernel and number of tokens; that kernel takes them all."""
+    few = replace(default.trellis_few, most_tokens=tokens if part == "trellis_few" else 0)
+    many = replace(default.trellis_many, most_tokens=tokens if part == "trellis_many" else 0)
+    base = replace(default, trellis_few=few, trellis_many=many)
+    for values in CHOICES[part][tokens]:
+        yield replace(base, **{part: replace(getattr(base, part), **values)})
 
 
-def attempt(x: Tensor, rows: int, matrices: list[cuda.Ready], repeats: int) -> float:
-    """Median seconds of a product; infinite where the candidate asks for more than the GPU has."""
+def attempt(x: Tensor, rows: int, matrices: list[cuda.Ready], candidate: Configuration, repeats: int = 0) -> float:
+    """Median seconds of a product; infinite where the candidate asks for more than the GPU has, or computes wrongly."""
+    calls = [partial(cuda.multiply, x, matrix, rows) for matrix in matrices]
+    kernel.configuration_of = lambda device: load("any")  # type: ignore[assignment]
+    expected = [call() for call in calls[-2:]] if repeats else []
+    kernel.configuration_of = lambda device: candidate  # type: ignore[assignment]
     try:
-        return graph_times([partial(cuda.multiply, x, matrix, rows) for matrix in matrices], repeats).middle
-    except triton.errors.TritonError:
+        calls[0]()  # divides the work, which no graph may record
+        if not repeats:
+            return 0.0
+        found: list[Tensor] = []
+        times = graph_times([*calls[:-2], *(partial(_kept, found, call) for call in calls[-2:])], repeats)
+    except (triton.errors.TritonError, RuntimeError) as error:
+        print(f"{candidate}: {error}"[:400])
         return float("inf")
+    near = all((y - e).norm() <= 0.02 * e.norm() for y, e in zip(found[-len(expected) :], expected, strict=True))
+    return times.middle if near else float("inf")
+
+
+def _kept(found: list[Tensor], call: Callable[[], Tensor]) -> Tensor:
+    found.append(call())
+    return found[-1]
 
 
 def write(configuration: Configuration, console: Console) -> None:

@@ -15,7 +15,7 @@ import torch
 from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.rows import dequantize_rows, quantize_rows
-from arbllm.kernels import cuda, dispatch, triton_configuration, triton_rows
+from arbllm.kernels import cuda, dispatch, trellis_layout, triton_configuration, triton_rows
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_plan import LONGEST_RUN, plan_of
 from tests.helpers import random_packed
@@ -39,6 +39,8 @@ def use(monkeypatch, few: int, many: int) -> None:
         few=replace(default.few, most_tokens=few, rows=16),
         many=replace(default.many, most_tokens=many, tokens=16, rows=16),
         dense=replace(default.dense, rows=16),
+        trellis_few=replace(default.trellis_few, most_tokens=few, tokens=4, rows=64, words=2, programs=8, warps=4),
+        trellis_many=replace(default.trellis_many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2),
     )
     monkeypatch.setattr(kernel, "configuration_of", lambda device: chosen)
 
@@ -135,14 +137,17 @@ def test_any_strides_and_leading_dimensions():
     check(matrix, torch.randn(2, 0, 64))
 
 
-def test_a_prepared_matrix_has_all_work_divided():
+@pytest.mark.parametrize("name", ["arb-rcx", "trellis and plain"])
+def test_a_prepared_matrix_has_all_work_divided(name):
     """CUDA graphs may not record that this is done."""
-    matrix = in_segments(130, (64, 1, 2, True), (40, 2, 1))
+    matrix = MATRICES[name]()
+    layout = matrix.layout
     ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
-    divided = dict(plan_of(matrix.layout)._units)
+    plan = trellis_layout.plan_of(layout) if layout.has_trellis else plan_of(layout)
+    divided = dict(plan._units)
     for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (17, torch.bfloat16)):
-        cuda.multiply(inputs(tokens, 104, dtype).to(DEVICE), ready, 130)
-    assert plan_of(matrix.layout)._units.keys() == divided.keys()
+        cuda.multiply(inputs(tokens, layout.columns, dtype).to(DEVICE), ready, layout.rows)
+    assert plan._units.keys() == divided.keys()
 
 
 def test_inputs_of_another_width_are_refused():

@@ -47,7 +47,7 @@ def test_memory_of_the_largest_is_enough_where_it_is_short(frugal):
     blocks = [block((8, 100), (70, 8), (71, 8), (9, 8), (10, 8))]
     largest = max(map(solver_memory, blocks[0].linears))
     crowd = Crowd()
-    with solvers(blocks, frugal) as pool:
+    with solvers(blocks, frugal, torch.device("cpu")) as pool:
         futures = {linear: pool.submit(linear, partial(crowd.solve, linear)) for linear in blocks[0].linears}
         assert all(future.result() == linear.name for linear, future in futures.items())
     assert crowd.most > 1
@@ -69,5 +69,5 @@ def test_an_error_reaches_whoever_asks_for_the_result():
     def fail() -> None:
         raise ValueError("wrong")
 
-    with solvers(blocks, frugal=True) as pool, pytest.raises(ValueError, match="wrong"):
+    with solvers(blocks, frugal=True, device=torch.device("cpu")) as pool, pytest.raises(ValueError, match="wrong"):
         pool.submit(blocks[0].linears[0], fail).result()

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from arbllm.format.layout import ORDERINGS, Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import cuda, triton_configuration, triton_layout, triton_matmul, triton_matvec
+from arbllm.kernels import (
+    cuda,
+    trellis_layout,
+    trellis_products,
+    triton_configuration,
+    triton_layout,
+    triton_matmul,
+    triton_matvec,
+)
 from arbllm.kernels.triton_configuration import Configuration, FewTokens, ManyTokens
 from arbllm.kernels.triton_layout import Prepared
 from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, SINGLES, Plan, plan_of, tiles_of
@@ -35,6 +43,10 @@ PARTS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
 def prepare(matrix: BinaryMatrix) -> cuda.Ready:
     """A matrix as the kernels read it, on the same device, of about the size of the packed tensors."""
     numbers = _numbers(matrix.layout)
+    if matrix.layout.has_trellis:
+        configuration = configuration_of(matrix.signs.device)
+        trellis_products.make_units(trellis_layout.plan_of(matrix.layout), configuration, matrix.signs.device)
+        return trellis_layout.prepare(matrix).tensors, numbers
     _make_units(tuple(numbers), matrix.signs.device)
     return triton_layout.prepare(matrix).tensors, numbers
 
@@ -42,7 +54,7 @@ def prepare(matrix: BinaryMatrix) -> cuda.Ready:
 @cache
 def _make_units(numbers: tuple[int, ...], device: torch.device) -> None:
     """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
-    plan, default = _plan(numbers), configuration_of(device)
+    plan, default = plan_of(_layout_of(numbers)), configuration_of(device)
     for tokens in range(1, default.many.most_tokens + 1):
         configuration = default.of(numbers[0], numbers[1], tokens)
         if tokens <= configuration.few.most_tokens:
@@ -75,8 +87,8 @@ def _layout(numbers: Sequence[int]) -> Layout:
 
 
 @cache
-def _plan(numbers: tuple[int, ...]) -> Plan:
-    return plan_of(_layout(numbers))
+def _layout_of(numbers: tuple[int, ...]) -> Layout:
+    return _layout(numbers)
 
 
 @torch.library.custom_op("arbllm::triton_matmul", mutates_args=())
@@ -88,9 +100,13 @@ def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int])
         tensors: of `Prepared`, in its order.
         numbers: of the layout.
     """
-    matrix = Prepared(_plan(tuple(numbers)), *tensors)
     configuration = configuration_of(x.device).of(numbers[0], numbers[1], len(x))
+    layout = _layout_of(tuple(numbers))
     with _on(x.device):
+        if layout.has_trellis:
+            trellis = trellis_layout.PreparedTrellis(trellis_layout.plan_of(layout), *tensors)
+            return trellis_products.multiply(x, trellis, configuration) if len(x) else x.new_empty(0, numbers[0])
+        matrix = Prepared(plan_of(layout), *tensors)
         return multiply_prepared(x, matrix, configuration) if len(x) else x.new_empty(0, numbers[0])
 
 

@@ -75,6 +75,53 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class TrellisFew:
+    """Launch of `triton_trellis.few_tokens`.
+
+    Attributes:
+        most_tokens: with more tokens, another kernel runs.
+        tokens: of a program, at most; a power of two.
+        rows: of a program, a power of two of at least 64.
+        words: words of columns that are read side by side, by warps of their own where there are enough.
+        most_words: words of columns of a program, at most.
+        programs: about how many programs to launch, if columns can be divided so.
+        warps: of a program.
+        early: whether programs may begin before those of the kernel before have ended; from capability 9.0 on.
+    """
+
+    most_tokens: int
+    tokens: int
+    rows: int
+    words: int
+    most_words: int
+    programs: int
+    warps: int
+    early: bool
+
+
+@dataclass(frozen=True)
+class TrellisMany:
+    """Launch of `triton_trellis.many_tokens`; fields as in `TrellisFew`.
+
+    Attributes:
+        most_tokens: with more, the weight is written out in pieces.
+        tokens: see `TrellisFew`; likewise the others.
+        stages: steps of the loop whose words are on their way at a time.
+    """
+
+    most_tokens: int
+    tokens: int
+    rows: int
+    programs: int
+    warps: int
+    stages: int
+
+
+PARTS = ("few", "many", "dense", "trellis_few", "trellis_many")
+"""Launches of `Configuration` that may differ by shape."""
+
+
+@dataclass(frozen=True)
 class Configuration:
     """All launches on one GPU.
 
@@ -83,29 +130,33 @@ class Configuration:
         few: for a few tokens.
         many: for more.
         dense: for the most.
+        trellis_few: for a few tokens times a matrix with a trellis.
+        trellis_many: for more.
         shapes: what is better for some sizes: objects with `rows`, `columns`, `tokens` (the most that they are for),
-            and fields of `few` or `many` under these names.
+            and fields of PARTS under these names.
     """
 
     device: str
     few: FewTokens
     many: ManyTokens
     dense: Dense
+    trellis_few: TrellisFew
+    trellis_many: TrellisMany
     shapes: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, rows: int, columns: int, tokens: int) -> Configuration:
         """This configuration with what is better for a matrix of this size and so many tokens."""
-        fitting = [
-            shape
-            for shape in self.shapes
-            if (shape["rows"], shape["columns"]) == (rows, columns) and tokens <= shape["tokens"]
-        ]
-        if not fitting:
-            return self
-        best = min(fitting, key=lambda shape: shape["tokens"])
-        return replace(
-            self, few=replace(self.few, **best.get("few", {})), many=replace(self.many, **best.get("many", {}))
-        )
+        better = {}
+        for part in PARTS:
+            fitting = [
+                shape
+                for shape in self.shapes
+                if part in shape and (shape["rows"], shape["columns"]) == (rows, columns) and tokens <= shape["tokens"]
+            ]
+            if fitting:
+                best = min(fitting, key=lambda shape: shape["tokens"])
+                better[part] = replace(getattr(self, part), **best[part])
+        return replace(self, **better)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Configuration:
@@ -115,6 +166,8 @@ class Configuration:
             few=FewTokens(**values["few"]),
             many=ManyTokens(**values["many"]),
             dense=Dense(**values["dense"]),
+            trellis_few=TrellisFew(**values["trellis_few"]),
+            trellis_many=TrellisMany(**values["trellis_many"]),
             shapes=values["shapes"],
         )
 

@@ -120,7 +120,7 @@ def quantize_model(
     hidden = spill(hidden, offload) if offload else hidden
     results: list[LinearQuantized] = []
     total = len(blocks)
-    with solvers(blocks, frugal=load_block is not None) as pool:
+    with solvers(blocks, frugal=load_block is not None, device=device) as pool:
         for call, goal in zip(calls, goals, strict=True):
             # Popped, so that nothing but the job holds the dense weights: they are free when it ends.
             if load_block is not None:

@@ -60,18 +60,19 @@ def solver_memory(linear: Linear) -> int:
 
 
 @contextmanager
-def solvers(blocks: Sequence[DecoderBlock], frugal: bool) -> Iterator[Solvers]:
+def solvers(blocks: Sequence[DecoderBlock], frugal: bool, device: torch.device) -> Iterator[Solvers]:
     """Threads that solve linears side by side and divide PyTorch's threads among them.
 
     The solver's many small steps gain little from several threads, and on a busy machine lose far more in waiting for
-    one another.
+    one another. A GPU is kept busy by one thread best: several wait for the interpreter's lock at every step.
 
     Args:
         blocks: all that there will be to solve.
         frugal: side by side only what takes no more memory together than the largest linear alone.
+        device: where they are solved.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, max(len(block.linears) for block in blocks))
+    workers = min(threads, max(len(block.linears) for block in blocks)) if device.type == "cpu" else 1
     largest = max(solver_memory(linear) for block in blocks for linear in block.linears)
     try:
         with ThreadPoolExecutor(workers, "arbllm-solver", torch.set_num_threads, (threads // workers,)) as pool:

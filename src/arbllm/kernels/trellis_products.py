@@ -1,0 +1,164 @@
+"""Which of the kernels for a matrix with a trellis runs when, and how the work is divided among programs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from arbllm.kernels import triton_trellis
+from arbllm.kernels.trellis_layout import CHUNK, PreparedTrellis, TrellisPlan
+from arbllm.kernels.triton_configuration import Configuration, TrellisFew, TrellisMany
+
+EXACT = torch.float32
+"""Inputs of this dtype are multiplied by weights that are written out: levels as bytes would not do."""
+
+GATHERED = 1024
+"""Inputs of a token that are put in order at a time."""
+WRITTEN = 8
+"""Words of columns of a program that writes weights out."""
+ALIGNED = 256
+"""Rows are written out in multiples of this, so that products begin where the vendor's kernels can."""
+LEAST_SPAN = 16
+"""Words whose inputs a program makes ready at once: there is a kernel for each power of two."""
+LEAST_TOKENS = 8
+"""Of a product on tensor cores, which takes two bytes of each; fewer are padded to these."""
+
+
+def multiply(x: Tensor, matrix: PreparedTrellis, configuration: Configuration) -> Tensor:
+    """y = x W^T by the kernel that suits the number of tokens and the dtype; x (tokens, m) is contiguous."""
+    if not matrix.plan.runs or x.dtype == EXACT or len(x) > configuration.trellis_many.most_tokens:
+        y = multiply_dense(x, matrix, configuration)
+    elif len(x) <= configuration.trellis_few.most_tokens:
+        y = multiply_few(x, matrix, configuration.trellis_few)
+    else:
+        y = multiply_many(x, matrix, configuration.trellis_many)
+    if matrix.others.numel():
+        y = (y.float() + x[:, matrix.other_columns].float() @ matrix.others.T).to(x.dtype)
+    return y
+
+
+def make_units(plan: TrellisPlan, default: Configuration, device: torch.device) -> None:
+    """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
+    plan.units(WRITTEN, device)
+    for tokens in range(1, default.trellis_many.most_tokens + 1):
+        launch = default.of(plan.layout.rows, plan.layout.columns, tokens)
+        if tokens <= launch.trellis_few.most_tokens:
+            plan.units(divide_few(plan, launch.trellis_few, tokens).most, device)
+        else:
+            plan.groups(divide_many(plan, launch.trellis_many, tokens).most, device)
+
+
+class Division(NamedTuple):
+    """How a product is divided among programs.
+
+    Attributes:
+        size: tokens of a program.
+        blocks: of tokens.
+        places: of rows.
+        most: words or chunks of columns of a program, about.
+    """
+
+    size: int
+    blocks: int
+    places: int
+    most: int
+
+
+def divide_few(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
+    """The division of a product of a few tokens."""
+    size = triton.next_power_of_2(min(tokens, launch.tokens))
+    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.height, launch.rows)
+    wanted = triton.cdiv(plan.single_start // 32 * blocks * places, launch.programs)
+    most = triton.cdiv(min(max(wanted, 1), launch.most_words), launch.words) * launch.words
+    return Division(size, blocks, places, most)
+
+
+def divide_many(plan: TrellisPlan, launch: TrellisMany, tokens: int) -> Division:
+    """The division of a product on tensor cores."""
+    size = max(LEAST_TOKENS, triton.next_power_of_2(min(tokens, launch.tokens)))
+    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.height, launch.rows)
+    return Division(size, blocks, places, max(1, triton.cdiv(plan.chunks * blocks * places, launch.programs)))
+
+
+def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tensor:
+    """y = x W^T, levels times inputs four at a time."""
+    plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
+    size, blocks, places, most = divide_few(plan, launch, tokens)
+    units, span = plan.units(most, x.device), max(LEAST_SPAN, triton.next_power_of_2(most))
+    programs = blocks * places * len(units)
+    scratch = x.new_empty(programs * span * 8 * size, dtype=torch.int64)
+    scales = x.new_empty(programs * 2 * size, dtype=torch.float32)
+    partial = x.new_empty(len(units) * tokens * rows if len(units) > 1 else 1, dtype=torch.float32)
+    y = x.new_empty(tokens, rows)
+    early = {"launch_pdl": True} if launch.early else {}
+    triton_trellis.few_tokens[(places, len(units), blocks)](
+        x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
+        scratch, scales, matrix.counters, partial, y,
+        tokens, columns, rows, plan.height,
+        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=launch.rows,
+        WORDS=launch.words, EARLY=launch.early, num_warps=launch.warps, **early,
+    )  # fmt: skip
+    return y
+
+
+def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Tensor:
+    """y = x W^T on tensor cores."""
+    plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
+    size, blocks, places, most = divide_many(plan, launch, tokens)
+    groups, padded = plan.groups(most, x.device), blocks * size
+    inputs = x.new_empty(plan.chunks * 16 * 32 * padded, dtype=torch.int8)
+    norms, totals = x.new_empty(2, len(plan.runs) * padded, dtype=torch.float32)
+    span = triton.next_power_of_2(CHUNK * max(run.chunks for run in plan.runs))
+    triton_trellis.scale_inputs[(len(plan.runs), padded)](
+        x,
+        matrix.order,
+        matrix.factors,
+        matrix.run_table,
+        inputs,
+        norms,
+        totals,
+        tokens,
+        padded,
+        columns,
+        TOKENS=size,
+        SPAN=span,
+    )
+    partial = x.new_empty(len(groups) * tokens * rows if len(groups) > 1 else 1, dtype=torch.float32)
+    y = x.new_empty(tokens, rows)
+    triton_trellis.many_tokens[(places, len(groups), blocks)](
+        x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, matrix.run_table, groups,
+        matrix.levels, matrix.singles, inputs, norms, totals, matrix.counters, partial, y,
+        tokens, padded, columns, rows, plan.height, plan.single_start,
+        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(groups) > 1, TOKENS=size, M=launch.rows,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    return y
+
+
+def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configuration) -> Tensor:
+    """y = x W^T with pieces of the weight written out, levels as they are."""
+    plan, launch, rows = matrix.plan, configuration.dense, matrix.plan.layout.rows
+    width = len(matrix.order)
+    xs = x.new_empty(len(x), width)
+    triton_trellis.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
+    units = plan.units(WRITTEN, x.device)
+    y = x.new_empty(len(x), rows)
+    piece = launch.scratch_megabytes * 10**6 // (width * x.element_size()) // ALIGNED * ALIGNED
+    for start in range(0, rows, max(piece, ALIGNED)):
+        stop = min(start + max(piece, ALIGNED), rows)
+        dense = x.new_empty(stop - start, width)
+        dense[:, plan.single_start + len(matrix.singles) :] = 0
+        triton_trellis.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
+            matrix.words, matrix.factors, matrix.row_scales, units, matrix.exact_levels, matrix.singles, dense,
+            start, stop, width, plan.height,
+            KINDS=plan.kinds, CODES=_codes(matrix), M=launch.rows, num_warps=launch.warps,
+        )  # fmt: skip
+        torch.mm(xs, dense.T, out=y[:, start:stop])
+    return y
+
+
+def _codes(matrix: PreparedTrellis) -> bool:
+    return matrix.plan.layout.scale_bits == 8

@@ -19,17 +19,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from arbllm.kernels import triton, triton_configuration, triton_rows
+from arbllm.kernels import trellis_layout, trellis_products, triton, triton_configuration, triton_rows
+from arbllm.kernels.triton_configuration import Configuration
 from arbllm.kernels.triton_layout import prepare
 from tests.kernels.triton_matrices import in_segments
 
 INSTRUCTIONS = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": "bits on tensor cores",
+    ".s32.s8.s8": "bytes on tensor cores",
+    "dp4a.s32.s32": "four bytes at a time",
     "wgmma.mma_async": "products of tiles",
-    "cp.async.cg": "loads under way during products",
+    "cp.async.c": "loads under way during products",
 }
-COLUMNS = ((512, 2, 1), (64, 1, 2, True), (1, 1, 1))
-MORE_COLUMNS = ((1024, 2, 1), (192, 1, 2, True), *[(1, 1, 1)] * 17)  # of the same kinds
+COLUMNS = ((512, 2, 1), (64, 1, 2), (1, 1, 1))
+MORE_COLUMNS = ((1024, 2, 1), (192, 1, 2), *[(1, 1, 1)] * 17)  # of the same kinds
+TRELLIS = ((480, 1, 2, True), (96, 1, 3, True), *[(1, 1, 1)] * 16)
 
 
 def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Callable[..., None]]:
@@ -40,7 +44,8 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
             compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
             assert compiled.asm["cubin"]
             code = compiled.asm["ptx"]
-            facts = found.setdefault(kernel.__name__, {"variants": []})
+            name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
+            facts = found.setdefault(name, {"variants": []})
             facts["means"] = [name for text, name in INSTRUCTIONS.items() if text in code]
             facts["barriers"] = code.count("bar.sync")
             if compiled.hash not in facts["variants"]:
@@ -49,6 +54,17 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
         return launch
 
     return launcher
+
+
+def compile_trellis(default: Configuration) -> None:
+    """The kernels for a matrix with a trellis, for other numbers of columns and rows than 1 or multiples of 16 too."""
+    few = replace(default.trellis_few, most_tokens=1)
+    launch = replace(default, trellis_few=few, trellis_many=replace(default.trellis_many, most_tokens=2))
+    for rows, columns in ((256, TRELLIS), (112, TRELLIS[:2])):
+        matrix = trellis_layout.prepare(in_segments(rows, *columns))
+        for tokens in (1, 2, 3):
+            x = torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16)
+            trellis_products.multiply(x, matrix, launch)
 
 
 if __name__ == "__main__":
@@ -68,6 +84,7 @@ if __name__ == "__main__":
         launch = replace(default, few=few, many=replace(default.many, most_tokens=most))
         triton.multiply_prepared(torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16), matrix, launch)
     triton.multiply_prepared(torch.zeros(1, other.plan.layout.columns, dtype=torch.bfloat16), other, default)
+    compile_trellis(default)
     for dtype in (torch.bfloat16, torch.float32):
         codes, scales = torch.zeros(100, 576, dtype=torch.int8), torch.zeros(100, dtype=torch.float16)
         triton_rows.multiply(torch.zeros(1, 576, dtype=dtype), codes, scales)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,11 +44,22 @@ def test_kernels_on_a_gpu():
 def test_kernels_compile_for_an_h100():
     """The interpreter forgives much: layouts of tensors, assembly and registers are the compiler's business."""
     found = json.loads(run("tests/kernels/compile_triton.py", TRITON_INTERPRET="0"))
-    assert set(found) == {"scale_inputs", "few_tokens", "many_tokens", "dequantize", "multiply_byte_rows"}
-    few = found["few_tokens"]
+    assert set(found) == {
+        "triton_rows.multiply_byte_rows",
+        *(f"triton_matvec.{name}" for name in ("scale_inputs", "few_tokens")),
+        *(f"triton_matmul.{name}" for name in ("many_tokens", "dequantize")),
+        "trellis_matvec.few_tokens",
+        *(f"trellis_matmul.{name}" for name in ("scale_inputs", "many_tokens", "dequantize", "gather")),
+    }
+    few = found["triton_matvec.few_tokens"]
     assert {"bits on tensor cores", "loads under way during products"} <= set(few["means"])
     assert few["barriers"] < MOST_BARRIERS
     assert len(few["variants"]) == 1
+    assert found["trellis_matvec.few_tokens"]["means"] == ["four bytes at a time"]
+    assert {"bytes on tensor cores", "loads under way during products"} <= set(
+        found["trellis_matmul.many_tokens"]["means"]
+    )
+    assert len(found["trellis_matvec.few_tokens"]["variants"]) == 1
 
 
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
@@ -84,7 +96,10 @@ def test_shapes_take_precedence_up_to_their_tokens():
     shapes = [
         {"rows": 8, "columns": 16, "tokens": 1, "few": {"rows": 32}},
         {"rows": 8, "columns": 16, "tokens": 4, "few": {"rows": 128}},
+        {"rows": 8, "columns": 16, "tokens": 2, "trellis_few": {"rows": 64}},
     ]
-    configuration = triton_configuration.Configuration(default.device, default.few, default.many, default.dense, shapes)
-    assert [configuration.of(8, 16, tokens).few.rows for tokens in (1, 2, 4, 5)] == [32, 128, 128, default.few.rows]
+    configuration = replace(default, shapes=shapes)
+    better = [configuration.of(8, 16, tokens) for tokens in (1, 2, 4, 5)]
+    assert [each.few.rows for each in better] == [32, 128, 128, default.few.rows]
+    assert [each.trellis_few.rows for each in better] == [64, 64, *[default.trellis_few.rows] * 2]
     assert configuration.of(9, 16, 1) == configuration

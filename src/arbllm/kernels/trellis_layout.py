@@ -44,9 +44,9 @@ SINGLE = Segment(1, 1, 1)
 """A column with a scale for each weight; arb-rcx has a few."""
 TURNED = (0x00FF00FF, 0x0000FFFF, -1)
 """Of four half-bytes' bit 0, 1 and 2, what a byte permutation makes all ones in the bytes where it is not set."""
-LARGEST_LEVEL = {1: 113.5, 2: 117.5, 3: 94.5, 4: 113.5}
-"""What the largest level becomes where levels are the odd multiples of 1/2 up to 127.5. All others are nearest to such
-multiples then: they are off by 0.001, 0.1, 0.3 and 0.4 % (root mean square, over that of the levels)."""
+LARGEST_LEVEL = {1: 113.5, 2: 117.45, 3: 94.35, 4: 113.15}
+"""By which number the largest level is told where levels are the odd multiples of 1/2 up to 127.5: the one by which
+they are nearest to such multiples. They are off by 0.001, 0.11, 0.29 and 0.37 % (root mean squares, levels alike)."""
 
 
 class Run(NamedTuple):
@@ -80,14 +80,14 @@ class Unit(NamedTuple):
     Attributes:
         kind: place of the words' stored signs in `TrellisPlan.kinds`; `len(kinds)` for single columns.
         start: where the words begin, in units of UNIT words; of single columns, the first.
-        count: words of a row, or single columns.
+        length: words of a row, or single columns.
         column: where the columns begin in `PreparedTrellis.order`.
         segment: row of `PreparedTrellis.row_scales`.
     """
 
     kind: int
     start: int
-    count: int
+    length: int
     column: int
     segment: int
 
@@ -219,7 +219,7 @@ class PreparedTrellis:
         factors: float32, like `order`: what a weight is multiplied by besides its row scale; 0 of those that fill up.
         row_scales: uint8 codes or float16 (segments, height).
         run_table: int32 (runs, fields of `Run`).
-        levels: int32 (20): of each number of stored signs the four words of bytes that `triton_levels` looks levels up
+        levels: int32 (20): of each number of stored signs the four words of bytes that `trellis_levels` looks levels up
             in, then its other constants.
         exact_levels: float32 (4, 32): of each number of stored signs all levels.
         singles: int16 (k, height), signed codes of columns with a scale for each weight, or float16, signed scales.

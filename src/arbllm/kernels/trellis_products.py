@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from arbllm.kernels import triton_trellis
+from arbllm.kernels import trellis_matmul, trellis_matvec
 from arbllm.kernels.trellis_layout import CHUNK, PreparedTrellis, TrellisPlan
 from arbllm.kernels.triton_configuration import Configuration, TrellisFew, TrellisMany
 
@@ -94,7 +94,7 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
     partial = x.new_empty(len(units) * tokens * rows if len(units) > 1 else 1, dtype=torch.float32)
     y = x.new_empty(tokens, rows)
     early = {"launch_pdl": True} if launch.early else {}
-    triton_trellis.few_tokens[(places, len(units), blocks)](
+    trellis_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
         scratch, scales, matrix.counters, partial, y,
         tokens, columns, rows, plan.height,
@@ -112,7 +112,7 @@ def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Te
     inputs = x.new_empty(plan.chunks * 16 * 32 * padded, dtype=torch.int8)
     norms, totals = x.new_empty(2, len(plan.runs) * padded, dtype=torch.float32)
     span = triton.next_power_of_2(CHUNK * max(run.chunks for run in plan.runs))
-    triton_trellis.scale_inputs[(len(plan.runs), padded)](
+    trellis_matmul.scale_inputs[(len(plan.runs), padded)](
         x,
         matrix.order,
         matrix.factors,
@@ -128,7 +128,7 @@ def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Te
     )
     partial = x.new_empty(len(groups) * tokens * rows if len(groups) > 1 else 1, dtype=torch.float32)
     y = x.new_empty(tokens, rows)
-    triton_trellis.many_tokens[(places, len(groups), blocks)](
+    trellis_matmul.many_tokens[(places, len(groups), blocks)](
         x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, matrix.run_table, groups,
         matrix.levels, matrix.singles, inputs, norms, totals, matrix.counters, partial, y,
         tokens, padded, columns, rows, plan.height, plan.single_start,
@@ -143,7 +143,7 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
     plan, launch, rows = matrix.plan, configuration.dense, matrix.plan.layout.rows
     width = len(matrix.order)
     xs = x.new_empty(len(x), width)
-    triton_trellis.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
+    trellis_matmul.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
     units = plan.units(WRITTEN, x.device)
     y = x.new_empty(len(x), rows)
     piece = launch.scratch_megabytes * 10**6 // (width * x.element_size()) // ALIGNED * ALIGNED
@@ -151,7 +151,7 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
         stop = min(start + max(piece, ALIGNED), rows)
         dense = x.new_empty(stop - start, width)
         dense[:, plan.single_start + len(matrix.singles) :] = 0
-        triton_trellis.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
+        trellis_matmul.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
             matrix.words, matrix.factors, matrix.row_scales, units, matrix.exact_levels, matrix.singles, dense,
             start, stop, width, plan.height,
             KINDS=plan.kinds, CODES=_codes(matrix), M=launch.rows, num_warps=launch.warps,

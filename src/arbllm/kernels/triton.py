@@ -222,8 +222,8 @@ class _Division(NamedTuple):
 
 def _divide_few(plan: Plan, launch: FewTokens, tokens: int, parts: int) -> _Division:
     layout = plan.layout
-    most = max((groups for groups, *_ in plan.kinds), default=1) if layout.column_scaled else 1
-    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms, _ in plan.kinds), default=1)
+    most = max((kind.groups for kind in plan.kinds), default=1) if layout.column_scaled else 1
+    planes = max((groups * terms + layout.row_means * (groups - 1) for groups, terms in plan.kinds), default=1)
     size = _tokens_at_a_time(tokens, most * parts, planes, launch)
     blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.quarter, launch.rows)
     chunks = _chunks(plan, launch.programs, places * blocks)

@@ -76,7 +76,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class TrellisFew:
-    """Launch of `triton_trellis.few_tokens`.
+    """Launch of `trellis_matvec.few_tokens`.
 
     Attributes:
         most_tokens: with more tokens, another kernel runs.
@@ -101,7 +101,7 @@ class TrellisFew:
 
 @dataclass(frozen=True)
 class TrellisMany:
-    """Launch of `triton_trellis.many_tokens`; fields as in `TrellisFew`.
+    """Launch of `trellis_matmul.many_tokens`; fields as in `TrellisFew`.
 
     Attributes:
         most_tokens: with more, the weight is written out in pieces.

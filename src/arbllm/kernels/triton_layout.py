@@ -1,9 +1,8 @@
 """How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
 
-Segments with a trellis count as plain ones (see `expand`), whose bits a kernel puts together from those that are stored
-and those of rows above. Columns of one kind (as many groups and signs, from the same bits) lie together, in pieces of
-CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is column
-``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4) or more. A word masked to one of its bits
+Matrices with a trellis lie as `trellis_layout` has it. Columns of one kind (as many groups and signs) lie together, in
+pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is
+column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of its bits
 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and 11 begin
 the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
 """
@@ -16,20 +15,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from arbllm.format.layout import Place
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.format.trellis import FURTHER_SIGNS
-from arbllm.kernels.expand import Expanded, Piece, expanded
-from arbllm.kernels.triton_plan import (
-    CHUNK,
-    ROWS_BEFORE,
-    ROWS_OF_A_WORD,
-    WORDS,
-    Family,
-    Plan,
-    Run,
-    plan_of,
-    rows_of_words,
-)
+from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, WORDS, Family, Plan, Run, plan_of, rows_of_words
 
 PIECE = 32 * CHUNK
 """Columns that are repacked at a time."""
@@ -42,14 +30,10 @@ class Prepared:
     Attributes:
         plan: where what is.
         words: int16, flat: for each family (chunks, planes, quarter, WORDS); planes are first signs, second signs where
-            there are two, low and high bits of the group number where there are groups; with a trellis, all stored
-            signs, and before them in each chunk the last ROWS_BEFORE rows of the first signs, moved by a row of each
-            word: what lies above the first ones. The two parts of levels of four stored signs share their words.
-        order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0. With a
-            trellis it may hold a column twice.
-        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses; float32 with a trellis
-            and no codes.
-        steps: float16, (slots), what codes are multiplied by; empty without codes, float32 with a trellis.
+            there are two, low and high bits of the group number where there are groups.
+        order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0.
+        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses.
+        steps: float16, (slots), what codes are multiplied by; empty without codes.
         column_scales: as stored, flat; empty without any.
         row_means: float16 (slots, rows); empty without any.
         singles: segments of one column, one group and one sign: int16 (k, rows) signed codes, or signed scales, of the
@@ -81,27 +65,28 @@ class Prepared:
 
 
 def prepare(matrix: BinaryMatrix) -> Prepared:
-    """Repack a matrix for the GPU; without a trellis, its column scales and steps are shared.
+    """Repack a matrix without a trellis for the GPU; its column scales and steps are shared.
 
     Args:
         matrix: on any device; the result is on the same.
     """
-    layout, device, plain, plan = matrix.layout, matrix.signs.device, expanded(matrix), plan_of(matrix.layout)
-    natural = torch.arange(layout.columns, device=device) if plain.order is None else plain.order
+    layout, device, plan = matrix.layout, matrix.signs.device, plan_of(matrix.layout)
+    order = matrix.column_order()
+    natural = torch.arange(layout.columns, device=device) if order is None else order
     words, columns = [torch.empty(0, dtype=torch.int16, device=device)], []
     for family in plan.families:
-        words += () if family.shares else _repack(matrix, family)
-        columns.append(_padded(torch.cat([natural[_span(piece)] for piece in family.pieces]), family.chunks * CHUNK))
-    singles, single_columns = _singles(matrix, plain, plan.alone, natural)
+        words += _repack(matrix, family)
+        columns.append(_padded(torch.cat([natural[_span(place)] for place in family.places]), family.chunks * CHUNK))
+    singles, single_columns = _singles(matrix, plan.alone, natural)
     columns.append(_padded(single_columns[0], plan.columns - plan.single_start))
     empty = matrix.row_scales.new_empty(0)
     return Prepared(
         plan=plan,
         words=torch.cat(words),
         order=torch.cat(columns).int(),
-        row_scales=plain.row_scales[:, : _slots(plan)].T.contiguous(),
-        steps=empty.half() if plain.scale_steps is None else plain.scale_steps,
-        column_scales=empty if plain.column_scales is None else plain.column_scales,
+        row_scales=matrix.row_scales[:, : _slots(plan)].T.contiguous(),
+        steps=empty.half() if matrix.scale_steps is None else matrix.scale_steps,
+        column_scales=empty if matrix.column_scales is None else matrix.column_scales,
         row_means=empty.half() if matrix.row_means is None else matrix.row_means.T.contiguous(),
         singles=singles,
         single_columns=single_columns,
@@ -111,23 +96,23 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
 
 def _slots(plan: Plan) -> int:
     """Row scale slots up to the last that a run uses; single columns, which keep their own scales, come last."""
-    pieces = (piece for family in plan.families for piece in family.pieces)
-    return max((piece.row + piece.row_step * (piece.segment.slots - 1) + 1 for piece in pieces), default=0)
+    places = (place for family in plan.families for place in family.places)
+    return max((place.row_scale + place.segment.slots for place in places), default=0)
 
 
-def _span(piece: Piece) -> slice:
-    return slice(piece.place.column, piece.place.column + piece.segment.width)
+def _span(place: Place) -> slice:
+    return slice(place.column, place.column + place.segment.width)
 
 
 def _repack(matrix: BinaryMatrix, family: Family) -> Iterator[Tensor]:
     """The words of a family, a few chunks at a time, flat."""
-    kind, pieces, chunks, quarter = family.kind, family.pieces, family.chunks, rows_of_words(matrix.layout)
-    signs = list(zip(("signs", *FURTHER_SIGNS), ("column", "second", "third", "fourth"), strict=True))
+    kind, chunks, quarter = family.kind, family.chunks, rows_of_words(matrix.layout)
+    signs = [("signs", "column"), ("second_signs", "second")]
     groups = [("group_bitmap", "low"), ("group_bitmap_high", "high")]
-    sources = signs[: kind.planes] if kind.part else signs[: kind.terms] + groups[: kind.groups.bit_length() - 1]
+    sources = signs[: kind.terms] + groups[: kind.groups.bit_length() - 1]
     device = matrix.signs.device
     where = [
-        torch.cat([torch.arange(p.segment.width, device=device) + getattr(p.source, field) for p in pieces])
+        torch.cat([torch.arange(p.segment.width, device=device) + getattr(p, field) for p in family.places])
         for _, field in sources
     ]
     for start in range(0, chunks * CHUNK, PIECE):
@@ -136,8 +121,6 @@ def _repack(matrix: BinaryMatrix, family: Family) -> Iterator[Tensor]:
             _words(_bits(getattr(matrix, name), index[start : start + size]), size // CHUNK, quarter)
             for (name, _), index in zip(sources, where, strict=True)
         ]
-        if kind.part:  # what lies above the rows of the first words
-            planes.insert(0, planes[0][:, -ROWS_BEFORE:] << 4)
         yield torch.cat(planes, 1).flatten()
 
 
@@ -160,14 +143,13 @@ def _padded(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, missing]) if len(missing) else values
 
 
-def _singles(matrix: BinaryMatrix, plain: Expanded, pieces: Sequence[Piece], natural: Tensor) -> tuple[Tensor, Tensor]:
+def _singles(matrix: BinaryMatrix, places: Sequence[Place], natural: Tensor) -> tuple[Tensor, Tensor]:
     device = natural.device
     columns, slots, factors = (
-        torch.tensor([getattr(piece.place, field) for piece in pieces], dtype=torch.int64, device=device)
+        torch.tensor([getattr(place, field) for place in places], dtype=torch.int64, device=device)
         for field in ("column", "row_scale", "column_scale")
     )
-    stored = torch.tensor([piece.source.column for piece in pieces], dtype=torch.int64, device=device)
-    scales = plain.row_scales[:, [piece.row for piece in pieces]]
-    signs = 2 * _bits(matrix.signs, stored) - 1
+    scales = matrix.row_scales[:, slots]
+    signs = 2 * _bits(matrix.signs, columns) - 1
     values = signs.to(torch.int16) * scales if matrix.layout.scale_bits == 8 else signs.half() * scales
     return values.T.contiguous(), torch.stack([natural[columns], slots, factors]).int()

@@ -17,11 +17,8 @@ from arbllm.kernels.triton_parts import (
     RUN_GROUPS,
     RUN_HIGH,
     RUN_LOW,
-    RUN_PART,
     RUN_ROW_MEAN,
-    RUN_ROW_SCALE,
-    RUN_ROW_STEP,
-    RUN_STEP,
+    RUN_SLOT,
     RUN_STOP,
     RUN_TERMS,
     RUN_WIDTH,
@@ -46,10 +43,9 @@ def _row_parameters(
     for q in tl.static_range(4):
         row = q * quarter + m
         inside = (m < quarter) & (row < rows)
-        slot = row_scales + tl.load(fields + RUN_ROW_SCALE).to(tl.int64) * rows + row
-        next_slot = tl.load(fields + RUN_ROW_STEP).to(tl.int64) * rows
+        slot = row_scales + tl.load(fields + RUN_SLOT).to(tl.int64) * rows + row
         for place in tl.static_range(GROUPS * TERMS):
-            found = found + (scale_values(tl.load(slot + place * next_slot, mask=inside, other=0), CODES),)
+            found = found + (scale_values(tl.load(slot + place * rows, mask=inside, other=0), CODES),)
         if MEANS:
             slot = row_means + tl.load(fields + RUN_ROW_MEAN).to(tl.int64) * rows + row
             for group in tl.static_range(GROUPS):
@@ -70,7 +66,7 @@ def _column_factors(
             place = tl.load(fields + RUN_FACTOR) + slot * tl.load(fields + RUN_WIDTH) + k
             factor = scale_values(tl.load(column_scales + place, mask=inside, other=0), CODES)
         if CODES:
-            factor *= tl.load(steps + tl.load(fields + RUN_STEP) + slot).to(tl.float32)
+            factor *= tl.load(steps + tl.load(fields + RUN_SLOT) + slot).to(tl.float32)
         found = found + (factor,)
     return found
 
@@ -145,25 +141,25 @@ def _product(weights, inputs, total, PRECISION: tl.constexpr):
 @triton.jit
 def _products_of_kind(
     sums, source, words, row_scales, row_means, run_table, column_scales, steps, first, last, wanted, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr,
     SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
     PRECISION: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`sums`, a tuple of four (M, TOKENS) for the rows of a word, with the runs [first, last) of one kind added."""
-    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS)
     w = tl.arange(0, WORDS)
     stride = quarter * 16
     for run in range(first, last):
         fields = run_table + run * FIELDS
         chunks, low, high = tl.load(fields + RUN_CHUNKS), tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH)
         parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-        own = words_of_run(fields, words, m, w, quarter, BITS, PART)
+        own = words_of_run(fields, words, m, w, quarter, BITS)
         inputs = source + (tl.load(fields + RUN_COLUMN) + w // 16 * 64 + w % 16)[None, :]
         for chunk in range(0, chunks, WORDS // 16):
             valid = ((chunk + w // 16) < chunks)[None, :]
             there = valid & (m < quarter)[:, None]
-            start = own + chunk * words_of_chunk(quarter, BITS, PART)
-            planes = plain_planes(start, there, stride, GROUPS, TERMS, PART)
+            start = own + chunk * words_of_chunk(quarter, BITS)
+            planes = plain_planes(start, there, stride, GROUPS, TERMS)
             for bit in tl.static_range(4):
                 k = (chunk + w // 16) * 64 + bit * 16 + w % 16
                 inside = (k >= low) & (k < high)
@@ -217,7 +213,7 @@ def many_tokens(
         if kind == number:
             sums = _products_of_kind(
                 zeros(4, M, TOKENS), source, words, row_scales, row_means, run_table, column_scales, steps, first, last,
-                wanted, rows, quarter, m, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES, MEANS,
+                wanted, rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
                 PRECISION, WORDS,
             )  # fmt: skip
             for q in tl.static_range(4):
@@ -236,20 +232,20 @@ def many_tokens(
 @triton.jit
 def _write_run(
     fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr,
     SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS)
     w = tl.arange(0, 16)
     stride = quarter * 16
     low, high, stop = tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH), tl.load(fields + RUN_STOP)
     parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-    own = words_of_run(fields, words, m, w, quarter, BITS, PART)
+    own = words_of_run(fields, words, m, w, quarter, BITS)
     into = dense + tl.load(fields + RUN_COLUMN) + w[None, :]
     for chunk in range(tl.load(fields + RUN_CHUNKS)):
         valid = (m < quarter)[:, None] & (w < 16)[None, :]
-        start = own + chunk * words_of_chunk(quarter, BITS, PART)
-        planes = plain_planes(start, valid, stride, GROUPS, TERMS, PART)
+        start = own + chunk * words_of_chunk(quarter, BITS)
+        planes = plain_planes(start, valid, stride, GROUPS, TERMS)
         for bit in tl.static_range(4):
             k = chunk * 64 + bit * 16 + w
             inside = (k >= low) & (k < high)
@@ -276,12 +272,12 @@ def dequantize(
     m, kept = start + local, local < piece
     if run < runs:
         fields = run_table + run * FIELDS
-        groups, terms, part = tl.load(fields + RUN_GROUPS), tl.load(fields + RUN_TERMS), tl.load(fields + RUN_PART)
+        groups, terms = tl.load(fields + RUN_GROUPS), tl.load(fields + RUN_TERMS)
         for number in tl.static_range(len(KINDS)):
-            if (groups == KINDS[number][0]) & (terms == KINDS[number][1]) & (part == KINDS[number][2]):
+            if (groups == KINDS[number][0]) & (terms == KINDS[number][1]):
                 _write_run(
                     fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns,
-                    rows, quarter, m, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED, CODES, MEANS,
+                    rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
                 )  # fmt: skip
     else:
         column = (run - runs) * 16 + tl.arange(0, 16)

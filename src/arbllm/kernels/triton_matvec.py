@@ -26,9 +26,7 @@ from arbllm.kernels.triton_parts import (
     RUN_HIGH,
     RUN_LOW,
     RUN_ROW_MEAN,
-    RUN_ROW_SCALE,
-    RUN_ROW_STEP,
-    RUN_STEP,
+    RUN_SLOT,
     RUN_TERMS,
     RUN_TILE,
     RUN_WIDTH,
@@ -142,7 +140,7 @@ def scale_inputs(
                 factor = scale_values(tl.load(column_scales + place, mask=wanted & (tile < terms), other=0), CODES)
                 if CODES:
                     step = tl.load(
-                        steps + tl.load(fields + RUN_STEP) + slot, mask=(group < groups) & (tile < terms), other=0
+                        steps + tl.load(fields + RUN_SLOT) + slot, mask=(group < groups) & (tile < terms), other=0
                     )
                     factor *= step.to(tl.float32)[None, :]
                 value = tl.where(plain, value, value * factor)
@@ -168,9 +166,9 @@ def scale_inputs(
 
 
 @triton.jit
-def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr):
+def _planes(words, valid, stride, m, quarter, GROUPS: tl.constexpr, TERMS: tl.constexpr):
     """Words of sign chi_h(g), term-major, then those of chi_h(g) alone for h of 1 and above: a tuple."""
-    stored = plain_planes(words, valid & (m < quarter)[:, None], stride, GROUPS, TERMS, PART)
+    stored = plain_planes(words, valid & (m < quarter)[:, None], stride, GROUPS, TERMS)
     first = stored[0]
     found = (first,)
     if GROUPS > 1:
@@ -228,24 +226,24 @@ def _transformed(sums, FIRST: tl.constexpr, START: tl.constexpr, GROUPS: tl.cons
 @triton.jit
 def _products_of_run(
     fields, words, z, block, tiles, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr, SCALED: tl.constexpr, MEANS: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr, MEANS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The products of one run's planes with its inputs: a tuple of (M, N), four a plane for the words' rows."""
     PLANES: tl.constexpr = GROUPS * TERMS
     OTHERS: tl.constexpr = GROUPS - 1 if MEANS else 0
     USED: tl.constexpr = TERMS + MEANS if SCALED else 1
-    BITS: tl.constexpr = planes_of(GROUPS, TERMS, PART)
+    BITS: tl.constexpr = planes_of(GROUPS, TERMS)
     chunks = tl.load(fields + RUN_CHUNKS)
     first_tile = block * tiles + tl.load(fields + RUN_TILE)
     w, n = tl.arange(0, WORDS), tl.arange(0, N)
-    own = words_of_run(fields, words, m, w, quarter, BITS, PART)
+    own = words_of_run(fields, words, m, w, quarter, BITS)
     inputs = z + (first_tile.to(tl.int64) + w // 16 * USED)[:, None] * (64 * N) + (w % 16)[:, None] * N + n[None, :]
     products = zeros(4 * (PLANES + OTHERS), M, N)
     for chunk in range(0, chunks, WORDS // 16):
         valid = (chunk + w // 16) < chunks
-        first = own + chunk * words_of_chunk(quarter, BITS, PART)
-        planes = _planes(first, valid[None, :], quarter * 16, m, quarter, GROUPS, TERMS, PART)
+        first = own + chunk * words_of_chunk(quarter, BITS)
+        planes = _planes(first, valid[None, :], quarter * 16, m, quarter, GROUPS, TERMS)
         for tile in tl.static_range(USED):
             tokens = ()
             for bit in tl.static_range(4):
@@ -263,39 +261,36 @@ def _products_of_run(
 @triton.jit
 def _one_run(
     fields, words, z, norms, sums, row_scales, steps, row_means, block, run, runs, tiles, rows, quarter, m, outputs,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    GROUPS: tl.constexpr, TERMS: tl.constexpr,
     SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
     COLUMNS: tl.constexpr, MOST_TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`outputs`, a tuple of four (M, N) for the rows of a word, with one run of columns added."""
     PLANES: tl.constexpr = GROUPS * TERMS
     n = tl.arange(0, N)
-    products = _products_of_run(
-        fields, words, z, block, tiles, quarter, m, GROUPS, TERMS, PART, SCALED, MEANS, M, N, WORDS
-    )
+    products = _products_of_run(fields, words, z, block, tiles, quarter, m, GROUPS, TERMS, SCALED, MEANS, M, N, WORDS)
     result = ()
     for place in tl.static_range(4):
         row = place * quarter + m
         inside = (m < quarter) & (row < rows)
         output = outputs[place]
-        next_slot = tl.load(fields + RUN_ROW_STEP).to(tl.int64) * rows
         for term in tl.static_range(TERMS):
             where = ((block * runs + run) * MOST_TILES + (term if SCALED else 0)) * N + n
             norm, total = tl.load(norms + where), tl.load(sums + where)
-            slot = row_scales + tl.load(fields + RUN_ROW_SCALE).to(tl.int64) * rows + term * next_slot + row
+            slot = row_scales + tl.load(fields + RUN_SLOT).to(tl.int64) * rows + term * rows + row
             if SCALED:
                 group = n // COLUMNS
                 scales = tl.zeros((M, N), tl.float32)
                 for g in tl.static_range(GROUPS):
-                    scale = scale_values(tl.load(slot + g * TERMS * next_slot, mask=inside, other=0), CODES)
+                    scale = scale_values(tl.load(slot + g * TERMS * rows, mask=inside, other=0), CODES)
                     scales = tl.where((group == g)[None, :], scale[:, None], scales)
                 value = _transformed(products, term * GROUPS, 0, GROUPS, place, group[None, :])
                 output += scales * norm[None, :] * (value - tl.where(group == 0, total, 0.0)[None, :])
             else:
                 for g in tl.static_range(GROUPS):
-                    scale = scale_values(tl.load(slot + g * TERMS * next_slot, mask=inside, other=0), CODES)
+                    scale = scale_values(tl.load(slot + g * TERMS * rows, mask=inside, other=0), CODES)
                     if CODES:
-                        scale *= tl.load(steps + tl.load(fields + RUN_STEP) + g * TERMS + term).to(tl.float32)
+                        scale *= tl.load(steps + tl.load(fields + RUN_SLOT) + g * TERMS + term).to(tl.float32)
                     value = _transformed(products, term * GROUPS, 0, GROUPS, place, tl.full((1, N), g, tl.int32))
                     if g == 0:
                         value -= total[None, :]
@@ -372,7 +367,7 @@ def few_tokens(
             for run in range(first, last):
                 outputs = _one_run(
                     run_table + run * FIELDS, words, z, norms, sums, row_scales, steps, row_means, block, run, runs,
-                    tiles, rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], KINDS[number][2], SCALED,
+                    tiles, rows, quarter, m, outputs, KINDS[number][0], KINDS[number][1], SCALED,
                     CODES, MEANS, PARTS * TOKENS, MOST_TILES, M, N, WORDS,
                 )  # fmt: skip
             for q in tl.static_range(4):

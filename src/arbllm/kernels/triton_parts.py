@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_plan import ROWS_BEFORE as _ROWS_BEFORE
 from arbllm.kernels.triton_plan import Run
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -25,21 +24,18 @@ RUN_CHUNKS = _field("chunks")
 RUN_COLUMN = _field("column")
 RUN_LOW = _field("low")
 RUN_HIGH = _field("high")
-RUN_STEP = _field("step")
+RUN_SLOT = _field("slot")
 RUN_ROW_MEAN = _field("row_mean")
 RUN_FACTOR = _field("factor")
 RUN_WIDTH = _field("width")
 RUN_TILE = _field("tile")
 RUN_STOP = _field("stop")
-RUN_PART = _field("part")
-RUN_ROW_SCALE = _field("row_scale")
-RUN_ROW_STEP = _field("row_step")
 
 
 @triton.constexpr_function
-def planes_of(groups: int, terms: int, part: int) -> int:
+def planes_of(groups: int, terms: int) -> int:
     """Planes of bits of a kind, see `triton_plan.Kind.planes`."""
-    return min(part, 4) if part else terms + groups.bit_length() - 1
+    return terms + groups.bit_length() - 1
 
 
 @triton.jit
@@ -50,64 +46,28 @@ def exclusive_or(first, second):
         return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [first, second], tl.int16, True, 2)
 
 
-@triton.constexpr_function
-def _rows_before(part: int) -> int:
-    """Rows of words before those of the first plane, see `triton_plan.ROWS_BEFORE`."""
-    return _ROWS_BEFORE if part else 0
-
-
 @triton.jit
-def _rows_above(words, valid, DISTANCE: tl.constexpr):
-    """Words with so many rows above in each of their four rows; zeros above the matrix.
-
-    They are loaded, not put together of loaded ones: a compiler would send those through shared memory.
-    """
-    return tl.load(words - DISTANCE * 16, mask=valid, other=0)
-
-
-@triton.jit
-def words_of_chunk(quarter, PLANES: tl.constexpr, PART: tl.constexpr):
+def words_of_chunk(quarter, PLANES: tl.constexpr):
     """How many words lie from one chunk of a run to the next."""
-    return (quarter * PLANES + _rows_before(PART)) * 16
+    return quarter * PLANES * 16
 
 
 @triton.jit
-def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr, PART: tl.constexpr):
+def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr):
     """Addresses (M, words) of the first plane of a run's first chunks, `w` counting words over these, 16 in each."""
-    start = words + (tl.load(fields + RUN_WORDS).to(tl.int64) + _rows_before(PART)) * 16
-    return start + m[:, None] * 16 + (w // 16 * words_of_chunk(quarter, PLANES, PART) + w % 16)[None, :]
+    start = words + tl.load(fields + RUN_WORDS).to(tl.int64) * 16
+    return start + m[:, None] * 16 + (w // 16 * words_of_chunk(quarter, PLANES) + w % 16)[None, :]
 
 
 @triton.jit
-def plain_planes(words, valid, stride, GROUPS: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr):
+def plain_planes(words, valid, stride, GROUPS: tl.constexpr, TERMS: tl.constexpr):
     """A tuple of words: first signs, second signs, low and high bits of the group number, as far as there are any.
 
     `words` are the addresses (M, words) of those of the first plane, planes being `stride` apart.
     """
-    now = tl.load(words, mask=valid, other=0)
-    if PART == 0:
-        found = (now,)
-        for plane in tl.static_range(1, planes_of(GROUPS, TERMS, PART)):
-            found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
-    else:  # what `expand.PARTS` says, from the outputs of the code in arbllm/binarize/code.py
-        z1 = exclusive_or(now, _rows_above(words, valid, 16))
-        z1 = exclusive_or(z1, _rows_above(words, valid, 40))
-        z0 = _rows_above(words, valid, 24)
-        if PART > 1:
-            second = tl.load(words + stride, mask=valid, other=0)
-        if PART > 2:
-            third = tl.load(words + 2 * stride, mask=valid, other=0)
-        if PART == 1:
-            found = (z1, z0)
-        elif PART == 2:
-            found = (second, z0, exclusive_or(second, z1))
-        elif PART == 3:
-            found = (second, z0, exclusive_or(second, third), exclusive_or(second, z1))
-        elif PART == 4:
-            fourth = tl.load(words + 3 * stride, mask=valid, other=0)
-            found = (second, z1, exclusive_or(second, third), exclusive_or(second, fourth))
-        else:
-            found = (z0, exclusive_or(second, third))
+    found = ()
+    for plane in tl.static_range(planes_of(GROUPS, TERMS)):
+        found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
     return found
 
 

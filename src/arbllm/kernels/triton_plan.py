@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arbllm.binarize.code import MEMORY, ROWS_APART
-from arbllm.format.layout import Layout, Segment
-from arbllm.kernels.expand import PARTS, Piece, pieces_of
+from arbllm.format.layout import Layout, Place, Segment
 
 CHUNK = 64
 WORDS = 16
@@ -21,8 +19,6 @@ WORDS = 16
 ROWS_OF_A_WORD = 4
 SINGLES = 16
 """Single columns that are multiplied together."""
-ROWS_BEFORE = ROWS_APART * MEMORY
-"""Rows of words before those of first signs, in a chunk with a trellis: the first words' rows have these above them."""
 LONGEST_RUN = 16
 """Chunks that a run touches at most."""
 
@@ -31,19 +27,17 @@ class Kind(NamedTuple):
     """What columns that lie together have in common.
 
     Attributes:
-        groups: of their plain segments.
-        terms: of their plain segments.
-        part: of `expand.PARTS`; 0 if they are stored as they are.
+        groups: of their segments.
+        terms: of their segments.
     """
 
     groups: int
     terms: int
-    part: int
 
     @property
     def planes(self) -> int:
         """Stored bits of a weight."""
-        return PARTS[self.part].terms if self.part else self.terms + self.groups.bit_length() - 1
+        return self.terms + self.groups.bit_length() - 1
 
 
 class Run(NamedTuple):
@@ -57,16 +51,13 @@ class Run(NamedTuple):
         column: where its first chunk begins in `Prepared.order`.
         low: its first column, from there.
         high: its end, from there.
-        step: of `Prepared.steps` that is of group 0, term 0.
+        slot: row of `Prepared.row_scales`, and place in `Prepared.steps`, of group 0, term 0.
         row_mean: row of `Prepared.row_means` that holds group 0.
         factor: place of the first chunk's first column in the column scales of group 0, term 0; columns before `low`
             are another segment's.
         width: of the segment: from the column scales of one slot to those of the next.
         tile: tiles of activations before it, see `Plan.tiles`.
         stop: `high`, or in the last run of a kind the end of its last chunk, padding included.
-        part: of the kind.
-        row_scale: row of `Prepared.row_scales` that holds group 0, term 0.
-        row_step: from there to the row of the next slot; 0 if there is one for all.
     """
 
     groups: int
@@ -76,20 +67,17 @@ class Run(NamedTuple):
     column: int
     low: int
     high: int
-    step: int
+    slot: int
     row_mean: int
     factor: int
     width: int
     tile: int
     stop: int
-    part: int
-    row_scale: int
-    row_step: int
 
     @property
     def kind(self) -> Kind:
         """Of its columns."""
-        return Kind(self.groups, self.terms, self.part)
+        return Kind(self.groups, self.terms)
 
 
 class Family(NamedTuple):
@@ -97,19 +85,17 @@ class Family(NamedTuple):
 
     Attributes:
         kind: of them all.
-        pieces: the segments, in their order.
+        places: of the segments, in their order.
         chunks: of columns that they fill.
         column: where they begin in `Prepared.order`.
         words: where they begin in `Prepared.words`.
-        shares: whether an earlier family has the same words.
     """
 
     kind: Kind
-    pieces: tuple[Piece, ...]
+    places: tuple[Place, ...]
     chunks: int
     column: int
     words: int
-    shares: bool
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,7 @@ class Plan:
     """What of a prepared matrix follows from its layout alone; `plan_of` makes it.
 
     Attributes:
-        layout: of the matrix as it is stored; everything else is of plain segments.
+        layout: of the matrix; none of its segments has a trellis.
         families: of all columns that are in words.
         alone: segments that are in `Prepared.singles`.
         runs: all columns that are in words.
@@ -125,7 +111,7 @@ class Plan:
 
     layout: Layout
     families: tuple[Family, ...]
-    alone: tuple[Piece, ...]
+    alone: tuple[Place, ...]
     runs: tuple[Run, ...]
     _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
@@ -188,78 +174,64 @@ def tiles_of(layout: Layout, kind: Kind) -> int:
 
 @cache
 def plan_of(layout: Layout) -> Plan:
-    """Where a matrix of this layout will have what."""
-    pieces = pieces_of(layout)
+    """Where a matrix of this layout, without a trellis, will have what."""
     alone = () if layout.row_means else (Segment(1, 1, 1),)  # a single column whose scale alone makes a weight
-    families = tuple(_families(layout, [piece for piece in pieces if piece.segment not in alone]))
+    families = tuple(_families(layout, [place for place in layout.places if place.segment not in alone]))
     runs: list[Run] = []
     tile = 0
     for family in families:
         for run in _runs(family, _chunk_words(layout, family.kind)):
             runs.append(run._replace(tile=tile))
             tile += run.chunks * tiles_of(layout, family.kind)
-    return Plan(layout, families, tuple(piece for piece in pieces if piece.segment in alone), tuple(runs))
+    return Plan(layout, families, tuple(place for place in layout.places if place.segment in alone), tuple(runs))
 
 
-def _families(layout: Layout, pieces: Sequence[Piece]) -> Iterator[Family]:
+def _families(layout: Layout, places: Sequence[Place]) -> Iterator[Family]:
     """Segments by their kinds, and where each kind lies."""
-    starts: dict[Kind, int] = {}
-    column = end = 0
-    for kind, members in groupby(sorted(pieces, key=_kind), _kind):
+    column = words = 0
+    for kind, members in groupby(sorted(places, key=_kind), _kind):
         together = tuple(members)
-        chunks = -(-sum(piece.segment.width for piece in together) // CHUNK)
-        words = next((start for other, start in starts.items() if _shares_words(kind, other)), end)
-        yield Family(kind, together, chunks, column, words, shares=words < end)
-        starts[kind] = words
-        end = max(end, words + chunks * _chunk_words(layout, kind))
+        chunks = -(-sum(place.segment.width for place in together) // CHUNK)
+        yield Family(kind, together, chunks, column, words)
+        words += chunks * _chunk_words(layout, kind)
         column += chunks * CHUNK
 
 
 def _chunk_words(layout: Layout, kind: Kind) -> int:
-    """Words of a chunk: its planes, before them what lies above the first rows of words."""
-    return (kind.planes * rows_of_words(layout) + (ROWS_BEFORE if kind.part else 0)) * WORDS
+    """Words of a chunk: its planes."""
+    return kind.planes * rows_of_words(layout) * WORDS
 
 
 def rows_of_words(layout: Layout) -> int:
-    """Rows of words: with a trellis so many that a code depends on a word's same row or the one before it alone."""
-    least = ROWS_APART * MEMORY if layout.has_trellis else 0
-    return max(-(-layout.rows // ROWS_OF_A_WORD), least)
+    """Rows of words."""
+    return -(-layout.rows // ROWS_OF_A_WORD)
 
 
-def _kind(piece: Piece) -> Kind:
-    return Kind(piece.segment.groups, piece.segment.terms, piece.part)
-
-
-def _shares_words(kind: Kind, other: Kind) -> bool:
-    """Whether two kinds are parts of the same levels."""
-    return bool(kind.part and other.part) and PARTS[kind.part].terms == PARTS[other.part].terms
+def _kind(place: Place) -> Kind:
+    return Kind(place.segment.groups, place.segment.terms)
 
 
 def _runs(family: Family, chunk_words: int) -> Iterator[Run]:
     """Runs of its segments, without their tiles; each begins a chunk or a segment."""
     start = 0
-    for piece in family.pieces:
-        place, kind = piece.place, family.kind
+    for place in family.places:
         end = start + place.segment.width
         for chunk in range(start // CHUNK, -(-end // CHUNK), LONGEST_RUN):
             last = min(chunk + LONGEST_RUN, -(-end // CHUNK))
             high = min(end, last * CHUNK) - chunk * CHUNK
             yield Run(
-                groups=kind.groups,
-                terms=kind.terms,
+                groups=family.kind.groups,
+                terms=family.kind.terms,
                 words=(family.words + chunk * chunk_words) // WORDS,
                 chunks=last - chunk,
                 column=family.column + chunk * CHUNK,
                 low=max(start - chunk * CHUNK, 0),
                 high=high,
-                step=place.row_scale,
+                slot=place.row_scale,
                 row_mean=place.row_mean,
                 factor=place.column_scale + chunk * CHUNK - start,
                 width=place.segment.width,
                 tile=0,
-                stop=(last - chunk) * CHUNK if piece is family.pieces[-1] and end <= last * CHUNK else high,
-                part=kind.part,
-                row_scale=piece.row,
-                row_step=piece.row_step,
+                stop=(last - chunk) * CHUNK if place is family.places[-1] and end <= last * CHUNK else high,
             )
         start = end

@@ -1,0 +1,69 @@
+"""What the Triton kernels for a matrix with a trellis share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from arbllm.kernels.trellis_layout import CHUNK as _CHUNK
+from arbllm.kernels.trellis_layout import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Run, Unit
+from arbllm.kernels.trellis_layout import UNIT as _UNIT
+from arbllm.kernels.triton_parts import scale_values
+
+LARGEST = tl.constexpr(32512.0)
+"""The largest input as a whole number: its upper byte is 127 when it is rounded."""
+TOGETHER = tl.constexpr(16)
+"""Partial results that are on their way at a time."""
+BEFORE, COLUMNS, UNIT = tl.constexpr(ROWS_BEFORE), tl.constexpr(WORD), tl.constexpr(_UNIT)
+CHUNK, SINGLES = tl.constexpr(_CHUNK), tl.constexpr(SINGLES_TOGETHER)
+FIELDS, UNIT_FIELDS = tl.constexpr(len(Run._fields)), tl.constexpr(len(Unit._fields))
+RUN_SEGMENT, RUN_START, RUN_WORDS, RUN_COLUMN, RUN_CHUNK = (
+    tl.constexpr(Run._fields.index(name)) for name in ("segment", "start", "words", "column", "chunk")
+)
+
+
+@triton.jit
+def unit_fields(units, number):
+    """The fields of a `trellis_layout.Unit`."""
+    fields = units + number * UNIT_FIELDS
+    return tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
+
+
+@triton.jit
+def loaded(place, height, there, TERMS: tl.constexpr, SCALE: tl.constexpr):
+    """Words of first signs, those 16, 24 and 40 rows above, then those of the other signs; SCALE units to a word.
+
+    Anything where they are not there: no use is made of it.
+    """
+    found = (
+        tl.load(place, mask=there),
+        tl.load(place - 16 * SCALE, mask=there),
+        tl.load(place - 24 * SCALE, mask=there),
+        tl.load(place - 40 * SCALE, mask=there),
+    )
+    for sign in tl.static_range(1, TERMS):
+        found = found + (tl.load(place + sign * SCALE * height, mask=there),)
+    return found
+
+
+@triton.jit
+def single_weight(places, there, CODES: tl.constexpr):
+    stored = tl.load(places, mask=there, other=0)
+    value = scale_values(tl.abs(stored), CODES)
+    return tl.where(stored < 0, -value, value)
+
+
+@triton.jit
+def add_up(partial, counters, y, offsets, wanted, units, stride, ZERO):
+    """The program that finds all others of its place done adds their results up, in their order, in float32."""
+    tl.debug_barrier()
+    counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    done = tl.atomic_add(counter, 1, sem="acq_rel")
+    if done == units - 1:
+        tl.store(counter, 0)
+        total, source = ZERO, partial + offsets
+        for unit in range(0, units, TOGETHER):
+            for step in tl.static_range(TOGETHER):
+                total += tl.load(source, mask=wanted & (unit + step < units), other=0, cache_modifier=".cg")
+                source += stride
+        tl.store(y + offsets, total.to(y.dtype.element_ty), mask=wanted)

@@ -57,7 +57,8 @@ class BinaryLinear(PackedModule):
             all the same; only an export to the dense form needs to know.
         exact: whether a CPU computes in float32 throughout. If not, inputs of up to 16 tokens, 64 with AVX-512, are
             multiplied in 8 bits, which is several times faster, and longer ones of bfloat16 in that where the processor
-            can. May be set on the class, for all layers.
+            can. On a GPU, whether levels of a trellis are as they are, which they are not, but in 8 bits, for less than
+            some hundreds of tokens. May be set on the class, for all layers.
     """
 
     bias: nn.Parameter | None

@@ -113,6 +113,16 @@ def test_widths_of_real_models(columns):
     check(in_segments(9, (columns, 2, 1)), inputs(1, columns, torch.float32))
 
 
+def test_levels_are_not_rounded_where_this_is_asked_for():
+    matrix = MATRICES["trellis of three signs"]()
+    x, dense = inputs(2, matrix.layout.columns, torch.float16), matrix.dequantize().double()
+    ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
+    y, rounded = (cuda.multiply(x.to(DEVICE), ready, matrix.layout.rows, exact=exact).cpu() for exact in (True, False))
+    expected = x.double() @ dense.T
+    assert (y.double() - expected).norm() < 5e-4 * expected.norm()
+    assert 1e-3 * expected.norm() < (rounded.double() - expected).norm() < 6e-3 * expected.norm()
+
+
 def test_written_out_in_pieces(monkeypatch):
     use(monkeypatch, **DENSE)
     chosen = kernel.configuration_of(torch.device(DEVICE))
@@ -158,7 +168,7 @@ def test_inputs_of_another_width_are_refused():
 
 def test_operator():
     ready = kernel.prepare(in_segments(9, (64, 2, 1), (20, 1, 4, True)).map(lambda tensor: tensor.to(DEVICE)))
-    arguments = inputs(2, 84, torch.float32).to(DEVICE), *ready
+    arguments = inputs(2, 84, torch.float16).to(DEVICE), *ready, False
     torch.library.opcheck(torch.ops.arbllm.triton_matmul.default, arguments)
 
 

@@ -40,14 +40,15 @@ def prepare(matrix: BinaryMatrix) -> Ready:
 def multiply(x: Tensor, ready: Ready, rows: int, *, exact: bool = False) -> Tensor:
     """Multiply by a prepared weight: y = x W^T.
 
-    Products of bfloat16 and float16 are exact but for the sums, which are in float32, and inputs times column scales,
-    which have 11 bits; of float32 they are good to some 20 bits.
+    With a trellis, up to some hundreds of tokens in bfloat16 or float16 are multiplied by levels rounded to 8 bits,
+    which makes an error of 0.1 to 0.4 % of a product. All other products of these dtypes are exact but for the sums,
+    which are in float32, and inputs times column scales, which have 11 bits; of float32 they are good to some 20 bits.
 
     Args:
         x: (..., m) of one of `DTYPES` and any strides, on the weight's device.
         ready: from `prepare`.
         rows: n.
-        exact: makes no difference, as no product is rounded to 8 bits here.
+        exact: whether levels are not to be rounded, however few the tokens.
 
     Returns:
         (..., n) in the dtype of x.
@@ -58,7 +59,7 @@ def multiply(x: Tensor, ready: Ready, rows: int, *, exact: bool = False) -> Tens
     tensors, numbers = ready
     columns = numbers[1]
     reference.check_width(x, columns)
-    y: Tensor = torch.ops.arbllm.triton_matmul(x.reshape(-1, columns).contiguous(), tensors, numbers)
+    y: Tensor = torch.ops.arbllm.triton_matmul(x.reshape(-1, columns).contiguous(), tensors, numbers, exact)
     return y.view(*x.shape[:-1], rows)
 
 

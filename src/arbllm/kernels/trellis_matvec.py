@@ -1,7 +1,7 @@
 """Triton kernel for a few tokens times a matrix with a trellis, levels times inputs four at a time.
 
-Levels are bytes (see `trellis_levels`), and inputs times column scales are whole numbers of 16 bits, as two bytes each,
-scaled to the largest of those that a program multiplies. Sums of such products are exact. Row scales come in afterwards.
+Levels are bytes (see `trellis_levels`). Inputs times column scales are whole numbers of 16 bits, as two bytes each,
+scaled to the largest of those that a program multiplies. Their sums are exact; row scales come in at the end.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def unit_fields(units, number):
 def loaded(place, height, there, TERMS: tl.constexpr, SCALE: tl.constexpr):
     """Words of first signs, those 16, 24 and 40 rows above, then those of the other signs; SCALE units to a word.
 
+    These are the rows that `arbllm.binarize.code` makes the last two bits of.
     Anything where they are not there: no use is made of it.
     """
     found = (

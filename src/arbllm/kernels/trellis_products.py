@@ -12,9 +12,6 @@ from arbllm.kernels import trellis_matmul, trellis_matvec
 from arbllm.kernels.trellis_layout import CHUNK, PreparedTrellis, TrellisPlan
 from arbllm.kernels.triton_configuration import Configuration, TrellisFew, TrellisMany
 
-EXACT = torch.float32
-"""Inputs of this dtype are multiplied by weights that are written out: levels as bytes would not do."""
-
 GATHERED = 1024
 """Inputs of a token that are put in order at a time."""
 WRITTEN = 8
@@ -27,9 +24,12 @@ LEAST_TOKENS = 8
 """Of a product on tensor cores, which takes two bytes of each; fewer are padded to these."""
 
 
-def multiply(x: Tensor, matrix: PreparedTrellis, configuration: Configuration) -> Tensor:
-    """y = x W^T by the kernel that suits the number of tokens and the dtype; x (tokens, m) is contiguous."""
-    if not matrix.plan.runs or x.dtype == EXACT or len(x) > configuration.trellis_many.most_tokens:
+def multiply(x: Tensor, matrix: PreparedTrellis, configuration: Configuration, exact: bool = False) -> Tensor:
+    """y = x W^T by the kernel that suits the number of tokens; x (tokens, m) is contiguous.
+
+    Of float32, or where `exact` asks for it, weights are written out, since levels as bytes would not do.
+    """
+    if exact or x.dtype == torch.float32 or len(x) > configuration.trellis_many.most_tokens:
         y = multiply_dense(x, matrix, configuration)
     elif len(x) <= configuration.trellis_few.most_tokens:
         y = multiply_few(x, matrix, configuration.trellis_few)

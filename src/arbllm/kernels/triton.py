@@ -1,8 +1,9 @@
 """The Triton kernel behind PyTorch: the operator `arbllm::triton_matmul`, and which of its kernels runs when.
 
 Up to some 16 tokens products are taken straight from the bits (`triton_matvec`); up to some hundreds, weights are made
-in registers (`triton_matmul`); beyond, they are written out in pieces for the vendor's matrix product. With
-TRITON_INTERPRET=1 in the environment before the first import everything runs on the CPU, slowly, for tests.
+in registers (`triton_matmul`); beyond, they are written out in pieces for the vendor's matrix product. Matrices with a
+trellis have kernels of their own (`trellis_products`). With TRITON_INTERPRET=1 in the environment before the first
+import everything runs on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -92,26 +93,27 @@ def _layout_of(numbers: tuple[int, ...]) -> Layout:
 
 
 @torch.library.custom_op("arbllm::triton_matmul", mutates_args=())
-def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int]) -> Tensor:
+def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int], exact: bool) -> Tensor:
     """y = x W^T.
 
     Args:
         x: contiguous, (tokens, m), one of `cuda.DTYPES`.
-        tensors: of `Prepared`, in its order.
+        tensors: of `Prepared`, or with a trellis of `PreparedTrellis`, in its order.
         numbers: of the layout.
+        exact: whether levels of a trellis are not to be rounded to 8 bits.
     """
     configuration = configuration_of(x.device).of(numbers[0], numbers[1], len(x))
     layout = _layout_of(tuple(numbers))
     with _on(x.device):
         if layout.has_trellis:
             trellis = trellis_layout.PreparedTrellis(trellis_layout.plan_of(layout), *tensors)
-            return trellis_products.multiply(x, trellis, configuration) if len(x) else x.new_empty(0, numbers[0])
+            return trellis_products.multiply(x, trellis, configuration, exact) if len(x) else x.new_empty(0, numbers[0])
         matrix = Prepared(plan_of(layout), *tensors)
         return multiply_prepared(x, matrix, configuration) if len(x) else x.new_empty(0, numbers[0])
 
 
 @triton_matmul_operator.register_fake
-def _(x: Tensor, tensors: list[Tensor], numbers: list[int]) -> Tensor:
+def _(x: Tensor, tensors: list[Tensor], numbers: list[int], exact: bool) -> Tensor:
     return x.new_empty(x.shape[0], numbers[0])
 
 

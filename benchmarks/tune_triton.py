@@ -34,7 +34,7 @@ from random_matrices import random_matrix
 # Rows, words side by side and warps of a program.
 _TILES = [(128, 4, 4), (256, 4, 8), (256, 2, 4), (512, 1, 4), (512, 2, 8), (512, 4, 16), (1024, 1, 8), (1024, 2, 16)]
 _FEW = [
-    {"rows": rows, "words": words, "warps": warps, "most_words": most, "programs": programs}
+    {"rows": rows, "words": words, "most_rows": rows, "warps": warps, "most_words": most, "programs": programs}
     for rows, words, warps in _TILES
     for most, programs in product((8, 16, 32), (264, 396, 792))
 ]

@@ -39,7 +39,9 @@ def use(monkeypatch, few: int, many: int) -> None:
         few=replace(default.few, most_tokens=few, rows=16),
         many=replace(default.many, most_tokens=many, tokens=16, rows=16),
         dense=replace(default.dense, rows=16),
-        trellis_few=replace(default.trellis_few, most_tokens=few, tokens=4, rows=64, words=2, programs=8, warps=4),
+        trellis_few=replace(
+            default.trellis_few, most_tokens=few, tokens=4, rows=64, words=2, most_rows=128, programs=8, warps=4
+        ),
         trellis_many=replace(default.trellis_many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2),
     )
     monkeypatch.setattr(kernel, "configuration_of", lambda device: chosen)

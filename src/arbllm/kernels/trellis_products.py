@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from arbllm.kernels import trellis_matmul, trellis_matvec
-from arbllm.kernels.trellis_layout import CHUNK, PreparedTrellis, TrellisPlan
+from arbllm.kernels.trellis_layout import CHUNK, WORD, PreparedTrellis, TrellisPlan
 from arbllm.kernels.triton_configuration import Configuration, TrellisFew, TrellisMany
 
 GATHERED = 1024
@@ -56,37 +56,53 @@ class Division(NamedTuple):
 
     Attributes:
         size: tokens of a program.
+        rows: of a program.
         blocks: of tokens.
         places: of rows.
         most: words or chunks of columns of a program, about.
     """
 
     size: int
+    rows: int
     blocks: int
     places: int
     most: int
 
 
 def divide_few(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
-    """The division of a product of a few tokens."""
+    """The division of a product of a few tokens.
+
+    Programs that wait for others to end wait for all that these wait for: of large matrices each takes more rows, and
+    fewer words side by side.
+    """
     size = triton.next_power_of_2(min(tokens, launch.tokens))
-    blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.height, launch.rows)
-    wanted = triton.cdiv(plan.single_start // 32 * blocks * places, launch.programs)
-    most = triton.cdiv(min(max(wanted, 1), launch.most_words), launch.words) * launch.words
-    return Division(size, blocks, places, most)
+    blocks, rows = triton.cdiv(tokens, size), launch.rows
+    least = blocks * sum(triton.cdiv(run.words, launch.most_words) for run in plan.runs)
+    while rows < launch.most_rows and 2 * least * triton.cdiv(plan.height, rows) > 3 * launch.programs:
+        rows *= 2
+    places, words = triton.cdiv(plan.height, rows), words_aside(launch, rows)
+    wanted = triton.cdiv(plan.single_start // WORD * blocks * places, launch.programs)
+    most = triton.cdiv(min(max(wanted, 1), launch.most_words), words) * words
+    return Division(size, rows, blocks, places, most)
+
+
+def words_aside(launch: TrellisFew, rows: int) -> int:
+    """Words that a program of so many rows reads side by side."""
+    return max(1, launch.words * launch.rows // rows)
 
 
 def divide_many(plan: TrellisPlan, launch: TrellisMany, tokens: int) -> Division:
     """The division of a product on tensor cores."""
     size = max(LEAST_TOKENS, triton.next_power_of_2(min(tokens, launch.tokens)))
     blocks, places = triton.cdiv(tokens, size), triton.cdiv(plan.height, launch.rows)
-    return Division(size, blocks, places, max(1, triton.cdiv(plan.chunks * blocks * places, launch.programs)))
+    most = max(1, triton.cdiv(plan.chunks * blocks * places, launch.programs))
+    return Division(size, launch.rows, blocks, places, most)
 
 
 def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tensor:
     """y = x W^T, levels times inputs four at a time."""
     plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
-    size, blocks, places, most = divide_few(plan, launch, tokens)
+    size, height, blocks, places, most = divide_few(plan, launch, tokens)
     units, span = plan.units(most, x.device), max(LEAST_SPAN, triton.next_power_of_2(most))
     programs = blocks * places * len(units)
     scratch = x.new_empty(programs * span * 8 * size, dtype=torch.int64)
@@ -98,8 +114,8 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
         scratch, scales, matrix.counters, partial, y,
         tokens, columns, rows, plan.height,
-        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=launch.rows,
-        WORDS=launch.words, EARLY=launch.early, num_warps=launch.warps, **early,
+        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=height,
+        WORDS=words_aside(launch, height), EARLY=launch.early, num_warps=launch.warps, **early,
     )  # fmt: skip
     return y
 
@@ -107,7 +123,7 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
 def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Tensor:
     """y = x W^T on tensor cores."""
     plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
-    size, blocks, places, most = divide_many(plan, launch, tokens)
+    size, _, blocks, places, most = divide_many(plan, launch, tokens)
     groups, padded = plan.groups(most, x.device), blocks * size
     inputs = x.new_empty(plan.chunks * 16 * 32 * padded, dtype=torch.int8)
     norms, totals = x.new_empty(2, len(plan.runs) * padded, dtype=torch.float32)

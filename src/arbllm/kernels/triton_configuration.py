@@ -83,6 +83,7 @@ class TrellisFew:
         tokens: of a program, at most; a power of two.
         rows: of a program, a power of two of at least 64.
         words: words of columns that are read side by side, by warps of their own where there are enough.
+        most_rows: of a program, where there would be far more programs than `programs` else, with fewer words.
         most_words: words of columns of a program, at most.
         programs: about how many programs to launch, if columns can be divided so.
         warps: of a program.
@@ -93,6 +94,7 @@ class TrellisFew:
     tokens: int
     rows: int
     words: int
+    most_rows: int
     most_words: int
     programs: int
     warps: int

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
+from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import trellis_layout, trellis_products, triton, triton_configuration, triton_rows
 from arbllm.kernels.triton_configuration import Configuration
 from arbllm.kernels.triton_layout import prepare
@@ -57,14 +58,21 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
 
 
 def compile_trellis(default: Configuration) -> None:
-    """The kernels for a matrix with a trellis, for other numbers of columns and rows than 1 or multiples of 16 too."""
+    """The kernels for a matrix with a trellis: for two sizes, for all numbers of signs, beginning early, and exact."""
     few = replace(default.trellis_few, most_tokens=1)
     launch = replace(default, trellis_few=few, trellis_many=replace(default.trellis_many, most_tokens=2))
     for rows, columns in ((256, TRELLIS), (112, TRELLIS[:2])):
-        matrix = trellis_layout.prepare(in_segments(rows, *columns))
-        for tokens in (1, 2, 3):
-            x = torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16)
-            trellis_products.multiply(x, matrix, launch)
+        multiply_all(in_segments(rows, *columns), launch)
+    early = replace(launch, trellis_few=replace(few, early=True))
+    multiply_all(in_segments(250, (61, 1, 1, True), (30, 1, 4, True), (1, 1, 1), scale_bits=16), early)
+
+
+def multiply_all(matrix: BinaryMatrix, launch: Configuration) -> None:
+    """One token, two, and three, which `launch` has different kernels for, and one in float32."""
+    prepared = trellis_layout.prepare(matrix)
+    for tokens, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (3, torch.bfloat16), (1, torch.float32)):
+        x = torch.zeros(tokens, matrix.layout.columns, dtype=dtype)
+        trellis_products.multiply(x, prepared, launch)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.rows import dequantize_rows, quantize_rows
-from arbllm.kernels import cuda, dispatch, trellis_layout, triton_configuration, triton_rows
+from arbllm.kernels import cuda, dispatch, trellis_layout, trellis_products, triton_configuration, triton_rows
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_plan import LONGEST_RUN, plan_of
 from tests.helpers import random_packed
@@ -62,30 +62,85 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "dtype"),
-    [
-        ("arb-rcx", 1, torch.bfloat16),
-        ("arb-rcx", 17, torch.float32),
-        ("arb-rcx of four bits", 3, torch.float16),
-        ("outliers alone", 2, torch.float32),
-        ("arb-rc", 8, torch.float16),
-        ("arb-x", 2, torch.float32),
-        ("four groups", 5, torch.bfloat16),
-        ("no groups", 1, torch.float32),
-        ("trellis of few signs", 1, torch.float32),
-        ("trellis of three signs", 3, torch.bfloat16),
-        ("trellis of four signs", 2, torch.float32),
-        ("trellis of many rows", 1, torch.float32),
-        ("trellis and plain", 1, torch.float16),
-        ("trellis and plain", 5, torch.float32),
-        ("trellis, float16", 2, torch.float32),
-    ],
-)
+PLAIN = [
+    ("arb-rcx", 1, torch.bfloat16),
+    ("arb-rcx", 17, torch.float32),
+    ("arb-rcx of four bits", 3, torch.float16),
+    ("outliers alone", 2, torch.float32),
+    ("arb-rc", 8, torch.float16),
+    ("arb-x", 2, torch.float32),
+    ("four groups", 5, torch.bfloat16),
+    ("no groups", 1, torch.float32),
+]
+TRELLIS = [
+    ("trellis of few signs", 1, torch.bfloat16),
+    ("trellis of three signs", 3, torch.bfloat16),
+    ("trellis of four signs", 2, torch.bfloat16),
+    ("trellis of many rows", 1, torch.bfloat16),
+    ("trellis of many rows", 5, torch.bfloat16),
+    ("trellis and plain", 17, torch.float16),
+    ("trellis, float16", 2, torch.float16),
+]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Which of the kernels for a trellis ran."""
+    found = []
+
+    def noted(name, function):
+        def run(*arguments):
+            found.append(name)
+            return function(*arguments)
+
+        return run
+
+    for name in ("multiply_few", "multiply_many", "multiply_dense"):
+        monkeypatch.setattr(trellis_products, name, noted(name, getattr(trellis_products, name)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "tokens", "dtype"), PLAIN)
 def test_straight_from_the_bits(monkeypatch, name, tokens, dtype):
     use(monkeypatch, few=17, many=64)
     matrix = MATRICES[name]()
     check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+
+
+@pytest.mark.parametrize(("name", "tokens", "dtype"), TRELLIS)
+def test_levels_four_at_a_time(monkeypatch, runs, name, tokens, dtype):
+    use(monkeypatch, few=17, many=64)
+    matrix = MATRICES[name]()
+    check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+    assert runs == ["multiply_few"]
+
+
+@pytest.mark.parametrize(("name", "tokens", "dtype"), TRELLIS)
+def test_levels_on_tensor_cores(monkeypatch, runs, name, tokens, dtype):
+    use(monkeypatch, **MANY)
+    matrix = MATRICES[name]()
+    check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+    assert runs == ["multiply_many"]
+
+
+@pytest.mark.parametrize(("name", "tokens", "dtype"), [*TRELLIS, *[(name, 3, torch.float32) for name, *_ in TRELLIS]])
+def test_levels_written_out(monkeypatch, runs, name, tokens, dtype):
+    use(monkeypatch, **(DENSE if dtype != torch.float32 else MANY))
+    matrix = MATRICES[name]()
+    check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+    assert runs == ["multiply_dense"]
+
+
+@pytest.mark.parametrize("launch", [{"few": 16, "many": 64}, MANY, DENSE], ids=["few", "many", "written out"])
+def test_nan_of_a_token_is_nan_in_its_outputs_alone(monkeypatch, launch):
+    use(monkeypatch, **launch)
+    matrix = in_segments(64, (40, 1, 2, True), (1, 1, 1))
+    x = inputs(3, 41, torch.float16)
+    x[1, 5] = torch.nan
+    ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
+    y = cuda.multiply(x.to(DEVICE), ready, 64).isnan().cpu()
+    assert y[1].all()
+    assert not y[[0, 2]].any()
 
 
 @pytest.mark.parametrize("launch", [MANY, DENSE], ids=["in registers", "written out"])
@@ -97,11 +152,6 @@ def test_straight_from_the_bits(monkeypatch, name, tokens, dtype):
         ("arb-rc", 3, torch.float32),
         ("arb-x", 5, torch.float16),
         ("four groups", 2, torch.float32),
-        ("trellis of few signs", 2, torch.float32),
-        ("trellis of many rows", 2, torch.float32),
-        ("trellis and plain", 17, torch.float16),
-        ("trellis and plain", 3, torch.float32),
-        ("trellis, float16", 2, torch.float32),
     ],
 )
 def test_by_weights(monkeypatch, launch, name, tokens, dtype):

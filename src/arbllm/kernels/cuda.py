@@ -40,15 +40,16 @@ def prepare(matrix: BinaryMatrix) -> Ready:
 def multiply(x: Tensor, ready: Ready, rows: int, *, exact: bool = False) -> Tensor:
     """Multiply by a prepared weight: y = x W^T.
 
-    With a trellis, up to some hundreds of tokens in bfloat16 or float16 are multiplied by levels rounded to 8 bits,
-    which makes an error of 0.1 to 0.4 % of a product. All other products of these dtypes are exact but for the sums,
-    which are in float32, and inputs times column scales, which have 11 bits; of float32 they are good to some 20 bits.
+    With a trellis, up to some hundreds of tokens in bfloat16 or float16 are multiplied by levels rounded to 8 bits (of
+    1 to 4 stored signs by 0.001, 0.1, 0.3 and 0.4 %) and inputs of 16 bits; without one, by weights as they are and
+    inputs of 11. More tokens are multiplied by weights rounded to their dtype (bfloat16: 0.2 %). Sums are in float32.
+    Products of float32 are good to some 20 bits.
 
     Args:
         x: (..., m) of one of `DTYPES` and any strides, on the weight's device.
         ready: from `prepare`.
         rows: n.
-        exact: whether levels are not to be rounded, however few the tokens.
+        exact: whether levels are not to be rounded, however few the tokens, but weights, to the dtype of x.
 
     Returns:
         (..., n) in the dtype of x.

@@ -36,10 +36,6 @@ UNIT = 8
 LONGEST_RUN = 32
 """Words of a run at most: its inputs are scaled together."""
 SINGLES_TOGETHER = 16
-SMALLEST_PLACE = 64
-"""Rows of a program at least."""
-MOST_BLOCKS = 8
-"""Blocks of tokens that a product is divided into at most."""
 SINGLE = Segment(1, 1, 1)
 """A column with a scale for each weight; arb-rcx has a few."""
 TURNED = (0x00FF00FF, 0x0000FFFF, -1)
@@ -102,6 +98,7 @@ class TrellisPlan:
         singles: columns with a scale for each weight.
         others: all other segments.
         runs: the columns of `coded`.
+        divisions: how products are divided among programs, see `trellis_products`.
     """
 
     layout: Layout
@@ -110,6 +107,7 @@ class TrellisPlan:
     others: tuple[Place, ...]
     runs: tuple[Run, ...]
     _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    divisions: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
@@ -223,7 +221,6 @@ class PreparedTrellis:
             in, then its other constants.
         exact_levels: float32 (4, 32): of each number of stored signs all levels.
         singles: int16 (k, height), signed codes of columns with a scale for each weight, or float16, signed scales.
-        counters: int32, zeros: programs that are done are counted here, and the last one puts it back.
         other_columns: int64, natural columns of segments of other kinds, which no method mixes with a trellis.
         others: float32 (rows, columns), the weights of these.
     """
@@ -237,7 +234,6 @@ class PreparedTrellis:
     levels: Tensor
     exact_levels: Tensor
     singles: Tensor
-    counters: Tensor
     other_columns: Tensor
     others: Tensor
 
@@ -266,7 +262,6 @@ def prepare(matrix: BinaryMatrix) -> PreparedTrellis:
     scales = [natural.new_empty(0).float(), *(_factors(matrix, place) for place in plan.singles)]
     single_factors = _filled(torch.cat(scales), SINGLES_TOGETHER)
     words = [torch.empty(0, dtype=torch.int32, device=device), *(_words(matrix, place) for place in plan.coded)]
-    places = -(-plan.height // SMALLEST_PLACE)
     return PreparedTrellis(
         plan=plan,
         words=torch.cat(words),
@@ -277,7 +272,6 @@ def prepare(matrix: BinaryMatrix) -> PreparedTrellis:
         levels=torch.tensor(_constants(), dtype=torch.int32).to(device),
         exact_levels=torch.tensor([_levels(terms) for terms in sorted(COEFFICIENTS)]).to(device),
         singles=_singles(matrix, plan),
-        counters=torch.zeros(MOST_BLOCKS * places, dtype=torch.int32, device=device),
         other_columns=natural[others],
         others=matrix.dequantize()[:, natural[others]] if len(others) else natural.new_empty(layout.rows, 0).float(),
     )

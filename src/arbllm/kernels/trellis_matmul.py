@@ -14,7 +14,6 @@ from arbllm.kernels.trellis_parts import (
     CHUNK,
     COLUMNS,
     FIELDS,
-    LARGEST,
     RUN_CHUNK,
     RUN_COLUMN,
     RUN_SEGMENT,
@@ -26,6 +25,8 @@ from arbllm.kernels.trellis_parts import (
     loaded,
     single_weight,
     unit_fields,
+    whole_numbers,
+    whole_words,
 )
 from arbllm.kernels.triton_parts import INTERPRETED, scale_values
 
@@ -50,9 +51,8 @@ def scale_inputs(
     natural = tl.load(order + start, mask=inside, other=0)
     value = tl.load(x + token.to(tl.int64) * columns + natural, mask=inside, other=0).to(tl.float32)
     value *= tl.load(factors + start, mask=inside, other=0)
-    largest = tl.max(tl.abs(value), 0)
-    value *= tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)
-    whole = tl.floor(value + 0.5).to(tl.int32)
+    whole, norm, total = whole_numbers(value[None, :])
+    whole = tl.reshape(whole, (SPAN * COLUMNS,))
     upper = (whole + 128) >> 8
     word, quad = column // COLUMNS, column % COLUMNS // 4
     chunks = (words + CHUNK - 1) // CHUNK
@@ -62,8 +62,9 @@ def scale_inputs(
     there = column < chunks * CHUNK * COLUMNS
     tl.store(into, upper.to(tl.int8), mask=there)
     tl.store(into + TOKENS * 32, (whole - (upper << 8)).to(tl.int8), mask=there)
-    tl.store(norms + run * padded + token, largest / LARGEST)
-    tl.store(totals + run * padded + token, tl.sum(whole, 0).to(tl.float32))
+    where = run * padded + token + tl.arange(0, 1)
+    tl.store(norms + where, norm)
+    tl.store(totals + where, total)
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _run_of_many(
     words, inputs, norms, totals, row_scales, run_table, levels, run, outputs, block, padded, height, m,
     TERMS: tl.constexpr, CODES: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`outputs` (M, 2 TOKENS) with the products of one run added, those of upper bytes before those of lower ones."""
+    """`outputs` (M, TOKENS) with the products of one run added."""
     fields = run_table + run * FIELDS
     count = tl.load(fields + RUN_WORDS)
     place = words + (tl.load(fields + RUN_START).to(tl.int64) * UNIT + BEFORE) * 4
@@ -112,7 +113,8 @@ def _run_of_many(
     t = run * padded + block * TOKENS + n % TOKENS
     norm = tl.load(norms + t) * tl.where(n < TOKENS, 256.0, 1.0)
     total = tl.load(totals + t) * tl.where(n < TOKENS, 0.0, 0.5)
-    return outputs + scale[:, None] * (norm[None, :] * (sums.to(tl.float32) + total[None, :]))
+    both = norm[None, :] * (sums.to(tl.float32) + total[None, :])  # of upper bytes, then of lower ones
+    return outputs + scale[:, None] * tl.sum(tl.reshape(both, (M, 2, TOKENS)), 1)
 
 
 @triton.jit
@@ -152,13 +154,12 @@ def many_tokens(
     into += offsets
     for number in tl.static_range(len(KINDS)):
         if kind == number:
-            sums = tl.zeros((M, 2 * TOKENS), tl.float32)
+            outputs = tl.zeros((M, TOKENS), tl.float32)
             for run in range(first, last):
-                sums = _run_of_many(
-                    words, inputs, norms, totals, row_scales, run_table, levels, run, sums, block, padded, height, m,
+                outputs = _run_of_many(
+                    words, inputs, norms, totals, row_scales, run_table, levels, run, outputs, block, padded, height, m,
                     KINDS[number], CODES, M, TOKENS, STAGES,
                 )  # fmt: skip
-            outputs = tl.sum(tl.reshape(sums, (M, 2, TOKENS)), 1)
             tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if kind == len(KINDS):
         outputs = _singles_of_many(
@@ -179,7 +180,7 @@ def _write_words(
     scale = scale_values(tl.load(row_scales + segment * height + m, mask=kept, other=0), CODES)
     size = TERMS * height + BEFORE
     place = words + start.to(tl.int64) * UNIT + BEFORE + m[:, None]
-    bit, begin = tl.arange(0, COLUMNS)[None, :], tl.multiple_of(column, COLUMNS)
+    bit, begin = tl.arange(0, COLUMNS)[None, :], whole_words(column)
     shift = 16 * (bit // 4 % 2) + 4 * (bit % 4) + bit // 8
     into = dense + local.to(tl.int64)[:, None] * columns + begin + bit
     source = factors + begin + bit

@@ -13,13 +13,14 @@ from arbllm.kernels.trellis_levels import level_unit, quads
 from arbllm.kernels.trellis_parts import (
     BEFORE,
     COLUMNS,
-    LARGEST,
     SINGLES,
     UNIT,
     add_up,
     loaded,
     single_weight,
     unit_fields,
+    whole_numbers,
+    whole_words,
 )
 from arbllm.kernels.triton_parts import INTERPRETED, scale_values
 
@@ -53,16 +54,14 @@ def _keep_inputs(
     token = (first_token + t).to(tl.int64)[:, None]
     value = tl.load(x + token * columns + natural, mask=inside & asked, other=0).to(tl.float32)
     value *= tl.load(factors + start + column[None, :], mask=inside, other=0)
-    largest = tl.max(tl.abs(value), 1)
-    value *= tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)[:, None]
-    whole = tl.floor(value + 0.5).to(tl.int32)
+    whole, norm, total = whole_numbers(value)
     upper = (whole + 128) >> 8
     high, low = _packed_bytes(upper, TOKENS, SPAN * 8), _packed_bytes(whole - (upper << 8), TOKENS, SPAN * 8)
     quad = tl.arange(0, SPAN * 8)[None, :]
     into = scratch + (quad // 8 * TOKENS + t[:, None]) * 8 + quad % 8
     tl.store(into, (low.to(tl.int64) << 32) | (high.to(tl.int64) & 0xFFFFFFFF))
-    tl.store(scales + t, largest / LARGEST)
-    tl.store(scales + TOKENS + t, tl.sum(whole, 1).to(tl.float32))
+    tl.store(scales + t, norm)
+    tl.store(scales + TOKENS + t, total)
 
 
 @triton.jit
@@ -112,7 +111,7 @@ def _unit_of_few(
     scale = tl.load(row_scales + segment * height + m, mask=m < height, other=0)
     _begin(EARLY)
     _keep_inputs(
-        x, order, factors, scratch, scales, tl.multiple_of(column, COLUMNS), count * COLUMNS, block * TOKENS, tokens,
+        x, order, factors, scratch, scales, whole_words(column), count * COLUMNS, block * TOKENS, tokens,
         columns, TOKENS, SPAN,
     )  # fmt: skip
     tl.debug_barrier()

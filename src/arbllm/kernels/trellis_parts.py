@@ -48,6 +48,25 @@ def loaded(place, height, there, TERMS: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
+def whole_words(column):
+    """A column that begins a word; so a compiler knows that it does."""
+    return column // COLUMNS * COLUMNS
+
+
+@triton.jit
+def whole_numbers(values):
+    """Values (tokens, k) as whole numbers of 16 bits, scaled to each token's largest; what one stands for; their sums.
+
+    That is NaN where a value is, since whole numbers know none.
+    """
+    largest = tl.max(tl.abs(values), 1)
+    share = tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)
+    whole = tl.floor(values * share[:, None] + 0.5).to(tl.int32)
+    lost = tl.sum((values != values).to(tl.int32), 1) > 0
+    return whole, tl.where(lost, float("nan"), largest / LARGEST), tl.sum(whole, 1).to(tl.float32)
+
+
+@triton.jit
 def single_weight(places, there, CODES: tl.constexpr):
     stored = tl.load(places, mask=there, other=0)
     value = scale_values(tl.abs(stored), CODES)
@@ -58,10 +77,8 @@ def single_weight(places, there, CODES: tl.constexpr):
 def add_up(partial, counters, y, offsets, wanted, units, stride, ZERO):
     """The program that finds all others of its place done adds their results up, in their order, in float32."""
     tl.debug_barrier()
-    counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    done = tl.atomic_add(counter, 1, sem="acq_rel")
+    done = tl.atomic_add(counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
     if done == units - 1:
-        tl.store(counter, 0)
         total, source = ZERO, partial + offsets
         for unit in range(0, units, TOGETHER):
             for step in tl.static_range(TOGETHER):

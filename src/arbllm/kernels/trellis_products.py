@@ -18,6 +18,10 @@ WRITTEN = 8
 """Words of columns of a program that writes weights out."""
 ALIGNED = 256
 """Rows are written out in multiples of this, so that products begin where the vendor's kernels can."""
+SHARES = {1: 1, 2: 1, 4: 2, 8: 3}
+"""By the tokens of a program, how many times fewer run side by side, for all the registers that they take."""
+FEWEST = 2
+"""Tokens up to which a program may take more rows: of more, their sums would not fit."""
 LEAST_SPAN = 16
 """Words whose inputs a program makes ready at once: there is a kernel for each power of two."""
 LEAST_TOKENS = 8
@@ -36,18 +40,20 @@ def multiply(x: Tensor, matrix: PreparedTrellis, configuration: Configuration, e
     else:
         y = multiply_many(x, matrix, configuration.trellis_many)
     if matrix.others.numel():
-        y = (y.float() + x[:, matrix.other_columns].float() @ matrix.others.T).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = (y.float() + x[:, matrix.other_columns].float() @ matrix.others.T).to(x.dtype)
     return y
 
 
 def make_units(plan: TrellisPlan, default: Configuration, device: torch.device) -> None:
     """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
     plan.units(WRITTEN, device)
-    for tokens in range(1, default.trellis_many.most_tokens + 1):
+    most = [shape.get("trellis_many", {}).get("most_tokens", 0) for shape in default.shapes]
+    for tokens in range(1, max(default.trellis_many.most_tokens, *most, 0) + 1):
         launch = default.of(plan.layout.rows, plan.layout.columns, tokens)
         if tokens <= launch.trellis_few.most_tokens:
             plan.units(divide_few(plan, launch.trellis_few, tokens).most, device)
-        else:
+        elif tokens <= launch.trellis_many.most_tokens:
             plan.groups(divide_many(plan, launch.trellis_many, tokens).most, device)
 
 
@@ -70,18 +76,21 @@ class Division(NamedTuple):
 
 
 def divide_few(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
-    """The division of a product of a few tokens.
+    """The division of a product of a few tokens; kept in the plan."""
+    if (launch, tokens) not in plan.divisions:
+        plan.divisions[launch, tokens] = _divided(plan, launch, tokens)
+    return Division(*plan.divisions[launch, tokens])
 
-    Programs that wait for others to end wait for all that these wait for: of large matrices each takes more rows, and
-    fewer words side by side.
-    """
+
+def _divided(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
+    """Programs that wait for others to end wait for all that these wait for: of large matrices each takes more rows."""
     size = triton.next_power_of_2(min(tokens, launch.tokens))
-    blocks, rows = triton.cdiv(tokens, size), launch.rows
-    least = blocks * sum(triton.cdiv(run.words, launch.most_words) for run in plan.runs)
-    while rows < launch.most_rows and 2 * least * triton.cdiv(plan.height, rows) > 3 * launch.programs:
+    blocks, rows, programs = triton.cdiv(tokens, size), launch.rows, launch.programs // SHARES[min(size, max(SHARES))]
+    least = blocks * sum(-(-run.words // launch.most_words) for run in plan.runs)
+    while size <= FEWEST and rows < launch.most_rows and 2 * least * triton.cdiv(plan.height, rows) > 3 * programs:
         rows *= 2
     places, words = triton.cdiv(plan.height, rows), words_aside(launch, rows)
-    wanted = triton.cdiv(plan.single_start // WORD * blocks * places, launch.programs)
+    wanted = triton.cdiv(plan.single_start // WORD * blocks * places, programs)
     most = triton.cdiv(min(max(wanted, 1), launch.most_words), words) * words
     return Division(size, rows, blocks, places, most)
 
@@ -107,12 +116,12 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
     programs = blocks * places * len(units)
     scratch = x.new_empty(programs * span * 8 * size, dtype=torch.int64)
     scales = x.new_empty(programs * 2 * size, dtype=torch.float32)
-    partial = x.new_empty(len(units) * tokens * rows if len(units) > 1 else 1, dtype=torch.float32)
+    partial, counters = _shared(x, len(units), rows, blocks * places)
     y = x.new_empty(tokens, rows)
     early = {"launch_pdl": True} if launch.early else {}
     trellis_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
-        scratch, scales, matrix.counters, partial, y,
+        scratch, scales, counters, partial, y,
         tokens, columns, rows, plan.height,
         KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=height,
         WORDS=words_aside(launch, height), EARLY=launch.early, num_warps=launch.warps, **early,
@@ -142,11 +151,11 @@ def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Te
         TOKENS=size,
         SPAN=span,
     )
-    partial = x.new_empty(len(groups) * tokens * rows if len(groups) > 1 else 1, dtype=torch.float32)
+    partial, counters = _shared(x, len(groups), rows, blocks * places)
     y = x.new_empty(tokens, rows)
     trellis_matmul.many_tokens[(places, len(groups), blocks)](
         x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, matrix.run_table, groups,
-        matrix.levels, matrix.singles, inputs, norms, totals, matrix.counters, partial, y,
+        matrix.levels, matrix.singles, inputs, norms, totals, counters, partial, y,
         tokens, padded, columns, rows, plan.height, plan.single_start,
         KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(groups) > 1, TOKENS=size, M=launch.rows,
         STAGES=launch.stages, num_warps=launch.warps,
@@ -162,11 +171,12 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
     trellis_matmul.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
     units = plan.units(WRITTEN, x.device)
     y = x.new_empty(len(x), rows)
-    piece = launch.scratch_megabytes * 10**6 // (width * x.element_size()) // ALIGNED * ALIGNED
-    for start in range(0, rows, max(piece, ALIGNED)):
-        stop = min(start + max(piece, ALIGNED), rows)
-        dense = x.new_empty(stop - start, width)
-        dense[:, plan.single_start + len(matrix.singles) :] = 0
+    piece = max(launch.scratch_megabytes * 10**6 // (width * x.element_size()) // ALIGNED, 1) * ALIGNED
+    scratch = x.new_empty(min(piece, rows), width)
+    scratch[:, plan.single_start + len(matrix.singles) :] = 0
+    for start in range(0, rows, piece):
+        stop = min(start + piece, rows)
+        dense = scratch[: stop - start]
         trellis_matmul.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
             matrix.words, matrix.factors, matrix.row_scales, units, matrix.exact_levels, matrix.singles, dense,
             start, stop, width, plan.height,
@@ -174,6 +184,13 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
         )  # fmt: skip
         torch.mm(xs, dense.T, out=y[:, start:stop])
     return y
+
+
+def _shared(x: Tensor, units: int, rows: int, places: int) -> tuple[Tensor, Tensor]:
+    """Where programs of several units put their results, and count that they did: each call has its own."""
+    if units == 1:
+        return x.new_empty(1, dtype=torch.float32), x.new_empty(1, dtype=torch.int32)
+    return x.new_empty(units * len(x) * rows, dtype=torch.float32), x.new_zeros(places, dtype=torch.int32)
 
 
 def _codes(matrix: PreparedTrellis) -> bool:

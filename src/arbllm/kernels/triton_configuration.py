@@ -61,10 +61,10 @@ class ManyTokens:
 
 @dataclass(frozen=True)
 class Dense:
-    """Launch of `triton_matmul.dequantize`.
+    """Launch of `triton_matmul.dequantize` and `trellis_matmul.dequantize`.
 
     Attributes:
-        rows: rows of words of a program.
+        rows: rows of words of a program, with a trellis of the matrix.
         scratch_megabytes: dense weights that exist at a time, in 10^6 bytes.
         warps: of a program.
     """

@@ -1,5 +1,5 @@
-import warnings
 import time
+import warnings
 import weakref
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Search how the Triton kernels are best launched on this GPU, and write it as data.
+"""Search how the Triton kernels for a trellis are best launched on this GPU, and write it as data.
 
     python benchmarks/tune_triton.py [--bits 2.25] [--repeats 5] [--workers 12] [--parts trellis_few,trellis_many]
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from arbllm.kernels import cuda
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_configuration import Configuration, file_of, load
+from arbllm.kernels.triton_trellis_products import LEAST_SPAN
 from gpu_kernels import SHAPES, graph_times
 from random_matrices import random_matrix
 
@@ -104,9 +105,8 @@ def _compile(job: tuple[str, int, int, float]) -> None:
 
 def _same_kernel(launch: dict[str, Any]) -> tuple[Any, ...]:
     """Launches of which this is the same have the same kernel."""
-    return tuple(
-        (name, value) for name, value in launch.items() if name != "programs" and (name, value) != ("most_words", 8)
-    )
+    span = max(LEAST_SPAN, launch.get("most_words", 0))
+    return tuple(launch[name] for name in launch if name not in ("programs", "most_words")), span
 
 
 def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:

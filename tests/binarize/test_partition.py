@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from arbllm.binarize.alternating import plain, squared_error
 from arbllm.binarize.partition import (
     PERCENTILES,
+    _errors_of_splits,
     _percentiles,
     _Prefix,
+    _second_order_errors,
     salient_columns,
     split_by_saliency,
     split_by_weight,
@@ -97,3 +99,13 @@ def test_salient_columns_are_the_best_of_the_top_k(seed, width):
 
 def test_a_block_of_one_column_has_no_salient_column():
     assert not salient_columns(torch.rand(5, 1)).any()
+
+
+@pytest.mark.parametrize(("width", "rows"), [(128, 300), (50, 11), (3, 7)])
+def test_splits_priced_together_cost_what_each_does(width, rows):
+    """A GPU takes many at a time."""
+    ranked = torch.rand(width, rows, generator=torch.Generator().manual_seed(width)) ** 3
+    most = min(49, width - 1)
+    together = [_second_order_errors(ranked, counts) for counts in torch.arange(1, most + 1).split(7)]
+    each = _errors_of_splits(ranked, most)
+    torch.testing.assert_close(torch.cat(together), each, rtol=1e-4, atol=1e-6 * float(each.max()))

@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import trellis_layout, trellis_products, triton, triton_configuration, triton_rows
+from arbllm.kernels import triton, triton_configuration, triton_rows, triton_trellis_layout, triton_trellis_products
 from arbllm.kernels.triton_configuration import Configuration
 from arbllm.kernels.triton_layout import prepare
 from tests.kernels.triton_matrices import in_segments
@@ -69,10 +69,10 @@ def compile_trellis(default: Configuration) -> None:
 
 def multiply_all(matrix: BinaryMatrix, launch: Configuration) -> None:
     """One token, two, and three, which `launch` has different kernels for, and one in float32."""
-    prepared = trellis_layout.prepare(matrix)
+    prepared = triton_trellis_layout.prepare(matrix)
     for tokens, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (3, torch.bfloat16), (1, torch.float32)):
         x = torch.zeros(tokens, matrix.layout.columns, dtype=dtype)
-        trellis_products.multiply(x, prepared, launch)
+        triton_trellis_products.multiply(x, prepared, launch)
 
 
 if __name__ == "__main__":

@@ -48,18 +48,18 @@ def test_kernels_compile_for_an_h100():
         "triton_rows.multiply_byte_rows",
         *(f"triton_matvec.{name}" for name in ("scale_inputs", "few_tokens")),
         *(f"triton_matmul.{name}" for name in ("many_tokens", "dequantize")),
-        "trellis_matvec.few_tokens",
-        *(f"trellis_matmul.{name}" for name in ("scale_inputs", "many_tokens", "dequantize", "gather")),
+        "triton_trellis_matvec.few_tokens",
+        *(f"triton_trellis_matmul.{name}" for name in ("scale_inputs", "many_tokens", "dequantize", "gather")),
     }
     few = found["triton_matvec.few_tokens"]
     assert {"bits on tensor cores", "loads under way during products"} <= set(few["means"])
     assert few["barriers"] < MOST_BARRIERS
     assert len(few["variants"]) == 1
-    assert found["trellis_matvec.few_tokens"]["means"] == ["four bytes at a time"]
+    assert found["triton_trellis_matvec.few_tokens"]["means"] == ["four bytes at a time"]
     assert {"bytes on tensor cores", "loads under way during products"} <= set(
-        found["trellis_matmul.many_tokens"]["means"]
+        found["triton_trellis_matmul.many_tokens"]["means"]
     )
-    assert len(found["trellis_matvec.few_tokens"]["variants"]) == 2  # of two kinds of matrices
+    assert len(found["triton_trellis_matvec.few_tokens"]["variants"]) == 2  # of two kinds of matrices
 
 
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):

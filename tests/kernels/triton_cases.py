@@ -15,7 +15,14 @@ import torch
 from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.rows import dequantize_rows, quantize_rows
-from arbllm.kernels import cuda, dispatch, trellis_layout, trellis_products, triton_configuration, triton_rows
+from arbllm.kernels import (
+    cuda,
+    dispatch,
+    triton_configuration,
+    triton_rows,
+    triton_trellis_layout,
+    triton_trellis_products,
+)
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_plan import LONGEST_RUN, plan_of
 from tests.helpers import random_packed
@@ -96,7 +103,7 @@ def runs(monkeypatch):
         return run
 
     for name in ("multiply_few", "multiply_many", "multiply_dense"):
-        monkeypatch.setattr(trellis_products, name, noted(name, getattr(trellis_products, name)))
+        monkeypatch.setattr(triton_trellis_products, name, noted(name, getattr(triton_trellis_products, name)))
     return found
 
 
@@ -205,7 +212,7 @@ def test_a_prepared_matrix_has_all_work_divided(name):
     matrix = MATRICES[name]()
     layout = matrix.layout
     ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
-    plan = trellis_layout.plan_of(layout) if layout.has_trellis else plan_of(layout)
+    plan = triton_trellis_layout.plan_of(layout) if layout.has_trellis else plan_of(layout)
     divided = dict(plan._units)
     for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (17, torch.bfloat16)):
         cuda.multiply(inputs(tokens, layout.columns, dtype).to(DEVICE), ready, layout.rows)

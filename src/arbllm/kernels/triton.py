@@ -2,8 +2,8 @@
 
 Up to some 16 tokens products are taken straight from the bits (`triton_matvec`); up to some hundreds, weights are made
 in registers (`triton_matmul`); beyond, they are written out in pieces for the vendor's matrix product. Matrices with a
-trellis have kernels of their own (`trellis_products`). With TRITON_INTERPRET=1 in the environment before the first
-import everything runs on the CPU, slowly, for tests.
+trellis have kernels of their own (`triton_trellis_products`). With TRITON_INTERPRET=1 in the environment before the
+first import everything runs on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from arbllm.format.layout import ORDERINGS, Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import (
     cuda,
-    trellis_layout,
-    trellis_products,
     triton_configuration,
     triton_layout,
     triton_matmul,
     triton_matvec,
+    triton_trellis_layout,
+    triton_trellis_products,
 )
 from arbllm.kernels.triton_configuration import Configuration, FewTokens, ManyTokens
 from arbllm.kernels.triton_layout import Prepared
@@ -45,9 +45,9 @@ def prepare(matrix: BinaryMatrix) -> cuda.Ready:
     """A matrix as the kernels read it, on the same device, of about the size of the packed tensors."""
     numbers = _numbers(matrix.layout)
     if matrix.layout.has_trellis:
-        configuration = configuration_of(matrix.signs.device)
-        trellis_products.make_units(trellis_layout.plan_of(matrix.layout), configuration, matrix.signs.device)
-        return trellis_layout.prepare(matrix).tensors, numbers
+        plan, device = triton_trellis_layout.plan_of(matrix.layout), matrix.signs.device
+        triton_trellis_products.make_units(plan, configuration_of(device), device)
+        return triton_trellis_layout.prepare(matrix).tensors, numbers
     _make_units(tuple(numbers), matrix.signs.device)
     return triton_layout.prepare(matrix).tensors, numbers
 
@@ -106,8 +106,12 @@ def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int],
     layout = _layout_of(tuple(numbers))
     with _on(x.device):
         if layout.has_trellis:
-            trellis = trellis_layout.PreparedTrellis(trellis_layout.plan_of(layout), *tensors)
-            return trellis_products.multiply(x, trellis, configuration, exact) if len(x) else x.new_empty(0, numbers[0])
+            trellis = triton_trellis_layout.PreparedTrellis(triton_trellis_layout.plan_of(layout), *tensors)
+            return (
+                triton_trellis_products.multiply(x, trellis, configuration, exact)
+                if len(x)
+                else x.new_empty(0, numbers[0])
+            )
         matrix = Prepared(plan_of(layout), *tensors)
         return multiply_prepared(x, matrix, configuration) if len(x) else x.new_empty(0, numbers[0])
 

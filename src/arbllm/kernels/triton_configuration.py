@@ -61,7 +61,7 @@ class ManyTokens:
 
 @dataclass(frozen=True)
 class Dense:
-    """Launch of `triton_matmul.dequantize` and `trellis_matmul.dequantize`.
+    """Launch of `triton_matmul.dequantize` and `triton_trellis_matmul.dequantize`.
 
     Attributes:
         rows: rows of words of a program, with a trellis of the matrix.
@@ -76,7 +76,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class TrellisFew:
-    """Launch of `trellis_matvec.few_tokens`.
+    """Launch of `triton_trellis_matvec.few_tokens`.
 
     Attributes:
         most_tokens: with more tokens, another kernel runs.
@@ -103,7 +103,7 @@ class TrellisFew:
 
 @dataclass(frozen=True)
 class TrellisMany:
-    """Launch of `trellis_matmul.many_tokens`; fields as in `TrellisFew`.
+    """Launch of `triton_trellis_matmul.many_tokens`; fields as in `TrellisFew`.
 
     Attributes:
         most_tokens: with more, the weight is written out in pieces.

@@ -1,7 +1,7 @@
 """How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
 
-Matrices with a trellis lie as `trellis_layout` has it. Columns of one kind (as many groups and signs) lie together, in
-pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is
+Matrices with a trellis lie as `triton_trellis_layout` has it. Columns of one kind (as many groups and signs) lie
+together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is
 column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of its bits
 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and 11 begin
 the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
@@ -10,13 +10,14 @@ the exponent. So the product of a bit plane with activations needs one mask for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arbllm.format.layout import Place
 from arbllm.format.matrix import BinaryMatrix
+from arbllm.kernels.prepared import PreparedTensors
 from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, WORDS, Family, Plan, Run, plan_of, rows_of_words
 
 PIECE = 32 * CHUNK
@@ -24,7 +25,7 @@ PIECE = 32 * CHUNK
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(PreparedTensors):
     """A packed matrix as the Triton kernels read it.
 
     Attributes:
@@ -52,16 +53,6 @@ class Prepared:
     singles: Tensor
     single_columns: Tensor
     run_table: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the class."""
-        return [getattr(self, each.name) for each in fields(self)[1:]]
 
 
 def prepare(matrix: BinaryMatrix) -> Prepared:

@@ -1,4 +1,4 @@
-"""Levels of a trellis as bytes, from stored bits: words as `trellis_layout` has them, 32 columns of a row each.
+"""Levels of a trellis as bytes, from stored bits: words as `triton_trellis_layout` has them, 32 columns of a row each.
 
 Byte v stands for (v + 1/2) units, so that the byte of a level with all signs turned is the same one, all bits turned.
 A word gives eight quads, quad q the bytes of columns 4 q to 4 q + 3, the first the lowest. The numbers of their levels
@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from arbllm.binarize.code import COEFFICIENTS
-from arbllm.kernels.trellis_layout import TURNED, level_words, unit_of
 from arbllm.kernels.triton_parts import INTERPRETED
+from arbllm.kernels.triton_trellis_layout import TURNED, level_words, unit_of
 
-SECOND, THIRD, FOURTH = "$12", "$13", "$14"
-
-
+SECOND, THIRD = "$12", "$13"
+"""Operands of `_assembly`."""
 _WORDS = tuple(tuple(level_words(terms)) for terms in sorted(COEFFICIENTS))
 _UNITS = tuple(unit_of(terms) for terms in sorted(COEFFICIENTS))
 
@@ -72,7 +71,7 @@ def _moved(into: str, word: str, places: int) -> str:
 
 @triton.constexpr_function
 def _tables(terms: int) -> tuple[int, ...]:
-    """Constants of `_assembly`: bytes of levels."""
+    """Constants of `_assembly`: bytes of levels, and to turn them."""
     return _WORDS[terms - 1][: 4 if terms == 4 else 2] + (TURNED if terms > 2 else ())
 
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from arbllm.budget import joint_layout
-from arbllm.kernels.trellis_layout import plan_of
 from arbllm.kernels.triton_configuration import load
+from arbllm.kernels.triton_trellis_layout import plan_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 SHAPES = [(192, 576), (4096, 4096), (11008, 4096), (8192, 28672)]
 
 
 def plan_and_products(rows, columns):
-    from arbllm.kernels import trellis_products
+    from arbllm.kernels import triton_trellis_products
 
-    return plan_of(joint_layout(rows, columns, 2.25, 512, columns // 500, True)), trellis_products
+    return plan_of(joint_layout(rows, columns, 2.25, 512, columns // 500, True)), triton_trellis_products
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])

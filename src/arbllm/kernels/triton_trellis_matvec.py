@@ -1,7 +1,7 @@
 """Triton kernel for a few tokens times a matrix with a trellis, levels times inputs four at a time.
 
-Levels are bytes (see `trellis_levels`). Inputs times column scales are whole numbers of 16 bits, as two bytes each,
-scaled to the largest of those that a program multiplies. Their sums are exact; row scales come in at the end.
+Levels are bytes (see `triton_trellis_levels`). Inputs times column scales are whole numbers of 16 bits, as two bytes
+each, scaled to the largest of those that a program multiplies. Their sums are exact; row scales come in at the end.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.trellis_levels import level_unit, quads
-from arbllm.kernels.trellis_parts import (
+from arbllm.kernels.triton_parts import INTERPRETED, scale_values
+from arbllm.kernels.triton_trellis_levels import level_unit, quads
+from arbllm.kernels.triton_trellis_parts import (
     BEFORE,
     COLUMNS,
     SINGLES,
@@ -22,7 +23,6 @@ from arbllm.kernels.trellis_parts import (
     whole_numbers,
     whole_words,
 )
-from arbllm.kernels.triton_parts import INTERPRETED, scale_values
 
 
 @triton.jit

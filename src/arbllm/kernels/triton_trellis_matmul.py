@@ -1,6 +1,6 @@
 """Triton kernels for many tokens times a matrix with a trellis: bytes on tensor cores, or weights written out.
 
-Levels and inputs are bytes as in `trellis_matvec`; weights that are written out have levels as they are.
+Levels and inputs are bytes as in `triton_trellis_matvec`; weights that are written out have levels as they are.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.trellis_levels import level_unit, quads
-from arbllm.kernels.trellis_parts import (
+from arbllm.kernels.triton_parts import INTERPRETED, scale_values
+from arbllm.kernels.triton_trellis_levels import level_unit, quads
+from arbllm.kernels.triton_trellis_parts import (
     BEFORE,
     CHUNK,
     COLUMNS,
@@ -28,7 +29,6 @@ from arbllm.kernels.trellis_parts import (
     whole_numbers,
     whole_words,
 )
-from arbllm.kernels.triton_parts import INTERPRETED, scale_values
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -197,7 +197,7 @@ def _write_words(
         source += COLUMNS
 
 
-@triton.jit(do_not_specialize=["start"])  # likewise
+@triton.jit(do_not_specialize=["start"])  # as in `triton_trellis_matvec.few_tokens`
 def dequantize(
     words, factors, row_scales, units, exact_levels, singles, dense,
     start, stop, columns, height,

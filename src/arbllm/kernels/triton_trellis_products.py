@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from arbllm.kernels import trellis_matmul, trellis_matvec
-from arbllm.kernels.trellis_layout import CHUNK, WORD, PreparedTrellis, TrellisPlan
+from arbllm.kernels import triton_trellis_matmul, triton_trellis_matvec
 from arbllm.kernels.triton_configuration import Configuration, TrellisFew, TrellisMany
+from arbllm.kernels.triton_trellis_layout import CHUNK, WORD, PreparedTrellis, TrellisPlan
 
 GATHERED = 1024
 """Inputs of a token that are put in order at a time."""
@@ -75,15 +76,12 @@ class Division(NamedTuple):
     most: int
 
 
+@cache
 def divide_few(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
-    """The division of a product of a few tokens; kept in the plan."""
-    if (launch, tokens) not in plan.divisions:
-        plan.divisions[launch, tokens] = _divided(plan, launch, tokens)
-    return Division(*plan.divisions[launch, tokens])
+    """The division of a product of a few tokens.
 
-
-def _divided(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
-    """Programs that wait for others to end wait for all that these wait for: of large matrices each takes more rows."""
+    Programs that wait for others to end wait for all that these wait for: of large matrices each takes more rows.
+    """
     size = triton.next_power_of_2(min(tokens, launch.tokens))
     blocks, rows, programs = triton.cdiv(tokens, size), launch.rows, launch.programs // SHARES[min(size, max(SHARES))]
     least = blocks * sum(-(-run.words // launch.most_words) for run in plan.runs)
@@ -100,6 +98,7 @@ def words_aside(launch: TrellisFew, rows: int) -> int:
     return max(1, launch.words * launch.rows // rows)
 
 
+@cache
 def divide_many(plan: TrellisPlan, launch: TrellisMany, tokens: int) -> Division:
     """The division of a product on tensor cores."""
     size = max(LEAST_TOKENS, triton.next_power_of_2(min(tokens, launch.tokens)))
@@ -119,7 +118,7 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
     partial, counters = _shared(x, len(units), rows, blocks * places)
     y = x.new_empty(tokens, rows)
     early = {"launch_pdl": True} if launch.early else {}
-    trellis_matvec.few_tokens[(places, len(units), blocks)](
+    triton_trellis_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
         scratch, scales, counters, partial, y,
         tokens, columns, rows, plan.height,
@@ -137,23 +136,13 @@ def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Te
     inputs = x.new_empty(plan.chunks * 16 * 32 * padded, dtype=torch.int8)
     norms, totals = x.new_empty(2, len(plan.runs) * padded, dtype=torch.float32)
     span = triton.next_power_of_2(CHUNK * max(run.chunks for run in plan.runs))
-    trellis_matmul.scale_inputs[(len(plan.runs), padded)](
-        x,
-        matrix.order,
-        matrix.factors,
-        matrix.run_table,
-        inputs,
-        norms,
-        totals,
-        tokens,
-        padded,
-        columns,
-        TOKENS=size,
-        SPAN=span,
-    )
+    triton_trellis_matmul.scale_inputs[(len(plan.runs), padded)](
+        x, matrix.order, matrix.factors, matrix.run_table, inputs, norms, totals, tokens, padded, columns,
+        TOKENS=size, SPAN=span,
+    )  # fmt: skip
     partial, counters = _shared(x, len(groups), rows, blocks * places)
     y = x.new_empty(tokens, rows)
-    trellis_matmul.many_tokens[(places, len(groups), blocks)](
+    triton_trellis_matmul.many_tokens[(places, len(groups), blocks)](
         x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, matrix.run_table, groups,
         matrix.levels, matrix.singles, inputs, norms, totals, counters, partial, y,
         tokens, padded, columns, rows, plan.height, plan.single_start,
@@ -168,7 +157,7 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
     plan, launch, rows = matrix.plan, configuration.dense, matrix.plan.layout.rows
     width = len(matrix.order)
     xs = x.new_empty(len(x), width)
-    trellis_matmul.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
+    triton_trellis_matmul.gather[(len(x),)](x, matrix.order, xs, x.shape[1], width, WIDTH=GATHERED)
     units = plan.units(WRITTEN, x.device)
     y = x.new_empty(len(x), rows)
     piece = max(launch.scratch_megabytes * 10**6 // (width * x.element_size()) // ALIGNED, 1) * ALIGNED
@@ -177,7 +166,7 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
     for start in range(0, rows, piece):
         stop = min(start + piece, rows)
         dense = scratch[: stop - start]
-        trellis_matmul.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
+        triton_trellis_matmul.dequantize[(triton.cdiv(stop - start, launch.rows), len(units))](
             matrix.words, matrix.factors, matrix.row_scales, units, matrix.exact_levels, matrix.singles, dense,
             start, stop, width, plan.height,
             KINDS=plan.kinds, CODES=_codes(matrix), M=launch.rows, num_warps=launch.warps,

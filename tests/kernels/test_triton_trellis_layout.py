@@ -1,11 +1,11 @@
-from dataclasses import astuple
+from dataclasses import fields
 
 import pytest
 import torch
 
 from arbllm.binarize.code import level_values
 from arbllm.format.bitplanes import unpack
-from arbllm.kernels.trellis_layout import (
+from arbllm.kernels.triton_trellis_layout import (
     CHUNK,
     LONGEST_RUN,
     ROWS_BEFORE,
@@ -120,4 +120,4 @@ def test_memory_is_that_of_the_stored_bits(terms):
     assert ready.words.nbytes == columns * (rows * terms + ROWS_BEFORE) // 8
     assert ready.nbytes <= 1.06 * ready.words.nbytes
     assert ready.nbytes == sum(tensor.nbytes for tensor in ready.tensors)
-    assert len(ready.tensors) == len(astuple(ready)) - 1
+    assert len(ready.tensors) == len(fields(ready)) - 1  # all but the plan

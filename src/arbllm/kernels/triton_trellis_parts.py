@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.trellis_layout import CHUNK as _CHUNK
-from arbllm.kernels.trellis_layout import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Run, Unit
-from arbllm.kernels.trellis_layout import UNIT as _UNIT
 from arbllm.kernels.triton_parts import scale_values
+from arbllm.kernels.triton_trellis_layout import CHUNK as _CHUNK
+from arbllm.kernels.triton_trellis_layout import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Run, Unit
+from arbllm.kernels.triton_trellis_layout import UNIT as _UNIT
 
 LARGEST = tl.constexpr(32512.0)
 """The largest input as a whole number: its upper byte is 127 when it is rounded."""
@@ -24,7 +24,7 @@ RUN_SEGMENT, RUN_START, RUN_WORDS, RUN_COLUMN, RUN_CHUNK = (
 
 @triton.jit
 def unit_fields(units, number):
-    """The fields of a `trellis_layout.Unit`."""
+    """The fields of a `triton_trellis_layout.Unit`."""
     fields = units + number * UNIT_FIELDS
     return tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
 

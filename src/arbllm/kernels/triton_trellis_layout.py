@@ -10,7 +10,7 @@ up four, those of four columns that follow each other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from arbllm.binarize.scales import shares
 from arbllm.format.layout import Layout, Place, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.trellis import FURTHER_SIGNS
+from arbllm.kernels.prepared import PreparedTensors
 
 WORD = 32
 """Columns of a word."""
@@ -36,6 +37,7 @@ UNIT = 8
 LONGEST_RUN = 32
 """Words of a run at most: its inputs are scaled together."""
 SINGLES_TOGETHER = 16
+"""Columns with a scale for each weight that a program takes."""
 SINGLE = Segment(1, 1, 1)
 """A column with a scale for each weight; arb-rcx has a few."""
 TURNED = (0x00FF00FF, 0x0000FFFF, -1)
@@ -88,7 +90,7 @@ class Unit(NamedTuple):
     segment: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one for each layout
 class TrellisPlan:
     """What of a prepared matrix follows from its layout alone; `plan_of` makes it.
 
@@ -97,17 +99,18 @@ class TrellisPlan:
         coded: segments with a trellis, by their stored signs.
         singles: columns with a scale for each weight.
         others: all other segments.
-        runs: the columns of `coded`.
-        divisions: how products are divided among programs, see `trellis_products`.
     """
 
     layout: Layout
     coded: tuple[Place, ...]
     singles: tuple[Place, ...]
     others: tuple[Place, ...]
-    runs: tuple[Run, ...]
-    _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
-    divisions: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The columns of `coded`."""
+        return tuple(_runs(self))
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
@@ -181,14 +184,12 @@ def plan_of(layout: Layout) -> TrellisPlan:
     coded = sorted((place for place in layout.places if place.segment.trellis), key=lambda place: place.segment.terms)
     plain = [place for place in layout.places if not place.segment.trellis]
     alone = SINGLE if not layout.row_means else None
-    plan = TrellisPlan(
+    return TrellisPlan(
         layout,
         tuple(coded),
         tuple(place for place in plain if place.segment == alone),
         tuple(place for place in plain if place.segment != alone),
-        (),
     )
-    return TrellisPlan(layout, plan.coded, plan.singles, plan.others, tuple(_runs(plan)))
 
 
 def _runs(plan: TrellisPlan) -> Iterator[Run]:
@@ -205,7 +206,7 @@ def _runs(plan: TrellisPlan) -> Iterator[Run]:
 
 
 @dataclass(frozen=True)
-class PreparedTrellis:
+class PreparedTrellis(PreparedTensors):
     """A packed matrix with a trellis as the Triton kernels read it.
 
     Attributes:
@@ -217,8 +218,8 @@ class PreparedTrellis:
         factors: float32, like `order`: what a weight is multiplied by besides its row scale; 0 of those that fill up.
         row_scales: uint8 codes or float16 (segments, height).
         run_table: int32 (runs, fields of `Run`).
-        levels: int32 (20): of each number of stored signs the four words of bytes that `trellis_levels` looks levels up
-            in, then its other constants.
+        levels: int32 (20): of each number of stored signs the four words of bytes that `triton_trellis_levels` looks
+            levels up in, then its other constants.
         exact_levels: float32 (4, 32): of each number of stored signs all levels.
         singles: int16 (k, height), signed codes of columns with a scale for each weight, or float16, signed scales.
         other_columns: int64, natural columns of segments of other kinds, which no method mixes with a trellis.
@@ -236,16 +237,6 @@ class PreparedTrellis:
     singles: Tensor
     other_columns: Tensor
     others: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the class."""
-        return [getattr(self, each.name) for each in fields(self)[1:]]
 
 
 def prepare(matrix: BinaryMatrix) -> PreparedTrellis:

@@ -102,18 +102,15 @@ def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int],
         numbers: of the layout.
         exact: whether levels of a trellis are not to be rounded to 8 bits.
     """
+    if not len(x):
+        return x.new_empty(0, numbers[0])
     configuration = configuration_of(x.device).of(numbers[0], numbers[1], len(x))
     layout = _layout_of(tuple(numbers))
     with _on(x.device):
         if layout.has_trellis:
             trellis = triton_trellis_layout.PreparedTrellis(triton_trellis_layout.plan_of(layout), *tensors)
-            return (
-                triton_trellis_products.multiply(x, trellis, configuration, exact)
-                if len(x)
-                else x.new_empty(0, numbers[0])
-            )
-        matrix = Prepared(plan_of(layout), *tensors)
-        return multiply_prepared(x, matrix, configuration) if len(x) else x.new_empty(0, numbers[0])
+            return triton_trellis_products.multiply(x, trellis, configuration, exact)
+        return multiply_prepared(x, Prepared(plan_of(layout), *tensors), configuration)
 
 
 @triton_matmul_operator.register_fake

@@ -1,10 +1,10 @@
 """How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
 
 Matrices with a trellis lie as `triton_trellis_layout` has it. Columns of one kind (as many groups and signs) lie
-together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of word w is
-column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of its bits
-0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and 11 begin
-the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
+together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of
+word w is column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of
+its bits 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and
+11 begin the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
 """
 
 from __future__ import annotations

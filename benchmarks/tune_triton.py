@@ -32,30 +32,39 @@ from arbllm.kernels.triton_trellis_products import LEAST_SPAN
 from gpu_kernels import SHAPES, graph_times
 from random_matrices import random_matrix
 
-# Rows, words side by side and warps of a program.
 _TILES = [(128, 4, 4), (256, 4, 8), (256, 2, 4), (512, 1, 4), (512, 2, 8), (512, 4, 16), (1024, 1, 8), (1024, 2, 16)]
+"""Rows, words side by side and warps of a program."""
 _FEW = [
     {"rows": rows, "words": words, "most_rows": rows, "warps": warps, "most_words": most, "programs": programs}
     for rows, words, warps in _TILES
     for most, programs in product((8, 16, 32), (264, 396, 792))
 ]
+_MANY_TILES = [(64, 4), (128, 4), (128, 8), (256, 8)]
+"""Rows and warps of a program."""
+
+
+def _many(tokens: int) -> list[dict[str, Any]]:
+    tiles = product(_MANY_TILES, (min(tokens, 32), tokens))
+    fitting = {(rows, warps, size) for (rows, warps), size in tiles if rows * size <= 1024 * warps}
+    return [
+        {"rows": rows, "warps": warps, "tokens": size, "stages": stages, "programs": programs}
+        for rows, warps, size in sorted(fitting)
+        for stages, programs in product((2, 3, 4) if size < 64 else (2, 3), (132, 264, 396, 528))
+    ]
+
+
 CHOICES: dict[str, dict[int, list[dict[str, Any]]]] = {
     "trellis_few": {
         1: _FEW,
         4: _FEW,
         8: [launch for launch in _FEW if launch["warps"] == 4],
     },
-    "trellis_many": {
-        tokens: [
-            {"rows": rows, "warps": warps, "stages": stages, "tokens": tokens, "programs": programs}
-            for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
-            for stages, programs in product((2, 3), (132, 264, 528, 1056))
-        ]
-        for tokens in (8, 16, 64)
-    },
+    "trellis_many": {tokens: _many(tokens) for tokens in (8, 16, 64)},
     "dense": {2048: [{"rows": rows, "scratch_megabytes": 512, "warps": 4} for rows in (32, 64, 128)]},
 }
 """Candidates for each kernel by the number of tokens."""
+EARLY = (("trellis_few", 1), ("trellis_many", 8), ("trellis_many", 16))
+"""Kernels and numbers of tokens of which programs are tried that begin before the kernel before them ends."""
 SHARES = 4
 """Parts that the candidates of a kernel are compiled in."""
 BYTES = 120 * 10**6
@@ -131,39 +140,34 @@ def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
             least[part, tokens] = min(timed)[0]
             entries.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
             chosen = replace(chosen, **{part: replace(getattr(chosen, part), **found)})
-        if least.get(("trellis_many", 8), float("inf")) < least.get(("trellis_few", 8), float("inf")):
-            for entry in entries:
-                if "trellis_few" in entry:
-                    entry["trellis_few"]["most_tokens"] = 4
+        for entry in entries:  # programs for 8 tokens take fewer as well
+            rival = least.get(("trellis_many", 8), float("inf"))
+            if "trellis_few" in entry and rival < least["trellis_few", entry["tokens"]]:
+                entry["trellis_few"]["most_tokens"] = 0
         chosen = replace(chosen, shapes=[*chosen.shapes, *entries])
         write(chosen, console)
-    if "trellis_few" in parts:
-        write(begin_early(chosen, bits, repeats, console), console)
+    write(begin_early(chosen, bits, repeats, console), console)
 
 
 def begin_early(chosen: Configuration, bits: float, repeats: int, console: Console) -> Configuration:
-    """The configuration with programs for one token that begin early, for the shapes that gain from it."""
+    """The configuration with programs for few tokens that begin early, for the shapes that gain from it."""
     shapes = []
     for entry in chosen.shapes:
-        if "trellis_few" in entry and entry["tokens"] == 1:
+        part, tokens = next(name for name in CHOICES if name in entry), entry["tokens"]
+        if (part, tokens) in EARLY and entry[part].get("most_tokens", tokens):
             shape = entry["rows"], entry["columns"]
             matrices = [cuda.prepare(random_matrix(*shape, bits, torch.device("cuda"))) for _ in range(24)]
-            launch = replace(chosen.trellis_few, **{**entry["trellis_few"], "most_tokens": 1})
+            base = replace(next(candidates(load("any"), part, tokens)), shapes=[])
+            launches = {early: replace(getattr(base, part), **entry[part], early=early) for early in (False, True)}
             seconds = {
-                early: attempt(
-                    _inputs(1, shape[1]),
-                    shape[0],
-                    matrices,
-                    replace(chosen, shapes=[], trellis_few=replace(launch, early=early)),
-                    repeats,
-                )
-                for early in (False, True)
+                early: attempt(_inputs(tokens, shape[1]), shape[0], matrices, replace(base, **{part: launch}), repeats)
+                for early, launch in launches.items()
             }
             console.print(
-                f"{shape[0]} x {shape[1]}, early: {1e6 * seconds[True]:.1f} us, not: {1e6 * seconds[False]:.1f}"
+                f"{shape[0]} x {shape[1]}, {tokens} tokens, early: {1e6 * seconds[True]:.1f} us, "
+                f"not: {1e6 * seconds[False]:.1f}"
             )
-            early = seconds[True] < seconds[False]
-            entry = {**entry, "trellis_few": {**entry["trellis_few"], "early": early}}
+            entry = {**entry, part: {**entry[part], "early": seconds[True] < seconds[False]}}
         shapes.append(entry)
     return replace(chosen, shapes=shapes)
 
@@ -194,7 +198,7 @@ def attempt(x: Tensor, rows: int, matrices: list[cuda.Ready], candidate: Configu
         found: list[Tensor] = []
         times = graph_times([*calls[:-2], *(partial(_kept, found, call) for call in calls[-2:])], repeats)
     except (triton.errors.TritonError, RuntimeError) as error:
-        print(f"{candidate}: {error}"[:400])
+        print(f"{str(error)[:400]}: {candidate}")
         return float("inf")
     near = all((y - e).norm() <= 0.02 * e.norm() for y, e in zip(found[-len(expected) :], expected, strict=True))
     return times.middle if near else float("inf")

@@ -63,7 +63,8 @@ def compile_trellis(default: Configuration) -> None:
     launch = replace(default, trellis_few=few, trellis_many=replace(default.trellis_many, most_tokens=2))
     for rows, columns in ((256, TRELLIS), (112, TRELLIS[:2])):
         multiply_all(in_segments(rows, *columns), launch)
-    early = replace(launch, trellis_few=replace(few, early=True))
+    many = replace(launch.trellis_many, early=True)
+    early = replace(launch, trellis_few=replace(few, early=True), trellis_many=many)
     multiply_all(in_segments(250, (61, 1, 1, True), (30, 1, 4, True), (1, 1, 1), scale_bits=16), early)
 
 

@@ -7,7 +7,6 @@ from arbllm.binarize.code import level_values
 from arbllm.format.bitplanes import unpack
 from arbllm.kernels.triton_trellis_layout import (
     CHUNK,
-    LONGEST_RUN,
     ROWS_BEFORE,
     SINGLES_TOGETHER,
     UNIT,
@@ -34,7 +33,7 @@ def test_columns_have_bits_of_their_own():
 
 
 @pytest.mark.parametrize("name", TRELLIS)
-def test_every_column_is_in_one_run_or_alone(name):
+def test_every_column_is_in_one_band_or_alone(name):
     matrix = MATRICES[name]()
     ready, plan = prepare(matrix), plan_of(matrix.layout)
     coded = ready.order[: plan.single_start][ready.factors[: plan.single_start] != 0]
@@ -42,7 +41,6 @@ def test_every_column_is_in_one_run_or_alone(name):
     found = torch.cat([coded, singles, ready.other_columns])
     assert sorted(found.tolist()) == list(range(matrix.layout.columns))
     assert len(ready.order) == plan.single_start + -(-len(singles) // SINGLES_TOGETHER) * SINGLES_TOGETHER
-    assert all(run.words <= LONGEST_RUN for run in plan.runs)
 
 
 @pytest.mark.parametrize("name", TRELLIS)
@@ -51,15 +49,15 @@ def test_signs_are_where_words_hold_them(name):
     ready, plan, order = prepare(matrix), plan_of(matrix.layout), matrix.column_order()
     signs = unpack(matrix.signs, matrix.layout.columns)
     natural = list(range(matrix.layout.columns)) if order is None else order.tolist()
-    for run in plan.runs:
-        size = run.terms * plan.height + ROWS_BEFORE
-        for column in range(0, run.words * WORD, 5):
-            if ready.factors[run.column + column] == 0:
+    for band in plan.bands:
+        size = band.terms * plan.height + ROWS_BEFORE
+        for column in range(0, band.words * WORD, 5):
+            if ready.factors[band.column + column] == 0:
                 continue
-            words = ready.words[UNIT * run.start + column // WORD * size :][:size]
+            words = ready.words[UNIT * band.start + column // WORD * size :][:size]
             assert not words[:ROWS_BEFORE].any()
             bits = words[ROWS_BEFORE:][: matrix.layout.rows] >> bit_of(column % WORD) & 1
-            stored = natural.index(ready.order[run.column + column])
+            stored = natural.index(ready.order[band.column + column])
             assert torch.equal(bits.bool(), signs[:, stored])
 
 
@@ -74,10 +72,10 @@ def test_units_divide_the_work(name, most):
             assert column == plan.single_start + start
             singles += range(start, start + count)
         else:
-            run = next(run for run in plan.runs if run.column <= column < run.column + run.words * WORD)
-            assert (plan.kinds[kind], segment) == (run.terms, run.segment)
-            size = run.terms * plan.height + ROWS_BEFORE
-            assert UNIT * (start - run.start) == (column - run.column) // WORD * size
+            band = plan.bands[segment]
+            assert plan.kinds[kind] == band.terms
+            size = band.terms * plan.height + ROWS_BEFORE
+            assert UNIT * (start - band.start) == (column - band.column) // WORD * size
             assert count <= most
             columns += range(column, column + count * WORD)
     assert columns == list(range(plan.single_start))
@@ -86,20 +84,23 @@ def test_units_divide_the_work(name, most):
 
 @pytest.mark.parametrize("most", [1, 2, 100])
 @pytest.mark.parametrize("name", TRELLIS)
-def test_groups_divide_the_runs(name, most):
+def test_spans_divide_the_chunks(name, most):
     plan = plan_of(MATRICES[name]().layout)
-    runs: list[int] = []
-    for kind, first, last in plan.groups(most, CPU).tolist():
+    table = plan.chunk_table(CPU).tolist()
+    chunks: list[int] = []
+    for kind, start, count, *_ in plan.spans(most, CPU).tolist():
         if kind < len(plan.kinds):
-            runs += range(first, last)
-            assert {plan.runs[number].terms for number in range(first, last)} == {plan.kinds[kind]}
-    assert runs == list(range(len(plan.runs)))
-    assert plan.chunks == sum(-(-run.words // CHUNK) for run in plan.runs)
+            assert count <= most
+            assert {table[chunk][0] for chunk in range(start, start + count)} == {kind}
+            chunks += range(start, start + count)
+    assert chunks == list(range(plan.chunks)) == list(range(len(table)))
 
 
-def test_chunks_of_runs_follow_each_other():
+def test_chunks_are_as_few_as_may_be_and_each_of_one_band():
     plan = plan_of(in_segments(9, (1500, 1, 2, True), (40, 1, 3, True)).layout)
-    assert [run.chunk for run in plan.runs] == [sum(run.chunks for run in plan.runs[:k]) for k in range(len(plan.runs))]
+    words = [length for _, _, length, _, segment in plan.chunk_table(CPU).tolist() if segment == 0]
+    assert words == [CHUNK] * (47 // CHUNK) + [47 % CHUNK]
+    assert plan.chunks == len(words) + 1
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])

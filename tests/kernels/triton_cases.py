@@ -39,7 +39,7 @@ def small_programs(monkeypatch):
     use(monkeypatch, few=16, many=64)
 
 
-def use(monkeypatch, few: int, many: int) -> None:
+def use(monkeypatch, few: int, many: int, early: bool = False) -> None:
     default = triton_configuration.load("any")
     chosen = replace(
         default,
@@ -47,9 +47,19 @@ def use(monkeypatch, few: int, many: int) -> None:
         many=replace(default.many, most_tokens=many, tokens=16, rows=16),
         dense=replace(default.dense, rows=16),
         trellis_few=replace(
-            default.trellis_few, most_tokens=few, tokens=4, rows=64, words=2, most_rows=128, programs=8, warps=4
+            default.trellis_few,
+            most_tokens=few,
+            tokens=4,
+            rows=64,
+            words=2,
+            most_rows=128,
+            programs=8,
+            warps=4,
+            early=early,
         ),
-        trellis_many=replace(default.trellis_many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2),
+        trellis_many=replace(
+            default.trellis_many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2, early=early
+        ),
     )
     monkeypatch.setattr(kernel, "configuration_of", lambda device: chosen)
 
@@ -85,6 +95,7 @@ TRELLIS = [
     ("trellis of four signs", 2, torch.bfloat16),
     ("trellis of many rows", 1, torch.bfloat16),
     ("trellis of many rows", 5, torch.bfloat16),
+    ("trellis of many columns", 9, torch.float16),
     ("trellis and plain", 17, torch.float16),
     ("trellis, float16", 2, torch.float16),
 ]
@@ -128,6 +139,24 @@ def test_levels_on_tensor_cores(monkeypatch, runs, name, tokens, dtype):
     matrix = MATRICES[name]()
     check(matrix, inputs(tokens, matrix.layout.columns, dtype))
     assert runs == ["multiply_many"]
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU of capability 9.0"
+)
+@pytest.mark.parametrize("launch", [{"few": 16, "many": 64}, MANY], ids=["few", "many"])
+def test_programs_that_begin_early_wait_for_their_inputs(monkeypatch, launch):
+    matrix = in_segments(70, (60, 1, 2, True), (9, 1, 3, True), (1, 1, 1))
+    ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
+    results = []
+    for early in (False, True):
+        use(monkeypatch, **launch, early=early)
+        y = inputs(3, 70, torch.float16).to(DEVICE)
+        for _ in range(4):  # each reads what the one before has written
+            y = cuda.multiply(y, ready, 70)
+            y /= y.abs().max()
+        results.append(y)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(("name", "tokens", "dtype"), [*TRELLIS, *[(name, 3, torch.float32) for name, *_ in TRELLIS]])

@@ -40,6 +40,7 @@ MATRICES = {
     "trellis of three signs": partial(in_segments, 46, (67, 1, 3, True)),
     "trellis of four signs": partial(in_segments, 43, (71, 1, 4, True)),
     "trellis of many rows": partial(in_segments, 203, (21, 1, 2, True), (9, 1, 4, True)),
+    "trellis of many columns": partial(in_segments, 70, (1100, 1, 2, True), (300, 1, 3, True), *[(1, 1, 1)] * 19),
     "trellis and plain": partial(
         in_segments,
         51,

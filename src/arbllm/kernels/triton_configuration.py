@@ -117,6 +117,7 @@ class TrellisMany:
     programs: int
     warps: int
     stages: int
+    early: bool
 
 
 PARTS = ("few", "many", "dense", "trellis_few", "trellis_many")

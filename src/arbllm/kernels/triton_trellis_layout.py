@@ -9,7 +9,7 @@ up four, those of four columns that follow each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -31,11 +31,9 @@ ROWS_BEFORE = ROWS_APART * MEMORY
 ROWS_TOGETHER = 16
 """Rows are filled up to a multiple of this."""
 CHUNK = 8
-"""Words that tensor cores take together."""
+"""Words that tensor cores take together, whose inputs are scaled together."""
 UNIT = 8
 """Places of words are counted in so many."""
-LONGEST_RUN = 32
-"""Words of a run at most: its inputs are scaled together."""
 SINGLES_TOGETHER = 16
 """Columns with a scale for each weight that a program takes."""
 SINGLE = Segment(1, 1, 1)
@@ -47,24 +45,20 @@ LARGEST_LEVEL = {1: 113.5, 2: 117.45, 3: 94.35, 4: 113.15}
 they are nearest to such multiples. They are off by 0.001, 0.11, 0.29 and 0.37 % (root mean squares, levels alike)."""
 
 
-class Run(NamedTuple):
-    """Columns of a segment that are scaled together: a row of `PreparedTrellis.run_table`.
+class Band(NamedTuple):
+    """The words of a segment.
 
     Attributes:
         terms: stored signs of a weight.
-        segment: row of `PreparedTrellis.row_scales`.
-        start: where its words begin, in units of UNIT words.
-        words: words of a row.
-        column: where its columns begin in `PreparedTrellis.order`.
-        chunk: which chunk of CHUNK words is its first, where those of each run begin with it.
+        start: where they begin, in units of UNIT words.
+        words: of a row.
+        column: where their columns begin in `PreparedTrellis.order`.
     """
 
     terms: int
-    segment: int
     start: int
     words: int
     column: int
-    chunk: int
 
     @property
     def chunks(self) -> int:
@@ -108,14 +102,14 @@ class TrellisPlan:
     _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def bands(self) -> tuple[Band, ...]:
         """The columns of `coded`."""
-        return tuple(_runs(self))
+        return tuple(_bands(self))
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
         """Numbers of stored signs that there are."""
-        return tuple(sorted({run.terms for run in self.runs}))
+        return tuple(sorted({band.terms for band in self.bands}))
 
     @cached_property
     def height(self) -> int:
@@ -125,49 +119,55 @@ class TrellisPlan:
     @cached_property
     def single_start(self) -> int:
         """Where single columns begin in `PreparedTrellis.order`."""
-        return WORD * sum(run.words for run in self.runs)
+        return WORD * sum(band.words for band in self.bands)
 
     @cached_property
     def chunks(self) -> int:
-        """Chunks of all runs."""
-        return sum(run.chunks for run in self.runs)
+        """Chunks of all bands; each band begins with one."""
+        return sum(band.chunks for band in self.bands)
 
     def units(self, most: int, device: torch.device) -> Tensor:
-        """Work for one program each: words of one run, at most so many.
+        """Work for one program each: words of one band, at most so many, or single columns.
 
         Returns:
             int32 (units, fields of `Unit`).
         """
-        if (most, device) not in self._units:
-            self._units[most, device] = torch.tensor(list(self._divided(most)), dtype=torch.int32).to(device)
-        return self._units[most, device]
+        return self._kept(most, device, lambda: [*self._divided(most), *self._alone()])
 
-    def groups(self, most: int, device: torch.device) -> Tensor:
-        """Work for one program each: runs of as many stored signs that together have about so many chunks.
+    def chunk_table(self, device: torch.device) -> Tensor:
+        """Each chunk: int32 (chunks, fields of `Unit`)."""
+        return self._kept(0, device, lambda: self._divided(1, CHUNK))
+
+    def spans(self, most: int, device: torch.device) -> Tensor:
+        """Work for one program each: chunks of as many stored signs, at most so many, or single columns.
 
         Returns:
-            int32 (units, 3): place of the runs' signs in `kinds`, runs [first, last); of place `len(kinds)`, single
-            columns [first, last).
+            int32 (units, fields of `Unit`), chunks [start, start + length).
         """
-        if (-most, device) not in self._units:
-            self._units[-most, device] = torch.tensor(list(self._grouped(most)), dtype=torch.int32).to(device)
-        return self._units[-most, device]
+        return self._kept(-most, device, lambda: [*self._spanned(most), *self._alone()])
 
-    def _grouped(self, most: int) -> Iterator[tuple[int, int, int]]:
+    def _kept(self, number: int, device: torch.device, make: Callable[[], Iterable[Unit]]) -> Tensor:
+        if (number, device) not in self._units:
+            self._units[number, device] = torch.tensor(list(make()), dtype=torch.int32).to(device)
+        return self._units[number, device]
+
+    def _divided(self, most: int, step: int = 1) -> Iterator[Unit]:
+        for segment, band in enumerate(self.bands):
+            size = (band.terms * self.height + ROWS_BEFORE) // UNIT
+            for first, last in _evenly(-(-band.words // step), most):
+                word, end = step * first, min(step * last, band.words)
+                place = band.start + word * size, end - word, band.column + word * WORD
+                yield Unit(self.kinds.index(band.terms), *place, segment)
+
+    def _spanned(self, most: int) -> Iterator[Unit]:
+        start = 0
         for kind, terms in enumerate(self.kinds):
-            numbers = [number for number, run in enumerate(self.runs) if run.terms == terms]
-            parts = min(len(numbers), -(-sum(self.runs[number].chunks for number in numbers) // most))
-            for first, last in _evenly(len(numbers), -(-len(numbers) // parts)):
-                yield kind, numbers[first], numbers[last - 1] + 1
-        for first, last in _evenly(len(self.singles), SINGLES_TOGETHER):
-            yield len(self.kinds), first, last
+            chunks = sum(band.chunks for band in self.bands if band.terms == terms)
+            for first, last in _evenly(chunks, most):
+                yield Unit(kind, start + first, last - first, 0, 0)
+            start += chunks
 
-    def _divided(self, most: int) -> Iterator[Unit]:
-        for run in self.runs:
-            size = (run.terms * self.height + ROWS_BEFORE) // UNIT
-            for first, last in _evenly(run.words, most):
-                place = run.start + first * size, last - first, run.column + first * WORD
-                yield Unit(self.kinds.index(run.terms), *place, run.segment)
+    def _alone(self) -> Iterator[Unit]:
         for first, last in _evenly(len(self.singles), SINGLES_TOGETHER):
             yield Unit(len(self.kinds), first, last - first, self.single_start + first, 0)
 
@@ -192,17 +192,14 @@ def plan_of(layout: Layout) -> TrellisPlan:
     )
 
 
-def _runs(plan: TrellisPlan) -> Iterator[Run]:
-    start = column = chunk = 0
-    for number, place in enumerate(plan.coded):
+def _bands(plan: TrellisPlan) -> Iterator[Band]:
+    start = column = 0
+    for place in plan.coded:
         terms = place.segment.terms
-        size = terms * plan.height + ROWS_BEFORE
-        for first, last in _evenly(-(-place.segment.width // WORD), LONGEST_RUN):
-            run = Run(terms, number, start // UNIT, last - first, column, chunk)
-            yield run
-            start += (last - first) * size
-            column += (last - first) * WORD
-            chunk += run.chunks
+        band = Band(terms, start // UNIT, -(-place.segment.width // WORD), column)
+        yield band
+        start += band.words * (terms * plan.height + ROWS_BEFORE)
+        column += band.words * WORD
 
 
 @dataclass(frozen=True)
@@ -211,13 +208,12 @@ class PreparedTrellis(PreparedTensors):
 
     Attributes:
         plan: where what is.
-        words: int32, flat: for each word of columns of each run, ROWS_BEFORE zeros, then (terms, height): first signs,
+        words: int32, flat: for each word of columns of each band, ROWS_BEFORE zeros, then (terms, height): first signs,
             then the further ones.
         order: int32, the natural column of each column, first those in words, then `singles`; 0 of those that fill
             words up, or `singles` up to a multiple of SINGLES_TOGETHER.
         factors: float32, like `order`: what a weight is multiplied by besides its row scale; 0 of those that fill up.
-        row_scales: uint8 codes or float16 (segments, height).
-        run_table: int32 (runs, fields of `Run`).
+        row_scales: uint8 codes or float16 (bands, height).
         levels: int32 (20): of each number of stored signs the four words of bytes that `triton_trellis_levels` looks
             levels up in, then its other constants.
         exact_levels: float32 (4, 32): of each number of stored signs all levels.
@@ -231,7 +227,6 @@ class PreparedTrellis(PreparedTensors):
     order: Tensor
     factors: Tensor
     row_scales: Tensor
-    run_table: Tensor
     levels: Tensor
     exact_levels: Tensor
     singles: Tensor
@@ -259,7 +254,6 @@ def prepare(matrix: BinaryMatrix) -> PreparedTrellis:
         order=torch.cat([*(_filled(natural[_columns([place], device)]) for place in plan.coded), singles]).int(),
         factors=torch.cat([*(_filled(_factors(matrix, place)) for place in plan.coded), single_factors]),
         row_scales=_rows(matrix.row_scales[:, [place.row_scale for place in plan.coded]], plan),
-        run_table=torch.tensor(plan.runs, dtype=torch.int32).to(device),
         levels=torch.tensor(_constants(), dtype=torch.int32).to(device),
         exact_levels=torch.tensor([_levels(terms) for terms in sorted(COEFFICIENTS)]).to(device),
         singles=_singles(matrix, plan),

@@ -14,15 +14,10 @@ from arbllm.kernels.triton_trellis_parts import (
     BEFORE,
     CHUNK,
     COLUMNS,
-    FIELDS,
-    RUN_CHUNK,
-    RUN_COLUMN,
-    RUN_SEGMENT,
-    RUN_START,
-    RUN_WORDS,
     SINGLES,
     UNIT,
     add_up,
+    begin,
     loaded,
     single_weight,
     unit_fields,
@@ -33,99 +28,111 @@ from arbllm.kernels.triton_trellis_parts import (
 
 @triton.jit(do_not_specialize=["tokens"])
 def scale_inputs(
-    x, order, factors, run_table, bytes_of_inputs, norms, totals,
-    tokens, padded, columns,
-    TOKENS: tl.constexpr, SPAN: tl.constexpr,
+    x, order, factors, chunk_table, bytes_of_inputs, norms, totals, counters,
+    tokens, padded, columns, places,
+    TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Inputs of one token and run as whole numbers, for `many_tokens`: program (run, token).
+    """Inputs of one token and chunk as whole numbers, for `many_tokens`: program (chunk, token); and zero counters.
 
-    Bytes: for each run (blocks of tokens, chunks, quads of a word, upper and lower bytes, tokens, columns of these
-    quads in a chunk); what one stands for and sums: (runs, padded tokens).
+    Bytes: (chunks, blocks of tokens, upper and lower bytes, tokens, quads of a word, words, columns of a quad). What
+    one stands for, and half of the sum of all, which levels v + 1/2 add: (chunks, padded tokens).
     """
-    run, token = tl.program_id(0), tl.program_id(1)
-    fields = run_table + run * FIELDS
-    column = tl.arange(0, SPAN * COLUMNS)
-    words = tl.load(fields + RUN_WORDS)
+    chunk, token, k = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNK * COLUMNS)
+    _, _, words, start, _ = unit_fields(chunk_table, chunk)
+    column = k % 32 // 4 * COLUMNS + k // 32 * 4 + k % 4
     inside = (column < words * COLUMNS) & (token < tokens)
-    start = tl.multiple_of(tl.load(fields + RUN_COLUMN), COLUMNS) + column
-    natural = tl.load(order + start, mask=inside, other=0)
+    column += whole_words(start)
+    natural = tl.load(order + column, mask=inside, other=0)
+    factor = tl.load(factors + column, mask=inside, other=0)
+    begin(EARLY)
     value = tl.load(x + token.to(tl.int64) * columns + natural, mask=inside, other=0).to(tl.float32)
-    value *= tl.load(factors + start, mask=inside, other=0)
-    whole, norm, total = whole_numbers(value[None, :])
-    whole = tl.reshape(whole, (SPAN * COLUMNS,))
+    whole, norm, total = whole_numbers((value * factor)[None, :])
     upper = (whole + 128) >> 8
-    word, quad = column // COLUMNS, column % COLUMNS // 4
-    chunks = (words + CHUNK - 1) // CHUNK
-    first = tl.load(fields + RUN_CHUNK) * (padded // TOKENS) + token // TOKENS * chunks
-    place = ((first.to(tl.int64) + word // CHUNK) * 8 + quad) * (2 * TOKENS) + token % TOKENS
-    into = bytes_of_inputs + place * 32 + word % CHUNK * 4 + column % 4
-    there = column < chunks * CHUNK * COLUMNS
-    tl.store(into, upper.to(tl.int8), mask=there)
-    tl.store(into + TOKENS * 32, (whole - (upper << 8)).to(tl.int8), mask=there)
-    where = run * padded + token + tl.arange(0, 1)
-    tl.store(norms + where, norm)
-    tl.store(totals + where, total)
+    place = chunk * (2 * padded) + token // TOKENS * (2 * TOKENS) + token % TOKENS
+    into = bytes_of_inputs + place.to(tl.int64) * (CHUNK * COLUMNS) + k[None, :]
+    tl.store(into, upper.to(tl.int8))
+    tl.store(into + TOKENS * (CHUNK * COLUMNS), (whole - (upper << 8)).to(tl.int8))
+    place = chunk * padded + token + tl.arange(0, 1)
+    tl.store(norms + place, norm)
+    tl.store(totals + place, (total + 1) >> 1)
+    for number in range(chunk * padded + token, places, tl.num_programs(0) * padded):
+        tl.store(counters + number, 0)
 
 
 @triton.jit
-def _chunk(place, height, count, m, levels, TERMS: tl.constexpr):
-    """The quads of a chunk of `count` words as operands of tensor cores: a tuple of int8 (M, 32)."""
+def _in_bytes(words, M: tl.constexpr):
+    """Bytes (M, 32) of words (M, 8), the lowest first."""
+    result = ()
+    for word in words:
+        parts = (word[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
+        result = result + (tl.reshape(parts, (M, 32)).to(tl.int8),)
+    return result
+
+
+@triton.jit
+def _chunk(place, height, count, m, levels, TERMS: tl.constexpr, M: tl.constexpr):
+    """The levels of a chunk of `count` words as an operand of tensor cores: int8 (M, quads, words, columns of a quad).
+
+    Compilers keep each in the register that it was made in: a word is loaded as four bytes, where the tensor cores'
+    layout has them in one, and quads only come to stand behind each other.
+    """
     size = TERMS * height + BEFORE
     there = (m < height)[:, None]
     if INTERPRETED:
         w = tl.arange(0, 8)[None, :]
         signs = place.to(tl.pointer_type(tl.int32)) + m[:, None] + w * size
-        found = loaded(signs, height, there & (w < count), TERMS, 1)
-        result = ()
-        for quad in quads(found, levels, TERMS, False):
-            parts = (quad[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
-            result = result + (tl.reshape(parts, (quad.shape[0], 32)).to(tl.int8),)
-        return result
+        found = _in_bytes(quads(loaded(signs, height, there & (w < count), TERMS, 1), levels, TERMS, False), M)
     else:
         k = tl.arange(0, 32)[None, :]
-        found = loaded(
-            place + (4 * m)[:, None] + (k // 4 * (4 * size) + k % 4), height, there & (k // 4 < count), TERMS, 4
-        )
-        return quads(found, levels, TERMS, True)
+        signs = place + (4 * m)[:, None] + (k // 4 * (4 * size) + k % 4)
+        found = quads(loaded(signs, height, there & (k // 4 < count), TERMS, 4), levels, TERMS, True)
+    even = tl.join(tl.join(found[0], found[4]), tl.join(found[2], found[6]))
+    odd = tl.join(tl.join(found[1], found[5]), tl.join(found[3], found[7]))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (M, CHUNK * COLUMNS))
 
 
 @triton.jit
-def _run_of_many(
-    words, inputs, norms, totals, row_scales, run_table, levels, run, outputs, block, padded, height, m,
+def _of_both_bytes(sums, M: tl.constexpr, TOKENS: tl.constexpr):
+    """Sums of upper bytes' products (M, TOKENS), and of lower ones', as one: a chunk's is less than 2**31."""
+    upper, lower = tl.split(tl.permute(tl.reshape(sums, (M, 2, TOKENS)), (0, 2, 1)))
+    return (upper << 8) + lower
+
+
+@triton.jit
+def _chunks_of_many(
+    words, inputs, norms, totals, row_scales, chunk_table, levels, first, count, block, padded, height, m,
     TERMS: tl.constexpr, CODES: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`outputs` (M, TOKENS) with the products of one run added."""
-    fields = run_table + run * FIELDS
-    count = tl.load(fields + RUN_WORDS)
-    place = words + (tl.load(fields + RUN_START).to(tl.int64) * UNIT + BEFORE) * 4
-    k, n = tl.arange(0, 32), tl.arange(0, 2 * TOKENS)
-    first = (tl.load(fields + RUN_CHUNK) * (padded // TOKENS) + block * tl.cdiv(count, CHUNK)).to(tl.int64)
-    source = inputs + first * (8 * 32 * 2 * TOKENS) + n[:, None] * 32 + k[None, :]
-    sums = tl.zeros((M, 2 * TOKENS), tl.int32)
-    for word in tl.range(0, count, CHUNK, num_stages=STAGES):
-        found = _chunk(place, height, count - word, m, levels, TERMS)
-        for q in tl.static_range(8):
-            sums = tl.dot(found[q], tl.trans(tl.load(source + q * (2 * TOKENS * 32))), sums, out_dtype=tl.int32)
-        place += CHUNK * 4 * (TERMS * height + BEFORE)
-        source += 8 * 32 * 2 * TOKENS
-    scale = tl.load(row_scales + tl.load(fields + RUN_SEGMENT) * height + m, mask=m < height, other=0)
-    scale = scale_values(scale, CODES) * level_unit(TERMS)
-    t = run * padded + block * TOKENS + n % TOKENS
-    norm = tl.load(norms + t) * tl.where(n < TOKENS, 256.0, 1.0)
-    total = tl.load(totals + t) * tl.where(n < TOKENS, 0.0, 0.5)
-    both = norm[None, :] * (sums.to(tl.float32) + total[None, :])  # of upper bytes, then of lower ones
-    return outputs + scale[:, None] * tl.sum(tl.reshape(both, (M, 2, TOKENS)), 1)
+    """(M, TOKENS): the products of some chunks."""
+    k, n, t = tl.arange(0, CHUNK * COLUMNS), tl.arange(0, 2 * TOKENS), block * TOKENS + tl.arange(0, TOKENS)
+    source = inputs + ((first * 2 * padded + block * (2 * TOKENS)).to(tl.int64) + n[:, None]) * (CHUNK * COLUMNS)
+    source += k[None, :]
+    norms, totals = norms + first * padded + t, totals + first * padded + t
+    outputs = tl.zeros((M, TOKENS), tl.float32)
+    _, start, length, _, segment = unit_fields(chunk_table, first)
+    for chunk in tl.range(first, first + count, num_stages=STAGES):
+        place = words + (start.to(tl.int64) * UNIT + BEFORE) * 4
+        found = _chunk(place, height, length, m, levels, TERMS, M)
+        scale = tl.load(row_scales + segment * height + m, mask=m < height, other=0)
+        sums = tl.dot(found, tl.trans(tl.load(source)), out_dtype=tl.int32)
+        value = (_of_both_bytes(sums, M, TOKENS) + tl.load(totals)[None, :]).to(tl.float32)
+        outputs += scale_values(scale, CODES)[:, None] * (tl.load(norms)[None, :] * value)
+        _, start, length, _, segment = unit_fields(chunk_table, tl.minimum(chunk + 1, first + count - 1))
+        source += 2 * CHUNK * COLUMNS * padded
+        norms += padded
+        totals += padded
+    return outputs * level_unit(TERMS)
 
 
 @triton.jit
 def _singles_of_many(
-    x, singles, order, factors, first, last, tokens, columns, height, m, token,
-    CODES: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr,
+    x, singles, order, factors, first, count, tokens, columns, height, m, token,
+    CODES: tl.constexpr,
 ):  # fmt: skip
-    """(M, TOKENS): the products of columns with a scale for each weight."""
-    column = first + tl.arange(0, SINGLES)
-    there = column < last
-    place = singles + column.to(tl.int64)[None, :] * height + m[:, None]
+    """(M, TOKENS): the products of columns with a scale for each weight, of which `order` and `factors` are."""
+    column = tl.arange(0, SINGLES)
+    there = column < count
+    place = singles + (first + column).to(tl.int64)[None, :] * height + m[:, None]
     weight = single_weight(place, there[None, :] & (m < height)[:, None], CODES)
     natural, factor = tl.load(order + column), tl.load(factors + column)
     wanted = there[:, None] & (token < tokens)[None, :]
@@ -135,41 +142,39 @@ def _singles_of_many(
 
 @triton.jit(do_not_specialize=["tokens"])
 def many_tokens(
-    x, words, order, factors, row_scales, run_table, groups, levels, singles, inputs, norms, totals, counters, partial,
+    x, words, order, factors, row_scales, spans, chunk_table, levels, singles, inputs, norms, totals, counters, partial,
     y,
-    tokens, padded, columns, rows, height, single_start,
+    tokens, padded, columns, rows, height,
     KINDS: tl.constexpr, CODES: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T for a block of tokens, M rows and some runs, on tensor cores; inputs are those of `scale_inputs`.
+    """y = x W^T for a block of tokens, M rows and a span of columns, on tensor cores.
 
-    `words` are bytes here.
+    Inputs are those of `scale_inputs`; `words` are bytes here.
     """
     place, unit, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, t = place * M + tl.arange(0, M), block * TOKENS + tl.arange(0, TOKENS)
-    kind, first, last = tl.load(groups + 3 * unit), tl.load(groups + 3 * unit + 1), tl.load(groups + 3 * unit + 2)
+    kind, first, count, column, _ = unit_fields(spans, unit)
+    begin(EARLY)
     into = partial + unit.to(tl.int64) * tokens * rows if SPLIT else y
     wanted = (m < rows)[:, None] & (t < tokens)[None, :]
     offsets = t.to(tl.int64)[None, :] * rows + m[:, None]
     into += offsets
     for number in tl.static_range(len(KINDS)):
         if kind == number:
-            outputs = tl.zeros((M, TOKENS), tl.float32)
-            for run in range(first, last):
-                outputs = _run_of_many(
-                    words, inputs, norms, totals, row_scales, run_table, levels, run, outputs, block, padded, height, m,
-                    KINDS[number], CODES, M, TOKENS, STAGES,
-                )  # fmt: skip
+            outputs = _chunks_of_many(
+                words, inputs, norms, totals, row_scales, chunk_table, levels, first, count, block, padded, height, m,
+                KINDS[number], CODES, M, TOKENS, STAGES,
+            )  # fmt: skip
             tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if kind == len(KINDS):
         outputs = _singles_of_many(
-            x, singles, order + single_start, factors + single_start, first, last, tokens, columns, height, m, t,
-            CODES, M, TOKENS,
-        )  # fmt: skip
+            x, singles, order + column, factors + column, first, count, tokens, columns, height, m, t, CODES
+        )
         tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if SPLIT:
         zero = tl.zeros((M, TOKENS), tl.float32)
-        add_up(partial, counters, y, offsets, wanted, tl.num_programs(1), tokens * rows, zero)
+        add_up(partial, counters, y, offsets, wanted, tl.num_programs(1), tokens * rows, zero, 4)
 
 
 @triton.jit

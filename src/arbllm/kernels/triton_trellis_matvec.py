@@ -17,6 +17,7 @@ from arbllm.kernels.triton_trellis_parts import (
     SINGLES,
     UNIT,
     add_up,
+    begin,
     loaded,
     single_weight,
     unit_fields,
@@ -61,7 +62,7 @@ def _keep_inputs(
     into = scratch + (quad // 8 * TOKENS + t[:, None]) * 8 + quad % 8
     tl.store(into, (low.to(tl.int64) << 32) | (high.to(tl.int64) & 0xFFFFFFFF))
     tl.store(scales + t, norm)
-    tl.store(scales + TOKENS + t, total)
+    tl.store(scales + TOKENS + t, total.to(tl.float32))
 
 
 @triton.jit
@@ -88,15 +89,6 @@ def _dots(found, inputs, sums, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
-    """Wait for the kernels before, if this one began before they ended; whatever they do not write was read by then."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        tl.debug_barrier()
-
-
-@triton.jit
 def _unit_of_few(
     x, words, order, factors, row_scales, levels, scratch, scales, into, start, count, column, segment, block,
     tokens, columns, rows, height, m,
@@ -109,7 +101,7 @@ def _unit_of_few(
     place = words + start.to(tl.int64) * UNIT + BEFORE + side * size + m[None, :]
     signs = loaded(place, height, own & (side < count), TERMS, 1)  # on their way while inputs are made ready
     scale = tl.load(row_scales + segment * height + m, mask=m < height, other=0)
-    _begin(EARLY)
+    begin(EARLY)
     _keep_inputs(
         x, order, factors, scratch, scales, whole_words(column), count * COLUMNS, block * TOKENS, tokens,
         columns, TOKENS, SPAN,
@@ -145,7 +137,7 @@ def _singles_of_few(
     place = singles + (first + column).to(tl.int64)[:, None] * height + m[None, :]
     weight = single_weight(place, there[:, None] & (m < height)[None, :], CODES)
     natural, factor = tl.load(order + column, mask=there, other=0), tl.load(factors + column, mask=there, other=0)
-    _begin(EARLY)
+    begin(EARLY)
     for t in tl.static_range(TOKENS):
         token = block * TOKENS + t
         value = tl.load(x + token.to(tl.int64) * columns + natural, mask=there & (token < tokens), other=0)
@@ -184,4 +176,4 @@ def few_tokens(
         t = block * TOKENS + tl.arange(0, TOKENS)
         offsets, wanted = t.to(tl.int64)[:, None] * rows + m[None, :], (t < tokens)[:, None] & (m < rows)[None, :]
         zero = tl.zeros((TOKENS, M), tl.float32)
-        add_up(partial, counters, y, offsets, wanted, tl.num_programs(1), tokens * rows, zero)
+        add_up(partial, counters, y, offsets, wanted, tl.num_programs(1), tokens * rows, zero, 16)

@@ -5,28 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_parts import scale_values
+from arbllm.kernels.triton_parts import INTERPRETED, scale_values
 from arbllm.kernels.triton_trellis_layout import CHUNK as _CHUNK
-from arbllm.kernels.triton_trellis_layout import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Run, Unit
+from arbllm.kernels.triton_trellis_layout import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Unit
 from arbllm.kernels.triton_trellis_layout import UNIT as _UNIT
 
 LARGEST = tl.constexpr(32512.0)
 """The largest input as a whole number: its upper byte is 127 when it is rounded."""
-TOGETHER = tl.constexpr(16)
-"""Partial results that are on their way at a time."""
 BEFORE, COLUMNS, UNIT = tl.constexpr(ROWS_BEFORE), tl.constexpr(WORD), tl.constexpr(_UNIT)
 CHUNK, SINGLES = tl.constexpr(_CHUNK), tl.constexpr(SINGLES_TOGETHER)
-FIELDS, UNIT_FIELDS = tl.constexpr(len(Run._fields)), tl.constexpr(len(Unit._fields))
-RUN_SEGMENT, RUN_START, RUN_WORDS, RUN_COLUMN, RUN_CHUNK = (
-    tl.constexpr(Run._fields.index(name)) for name in ("segment", "start", "words", "column", "chunk")
-)
+FIELDS = tl.constexpr(len(Unit._fields))
 
 
 @triton.jit
 def unit_fields(units, number):
     """The fields of a `triton_trellis_layout.Unit`."""
-    fields = units + number * UNIT_FIELDS
-    return tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
+    fields, found = units + number * FIELDS, ()
+    for place in tl.static_range(FIELDS):
+        found = found + (tl.load(fields + place),)
+    return found
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Wait for the kernels before, if this one began before they ended; whatever they do not write was read by then."""
+    if EARLY and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -57,13 +63,13 @@ def whole_words(column):
 def whole_numbers(values):
     """Values (tokens, k) as whole numbers of 16 bits, scaled to each token's largest; what one stands for; their sums.
 
-    That is NaN where a value is, since whole numbers know none.
+    What one stands for is NaN where a value is, since whole numbers know none.
     """
     largest = tl.max(tl.abs(values), 1)
     share = tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)
     whole = tl.floor(values * share[:, None] + 0.5).to(tl.int32)
     lost = tl.sum((values != values).to(tl.int32), 1) > 0
-    return whole, tl.where(lost, float("nan"), largest / LARGEST), tl.sum(whole, 1).to(tl.float32)
+    return whole, tl.where(lost, float("nan"), largest / LARGEST), tl.sum(whole, 1)
 
 
 @triton.jit
@@ -74,8 +80,11 @@ def single_weight(places, there, CODES: tl.constexpr):
 
 
 @triton.jit
-def add_up(partial, counters, y, offsets, wanted, units, stride, ZERO):
-    """The program that finds all others of its place done adds their results up, in their order, in float32."""
+def add_up(partial, counters, y, offsets, wanted, units, stride, ZERO, TOGETHER: tl.constexpr):
+    """The program that finds all others of its place done adds their results up, in their order, in float32.
+
+    TOGETHER of them are on their way at a time.
+    """
     tl.debug_barrier()
     done = tl.atomic_add(counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
     if done == units - 1:

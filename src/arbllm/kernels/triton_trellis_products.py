@@ -49,13 +49,14 @@ def multiply(x: Tensor, matrix: PreparedTrellis, configuration: Configuration, e
 def make_units(plan: TrellisPlan, default: Configuration, device: torch.device) -> None:
     """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
     plan.units(WRITTEN, device)
+    plan.chunk_table(device)
     most = [shape.get("trellis_many", {}).get("most_tokens", 0) for shape in default.shapes]
     for tokens in range(1, max(default.trellis_many.most_tokens, *most, 0) + 1):
         launch = default.of(plan.layout.rows, plan.layout.columns, tokens)
         if tokens <= launch.trellis_few.most_tokens:
             plan.units(divide_few(plan, launch.trellis_few, tokens).most, device)
         elif tokens <= launch.trellis_many.most_tokens:
-            plan.groups(divide_many(plan, launch.trellis_many, tokens).most, device)
+            plan.spans(divide_many(plan, launch.trellis_many, tokens).most, device)
 
 
 class Division(NamedTuple):
@@ -84,7 +85,7 @@ def divide_few(plan: TrellisPlan, launch: TrellisFew, tokens: int) -> Division:
     """
     size = triton.next_power_of_2(min(tokens, launch.tokens))
     blocks, rows, programs = triton.cdiv(tokens, size), launch.rows, launch.programs // SHARES[min(size, max(SHARES))]
-    least = blocks * sum(-(-run.words // launch.most_words) for run in plan.runs)
+    least = blocks * sum(-(-band.words // launch.most_words) for band in plan.bands)
     while size <= FEWEST and rows < launch.most_rows and 2 * least * triton.cdiv(plan.height, rows) > 3 * programs:
         rows *= 2
     places, words = triton.cdiv(plan.height, rows), words_aside(launch, rows)
@@ -115,15 +116,15 @@ def multiply_few(x: Tensor, matrix: PreparedTrellis, launch: TrellisFew) -> Tens
     programs = blocks * places * len(units)
     scratch = x.new_empty(programs * span * 8 * size, dtype=torch.int64)
     scales = x.new_empty(programs * 2 * size, dtype=torch.float32)
-    partial, counters = _shared(x, len(units), rows, blocks * places)
+    partial = x.new_empty(len(units) * tokens * rows if len(units) > 1 else 1, dtype=torch.float32)
+    counters = x.new_zeros(blocks * places, dtype=torch.int32)
     y = x.new_empty(tokens, rows)
-    early = {"launch_pdl": True} if launch.early else {}
     triton_trellis_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, units, matrix.levels, matrix.singles,
         scratch, scales, counters, partial, y,
         tokens, columns, rows, plan.height,
         KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=height,
-        WORDS=words_aside(launch, height), EARLY=launch.early, num_warps=launch.warps, **early,
+        WORDS=words_aside(launch, height), **_early(launch), num_warps=launch.warps,
     )  # fmt: skip
     return y
 
@@ -132,22 +133,24 @@ def multiply_many(x: Tensor, matrix: PreparedTrellis, launch: TrellisMany) -> Te
     """y = x W^T on tensor cores."""
     plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
     size, _, blocks, places, most = divide_many(plan, launch, tokens)
-    groups, padded = plan.groups(most, x.device), blocks * size
-    inputs = x.new_empty(plan.chunks * 16 * 32 * padded, dtype=torch.int8)
-    norms, totals = x.new_empty(2, len(plan.runs) * padded, dtype=torch.float32)
-    span = triton.next_power_of_2(CHUNK * max(run.chunks for run in plan.runs))
-    triton_trellis_matmul.scale_inputs[(len(plan.runs), padded)](
-        x, matrix.order, matrix.factors, matrix.run_table, inputs, norms, totals, tokens, padded, columns,
-        TOKENS=size, SPAN=span,
+    spans, chunk_table, padded = plan.spans(most, x.device), plan.chunk_table(x.device), blocks * size
+    inputs = x.new_empty(plan.chunks * 2 * padded * CHUNK * WORD, dtype=torch.int8)
+    norms = x.new_empty(plan.chunks * padded, dtype=torch.float32)
+    totals = torch.empty_like(norms, dtype=torch.int32)
+    counters = x.new_empty(blocks * places, dtype=torch.int32)
+    triton_trellis_matmul.scale_inputs[(plan.chunks, padded)](
+        x, matrix.order, matrix.factors, chunk_table, inputs, norms, totals, counters,
+        tokens, padded, columns, len(counters),
+        TOKENS=size, **_early(launch),
     )  # fmt: skip
-    partial, counters = _shared(x, len(groups), rows, blocks * places)
+    partial = x.new_empty(len(spans) * tokens * rows if len(spans) > 1 else 1, dtype=torch.float32)
     y = x.new_empty(tokens, rows)
-    triton_trellis_matmul.many_tokens[(places, len(groups), blocks)](
-        x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, matrix.run_table, groups,
+    triton_trellis_matmul.many_tokens[(places, len(spans), blocks)](
+        x, matrix.words.view(torch.int8), matrix.order, matrix.factors, matrix.row_scales, spans, chunk_table,
         matrix.levels, matrix.singles, inputs, norms, totals, counters, partial, y,
-        tokens, padded, columns, rows, plan.height, plan.single_start,
-        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(groups) > 1, TOKENS=size, M=launch.rows,
-        STAGES=launch.stages, num_warps=launch.warps,
+        tokens, padded, columns, rows, plan.height,
+        KINDS=plan.kinds, CODES=_codes(matrix), SPLIT=len(spans) > 1, TOKENS=size, M=launch.rows,
+        STAGES=launch.stages, **_early(launch), num_warps=launch.warps,
     )  # fmt: skip
     return y
 
@@ -175,11 +178,8 @@ def multiply_dense(x: Tensor, matrix: PreparedTrellis, configuration: Configurat
     return y
 
 
-def _shared(x: Tensor, units: int, rows: int, places: int) -> tuple[Tensor, Tensor]:
-    """Where programs of several units put their results, and count that they did: each call has its own."""
-    if units == 1:
-        return x.new_empty(1, dtype=torch.float32), x.new_empty(1, dtype=torch.int32)
-    return x.new_empty(units * len(x) * rows, dtype=torch.float32), x.new_zeros(places, dtype=torch.int32)
+def _early(launch: TrellisFew | TrellisMany) -> dict[str, bool]:
+    return {"EARLY": True, "launch_pdl": True} if launch.early else {"EARLY": False}
 
 
 def _codes(matrix: PreparedTrellis) -> bool:

@@ -1,6 +1,6 @@
-"""Search how the Triton kernels for a trellis are best launched on this GPU, and write it as data.
+"""Search how the Triton kernels are best launched on this GPU, with a trellis, and write it as data.
 
-    python benchmarks/tune_triton.py [--bits 2.25] [--repeats 5] [--workers 12] [--parts trellis_few,trellis_many]
+    python benchmarks/tune_triton.py [--bits 2.25] [--repeats 5] [--workers 12] [--parts few,many]
 
 Writes src/arbllm/kernels/configurations/<name of the GPU>.json: for every shape and number of tokens the best of all
 candidates, and as the default of all other shapes what is best for the largest. Candidates are compiled by several
@@ -28,7 +28,7 @@ from torch import Tensor
 from arbllm.kernels import cuda
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_configuration import Configuration, file_of, load
-from arbllm.kernels.triton_trellis_products import LEAST_SPAN
+from arbllm.kernels.triton_products import LEAST_SPAN
 from gpu_kernels import SHAPES, graph_times
 from random_matrices import random_matrix
 
@@ -54,16 +54,16 @@ def _many(tokens: int) -> list[dict[str, Any]]:
 
 
 CHOICES: dict[str, dict[int, list[dict[str, Any]]]] = {
-    "trellis_few": {
+    "few": {
         1: _FEW,
         4: _FEW,
         8: [launch for launch in _FEW if launch["warps"] == 4],
     },
-    "trellis_many": {tokens: _many(tokens) for tokens in (8, 16, 64)},
+    "many": {tokens: _many(tokens) for tokens in (8, 16, 64)},
     "dense": {2048: [{"rows": rows, "scratch_megabytes": 512, "warps": 4} for rows in (32, 64, 128)]},
 }
 """Candidates for each kernel by the number of tokens."""
-EARLY = (("trellis_few", 1), ("trellis_many", 8), ("trellis_many", 16))
+EARLY = (("few", 1), ("many", 8), ("many", 16))
 """Kernels and numbers of tokens of which programs are tried that begin before the kernel before them ends."""
 SHARES = 4
 """Parts that the candidates of a kernel are compiled in."""
@@ -108,7 +108,7 @@ def _compile(job: tuple[str, int, int, float]) -> None:
     base = list(candidates(load("any"), part, tokens))
     kinds = {_same_kernel(asdict(getattr(candidate, part))): candidate for candidate in base}
     for candidate in list(kinds.values())[share::SHARES]:
-        whole = replace(candidate, trellis_few=replace(candidate.trellis_few, programs=1))  # of as many words as it may
+        whole = replace(candidate, few=replace(candidate.few, programs=1))  # of as many words as it may
         attempt(_inputs(tokens, COMPILED[1]), COMPILED[0], [matrix], whole)
 
 
@@ -141,9 +141,9 @@ def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
             entries.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
             chosen = replace(chosen, **{part: replace(getattr(chosen, part), **found)})
         for entry in entries:  # programs for 8 tokens take fewer as well
-            rival = least.get(("trellis_many", 8), float("inf"))
-            if "trellis_few" in entry and rival < least["trellis_few", entry["tokens"]]:
-                entry["trellis_few"]["most_tokens"] = 0
+            rival = least.get(("many", 8), float("inf"))
+            if "few" in entry and rival < least["few", entry["tokens"]]:
+                entry["few"]["most_tokens"] = 0
         chosen = replace(chosen, shapes=[*chosen.shapes, *entries])
         write(chosen, console)
     write(begin_early(chosen, bits, repeats, console), console)
@@ -178,9 +178,9 @@ def _inputs(tokens: int, columns: int) -> Tensor:
 
 def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Configuration]:
     """All configurations to try for a kernel and number of tokens; that kernel takes them all."""
-    few = replace(default.trellis_few, most_tokens=tokens if part == "trellis_few" else 0)
-    many = replace(default.trellis_many, most_tokens=tokens if part == "trellis_many" else 0)
-    base = replace(default, trellis_few=few, trellis_many=many)
+    few = replace(default.few, most_tokens=tokens if part == "few" else 0)
+    many = replace(default.many, most_tokens=tokens if part == "many" else 0)
+    base = replace(default, few=few, many=many)
     for values in CHOICES[part][tokens]:
         yield replace(base, **{part: replace(getattr(base, part), **values)})
 

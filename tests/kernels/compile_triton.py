@@ -2,8 +2,8 @@
 
 No GPU is needed.
 
-Prints as JSON, for each kernel, which of the instructions below it has, how many barriers, and how many times it was
-compiled. Launches do nothing, so results are not looked at.
+Prints as JSON, for each kernel, which of the instructions below it has, and how many times it was compiled. Launches do
+nothing, so results are not looked at.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels import triton, triton_configuration, triton_rows, triton_trellis_layout, triton_trellis_products
+from arbllm.kernels import triton_configuration, triton_layout, triton_products, triton_rows
 from arbllm.kernels.triton_configuration import Configuration
-from arbllm.kernels.triton_layout import prepare
-from tests.kernels.triton_matrices import in_segments
+from tests.kernels.triton_matrices import MATRICES, in_segments
 
 INSTRUCTIONS = {
-    "mma.sync.aligned.m16n8k16.row.col.f32.f16": "bits on tensor cores",
     ".s32.s8.s8": "bytes on tensor cores",
     "dp4a.s32.s32": "four bytes at a time",
-    "wgmma.mma_async": "products of tiles",
     "cp.async.c": "loads under way during products",
 }
-COLUMNS = ((512, 2, 1), (64, 1, 2), (1, 1, 1))
-MORE_COLUMNS = ((1024, 2, 1), (192, 1, 2), *[(1, 1, 1)] * 17)  # of the same kinds
+PLAIN = ((480, 2, 1), (96, 1, 2), *[(1, 1, 1)] * 16)
 TRELLIS = ((480, 1, 2, True), (96, 1, 3, True), *[(1, 1, 1)] * 16)
 
 
@@ -48,7 +44,6 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
             name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
             facts = found.setdefault(name, {"variants": []})
             facts["means"] = [name for text, name in INSTRUCTIONS.items() if text in code]
-            facts["barriers"] = code.count("bar.sync")
             if compiled.hash not in facts["variants"]:
                 facts["variants"].append(compiled.hash)
 
@@ -57,23 +52,23 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
     return launcher
 
 
-def compile_trellis(default: Configuration) -> None:
-    """The kernels for a matrix with a trellis: for two sizes, for all numbers of signs, beginning early, and exact."""
-    few = replace(default.trellis_few, most_tokens=1)
-    launch = replace(default, trellis_few=few, trellis_many=replace(default.trellis_many, most_tokens=2))
-    for rows, columns in ((256, TRELLIS), (112, TRELLIS[:2])):
+def compile_all(default: Configuration) -> None:
+    """The kernels for two sizes each, with all numbers of signs, groups and means, beginning early."""
+    few, many = replace(default.few, most_tokens=1), replace(default.many, most_tokens=2)
+    launch = replace(default, few=few, many=many)
+    for rows, columns in ((256, TRELLIS), (112, TRELLIS[:2]), (256, PLAIN), (112, PLAIN[:2])):
         multiply_all(in_segments(rows, *columns), launch)
-    many = replace(launch.trellis_many, early=True)
-    early = replace(launch, trellis_few=replace(few, early=True), trellis_many=many)
+    early = replace(launch, few=replace(few, early=True), many=replace(many, early=True))
     multiply_all(in_segments(250, (61, 1, 1, True), (30, 1, 4, True), (1, 1, 1), scale_bits=16), early)
+    multiply_all(MATRICES["codes of rows and means"](), early)
 
 
 def multiply_all(matrix: BinaryMatrix, launch: Configuration) -> None:
     """One token, two, and three, which `launch` has different kernels for, and one in float32."""
-    prepared = triton_trellis_layout.prepare(matrix)
+    prepared = triton_layout.prepare(matrix)
     for tokens, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (3, torch.bfloat16), (1, torch.float32)):
         x = torch.zeros(tokens, matrix.layout.columns, dtype=dtype)
-        triton_trellis_products.multiply(x, prepared, launch)
+        triton_products.multiply(x, prepared, launch)
 
 
 if __name__ == "__main__":
@@ -86,14 +81,7 @@ if __name__ == "__main__":
         )
     )
     KernelInterface.__getitem__ = compile_only(found)
-    default = triton_configuration.load("any")
-    matrix, other = prepare(in_segments(256, *COLUMNS)), prepare(in_segments(512, *MORE_COLUMNS))
-    few = replace(default.few, most_tokens=1)
-    for tokens, most in ((1, 2), (2, 2), (3, 2)):
-        launch = replace(default, few=few, many=replace(default.many, most_tokens=most))
-        triton.multiply_prepared(torch.zeros(tokens, matrix.plan.layout.columns, dtype=torch.bfloat16), matrix, launch)
-    triton.multiply_prepared(torch.zeros(1, other.plan.layout.columns, dtype=torch.bfloat16), other, default)
-    compile_trellis(default)
+    compile_all(triton_configuration.load("any"))
     for dtype in (torch.bfloat16, torch.float32):
         codes, scales = torch.zeros(100, 576, dtype=torch.int8), torch.zeros(100, dtype=torch.float16)
         triton_rows.multiply(torch.zeros(1, 576, dtype=dtype), codes, scales)

@@ -12,7 +12,6 @@ import torch
 from arbllm.kernels import cuda, triton_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_BARRIERS = 64  # of a kernel that puts no words together in shared memory: 38; of one that does 132
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
@@ -46,20 +45,14 @@ def test_kernels_compile_for_an_h100():
     found = json.loads(run("tests/kernels/compile_triton.py", TRITON_INTERPRET="0"))
     assert set(found) == {
         "triton_rows.multiply_byte_rows",
-        *(f"triton_matvec.{name}" for name in ("scale_inputs", "few_tokens")),
-        *(f"triton_matmul.{name}" for name in ("many_tokens", "dequantize")),
-        "triton_trellis_matvec.few_tokens",
-        *(f"triton_trellis_matmul.{name}" for name in ("scale_inputs", "many_tokens", "dequantize", "gather")),
+        "triton_matvec.few_tokens",
+        *(f"triton_matmul.{name}" for name in ("scale_inputs", "many_tokens", "dequantize", "gather")),
     }
-    few = found["triton_matvec.few_tokens"]
-    assert {"bits on tensor cores", "loads under way during products"} <= set(few["means"])
-    assert few["barriers"] < MOST_BARRIERS
-    assert len(few["variants"]) == 1
-    assert found["triton_trellis_matvec.few_tokens"]["means"] == ["four bytes at a time"]
+    assert found["triton_matvec.few_tokens"]["means"] == ["four bytes at a time"]
     assert {"bytes on tensor cores", "loads under way during products"} <= set(
-        found["triton_trellis_matmul.many_tokens"]["means"]
+        found["triton_matmul.many_tokens"]["means"]
     )
-    assert len(found["triton_trellis_matvec.few_tokens"]["variants"]) == 2  # of two kinds of matrices
+    assert len(found["triton_matvec.few_tokens"]["variants"]) == 4  # of as many kinds of matrices, not of sizes
 
 
 def test_without_triton_the_reference_kernel_runs_and_this_is_said_once(monkeypatch, recwarn):
@@ -94,12 +87,12 @@ def test_a_gpu_without_a_file_gets_the_default():
 def test_shapes_take_precedence_up_to_their_tokens():
     default = triton_configuration.load("any")
     shapes = [
-        {"rows": 8, "columns": 16, "tokens": 1, "few": {"rows": 32}},
+        {"rows": 8, "columns": 16, "tokens": 1, "few": {"rows": 64}},
         {"rows": 8, "columns": 16, "tokens": 4, "few": {"rows": 128}},
-        {"rows": 8, "columns": 16, "tokens": 2, "trellis_few": {"rows": 64}},
+        {"rows": 8, "columns": 16, "tokens": 2, "many": {"rows": 256}},
     ]
     configuration = replace(default, shapes=shapes)
     better = [configuration.of(8, 16, tokens) for tokens in (1, 2, 4, 5)]
-    assert [each.few.rows for each in better] == [32, 128, 128, default.few.rows]
-    assert [each.trellis_few.rows for each in better] == [64, 64, *[default.trellis_few.rows] * 2]
+    assert [each.few.rows for each in better] == [64, 128, 128, default.few.rows]
+    assert [each.many.rows for each in better] == [256, 256, *[default.many.rows] * 2]
     assert configuration.of(9, 16, 1) == configuration

@@ -15,16 +15,9 @@ import torch
 from arbllm import nn
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.rows import dequantize_rows, quantize_rows
-from arbllm.kernels import (
-    cuda,
-    dispatch,
-    triton_configuration,
-    triton_rows,
-    triton_trellis_layout,
-    triton_trellis_products,
-)
+from arbllm.kernels import cuda, dispatch, triton_configuration, triton_products, triton_rows
 from arbllm.kernels import triton as kernel
-from arbllm.kernels.triton_plan import LONGEST_RUN, plan_of
+from arbllm.kernels.triton_plan import plan_of
 from tests.helpers import random_packed
 from tests.kernels.triton_matrices import MATRICES, in_segments
 
@@ -43,11 +36,8 @@ def use(monkeypatch, few: int, many: int, early: bool = False) -> None:
     default = triton_configuration.load("any")
     chosen = replace(
         default,
-        few=replace(default.few, most_tokens=few, rows=16),
-        many=replace(default.many, most_tokens=many, tokens=16, rows=16),
-        dense=replace(default.dense, rows=16),
-        trellis_few=replace(
-            default.trellis_few,
+        few=replace(
+            default.few,
             most_tokens=few,
             tokens=4,
             rows=64,
@@ -57,9 +47,8 @@ def use(monkeypatch, few: int, many: int, early: bool = False) -> None:
             warps=4,
             early=early,
         ),
-        trellis_many=replace(
-            default.trellis_many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2, early=early
-        ),
+        many=replace(default.many, most_tokens=many, tokens=16, rows=64, programs=4, warps=4, stages=2, early=early),
+        dense=replace(default.dense, rows=16),
     )
     monkeypatch.setattr(kernel, "configuration_of", lambda device: chosen)
 
@@ -81,29 +70,33 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 PLAIN = [
     ("arb-rcx", 1, torch.bfloat16),
-    ("arb-rcx", 17, torch.float32),
+    ("arb-rcx", 5, torch.float16),
     ("arb-rcx of four bits", 3, torch.float16),
-    ("outliers alone", 2, torch.float32),
-    ("arb-rc", 8, torch.float16),
-    ("arb-x", 2, torch.float32),
-    ("four groups", 5, torch.bfloat16),
-    ("no groups", 1, torch.float32),
+    ("outliers alone", 2, torch.float16),
+    ("arb-rc", 3, torch.float16),
+    ("arb-x", 2, torch.float16),
+    ("four groups", 3, torch.bfloat16),
+    ("no groups", 1, torch.float16),
+    ("codes of rows alone", 3, torch.float16),
+    ("codes of rows and means", 2, torch.float16),
+    ("many small segments", 3, torch.float16),
+    ("trellis and plain", 3, torch.float16),
+    ("trellis, float16", 2, torch.float16),
 ]
 TRELLIS = [
-    ("trellis of few signs", 1, torch.bfloat16),
+    ("trellis of few signs", 17, torch.bfloat16),
     ("trellis of three signs", 3, torch.bfloat16),
     ("trellis of four signs", 2, torch.bfloat16),
     ("trellis of many rows", 1, torch.bfloat16),
     ("trellis of many rows", 5, torch.bfloat16),
-    ("trellis of many columns", 9, torch.float16),
-    ("trellis and plain", 17, torch.float16),
-    ("trellis, float16", 2, torch.float16),
+    ("trellis of many columns", 2, torch.float16),
+    ("trellis of scales in float16", 2, torch.float16),
 ]
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Which of the kernels for a trellis ran."""
+    """Which of the kernels ran."""
     found = []
 
     def noted(name, function):
@@ -114,15 +107,16 @@ def runs(monkeypatch):
         return run
 
     for name in ("multiply_few", "multiply_many", "multiply_dense"):
-        monkeypatch.setattr(triton_trellis_products, name, noted(name, getattr(triton_trellis_products, name)))
+        monkeypatch.setattr(triton_products, name, noted(name, getattr(triton_products, name)))
     return found
 
 
 @pytest.mark.parametrize(("name", "tokens", "dtype"), PLAIN)
-def test_straight_from_the_bits(monkeypatch, name, tokens, dtype):
+def test_signs_four_at_a_time(monkeypatch, runs, name, tokens, dtype):
     use(monkeypatch, few=17, many=64)
     matrix = MATRICES[name]()
     check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+    assert runs == ["multiply_few"]
 
 
 @pytest.mark.parametrize(("name", "tokens", "dtype"), TRELLIS)
@@ -159,8 +153,11 @@ def test_programs_that_begin_early_wait_for_their_inputs(monkeypatch, launch):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(("name", "tokens", "dtype"), [*TRELLIS, *[(name, 3, torch.float32) for name, *_ in TRELLIS]])
-def test_levels_written_out(monkeypatch, runs, name, tokens, dtype):
+@pytest.mark.parametrize(
+    ("name", "tokens", "dtype"),
+    [*TRELLIS, *PLAIN, *[(name, 3, torch.float32) for name, *_ in [*TRELLIS, *PLAIN[1:]]]],
+)
+def test_weights_written_out(monkeypatch, runs, name, tokens, dtype):
     use(monkeypatch, **(DENSE if dtype != torch.float32 else MANY))
     matrix = MATRICES[name]()
     check(matrix, inputs(tokens, matrix.layout.columns, dtype))
@@ -179,26 +176,16 @@ def test_nan_of_a_token_is_nan_in_its_outputs_alone(monkeypatch, launch):
     assert not y[[0, 2]].any()
 
 
-@pytest.mark.parametrize("launch", [MANY, DENSE], ids=["in registers", "written out"])
-@pytest.mark.parametrize(
-    ("name", "tokens", "dtype"),
-    [
-        ("arb-rcx", 17, torch.bfloat16),
-        ("outliers alone", 2, torch.float16),
-        ("arb-rc", 3, torch.float32),
-        ("arb-x", 5, torch.float16),
-        ("four groups", 2, torch.float32),
-    ],
-)
-def test_by_weights(monkeypatch, launch, name, tokens, dtype):
-    use(monkeypatch, **launch)
-    matrix = MATRICES[name]()
-    check(matrix, inputs(tokens, matrix.layout.columns, dtype))
+def test_without_a_trellis_weights_are_written_out_for_many_tokens(monkeypatch, runs):
+    use(monkeypatch, **MANY)
+    matrix = MATRICES["arb-rc"]()
+    check(matrix, inputs(3, matrix.layout.columns, torch.float16))
+    assert runs == ["multiply_dense"]
 
 
-@pytest.mark.parametrize("columns", [320, 576, 64 * (LONGEST_RUN + 8)])
+@pytest.mark.parametrize("columns", [320, 576, 1536])
 def test_widths_of_real_models(columns):
-    check(in_segments(9, (columns, 2, 1)), inputs(1, columns, torch.float32))
+    check(in_segments(9, (columns, 2, 1)), inputs(1, columns, torch.float16))
 
 
 def test_levels_are_not_rounded_where_this_is_asked_for():
@@ -220,8 +207,9 @@ def test_written_out_in_pieces(monkeypatch):
     check(in_segments(53, (9, 1, 4, True)), inputs(2, 9, torch.float32))
 
 
-def test_inputs_of_all_sizes_and_zeros():
-    x = inputs(3, 64, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_of_all_sizes_and_zeros(dtype):
+    x = inputs(3, 64, dtype)
     x[1], x[2] = 0, x[2] * 1e-9
     x[0, :8] *= 1e6
     check(in_segments(9, (64, 2, 1)), x)
@@ -235,13 +223,14 @@ def test_any_strides_and_leading_dimensions():
     check(matrix, torch.randn(2, 0, 64))
 
 
-@pytest.mark.parametrize("name", ["arb-rcx", "trellis and plain"])
-def test_a_prepared_matrix_has_all_work_divided(name):
+@pytest.mark.parametrize("trellis", [False, True])
+def test_a_prepared_matrix_has_all_work_divided(monkeypatch, trellis):
     """CUDA graphs may not record that this is done."""
-    matrix = MATRICES[name]()
+    use(monkeypatch, few=3, many=16)
+    matrix = in_segments(70, (90, 1, 2, trellis), (40, 1, 1, trellis), (1, 1, 1))
     layout = matrix.layout
     ready = kernel.prepare(matrix.map(lambda tensor: tensor.to(DEVICE)))
-    plan = triton_trellis_layout.plan_of(layout) if layout.has_trellis else plan_of(layout)
+    plan = plan_of(layout)
     divided = dict(plan._units)
     for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (17, torch.bfloat16)):
         cuda.multiply(inputs(tokens, layout.columns, dtype).to(DEVICE), ready, layout.rows)

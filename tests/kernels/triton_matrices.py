@@ -63,6 +63,10 @@ MATRICES = {
         (1, 1, 2, True),
         scale_bits=16,
     ),
+    "trellis of scales in float16": partial(
+        in_segments, 45, (30, 1, 1, True), (9, 1, 4, True), (10, 1, 3, True), (1, 1, 1), scale_bits=16
+    ),
+    "many small segments": partial(in_segments, 40, *[(11, 2, 1), (37, 2, 1), (6, 1, 2)] * 5),
     "codes of rows alone": partial(random_matrix, 35, 90, salient=9, block_size=64, column_scaled=False, scale_bits=8),
     "codes of rows and means": partial(
         random_matrix, 18, 70, groups=4, salient=5, row_means=True, column_scaled=False, scale_bits=8

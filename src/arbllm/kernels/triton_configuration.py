@@ -16,55 +16,11 @@ FOLDER = Path(__file__).parent / "configurations"
 
 
 @dataclass(frozen=True)
-class FewTokens:
-    """Launch of `triton_matvec.few_tokens`.
-
-    Attributes:
-        most_tokens: with more tokens, another kernel runs.
-        rows: rows of words of a program, a power of two of at least 16; each stands for four rows of the matrix.
-        words: words that a step of its loop reads of each: 16 for 64 columns, 32 for 128.
-        programs: about how many programs to launch, if columns can be divided so.
-        accumulators: float32 registers of a thread for sums, at most; they limit the tokens of a program.
-        registers: of a thread, at most: with fewer, more programs run side by side.
-        warps: of a program.
-        stages: steps of the loop whose words are on their way at a time.
-    """
-
-    most_tokens: int
-    rows: int
-    words: int
-    programs: int
-    accumulators: int
-    registers: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class ManyTokens:
-    """Launch of `triton_matmul.many_tokens`; fields as in `FewTokens`.
-
-    Attributes:
-        most_tokens: with more, the weight is written out in pieces.
-        tokens: of a program, a power of two of at least 16.
-        rows: see `FewTokens`; likewise the others.
-    """
-
-    most_tokens: int
-    tokens: int
-    rows: int
-    words: int
-    programs: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
 class Dense:
-    """Launch of `triton_matmul.dequantize` and `triton_trellis_matmul.dequantize`.
+    """Launch of `triton_matmul.dequantize`.
 
     Attributes:
-        rows: rows of words of a program, with a trellis of the matrix.
+        rows: of a program, a power of two.
         scratch_megabytes: dense weights that exist at a time, in 10^6 bytes.
         warps: of a program.
     """
@@ -75,12 +31,12 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class TrellisFew:
-    """Launch of `triton_trellis_matvec.few_tokens`.
+class FewTokens:
+    """Launch of `triton_matvec.few_tokens`.
 
     Attributes:
         most_tokens: with more tokens, another kernel runs.
-        tokens: of a program, at most; a power of two.
+        tokens: of a program, at most, times what inputs are multiplied by without a trellis; a power of two.
         rows: of a program, a power of two of at least 64.
         words: words of columns that are read side by side, by warps of their own where there are enough.
         most_rows: of a program, where there would be far more programs than `programs` else, with fewer words.
@@ -102,12 +58,12 @@ class TrellisFew:
 
 
 @dataclass(frozen=True)
-class TrellisMany:
-    """Launch of `triton_trellis_matmul.many_tokens`; fields as in `TrellisFew`.
+class ManyTokens:
+    """Launch of `triton_matmul.many_tokens`; fields as in `FewTokens`.
 
     Attributes:
         most_tokens: with more, the weight is written out in pieces.
-        tokens: see `TrellisFew`; likewise the others.
+        tokens: see `FewTokens`; likewise the others.
         stages: steps of the loop whose words are on their way at a time.
     """
 
@@ -120,7 +76,7 @@ class TrellisMany:
     early: bool
 
 
-PARTS = ("few", "many", "dense", "trellis_few", "trellis_many")
+PARTS = ("few", "many", "dense")
 """Launches of `Configuration` that may differ by shape."""
 
 
@@ -131,10 +87,8 @@ class Configuration:
     Attributes:
         device: the GPU's name, as PyTorch gives it.
         few: for a few tokens.
-        many: for more.
+        many: for more, with a trellis.
         dense: for the most.
-        trellis_few: for a few tokens times a matrix with a trellis.
-        trellis_many: for more.
         shapes: what is better for some sizes: objects with `rows`, `columns`, `tokens` (the most that they are for),
             and fields of PARTS under these names.
     """
@@ -143,8 +97,6 @@ class Configuration:
     few: FewTokens
     many: ManyTokens
     dense: Dense
-    trellis_few: TrellisFew
-    trellis_many: TrellisMany
     shapes: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, rows: int, columns: int, tokens: int) -> Configuration:
@@ -169,8 +121,6 @@ class Configuration:
             few=FewTokens(**values["few"]),
             many=ManyTokens(**values["many"]),
             dense=Dense(**values["dense"]),
-            trellis_few=TrellisFew(**values["trellis_few"]),
-            trellis_many=TrellisMany(**values["trellis_many"]),
             shapes=values["shapes"],
         )
 

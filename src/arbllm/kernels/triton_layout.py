@@ -1,146 +1,211 @@
-"""How a packed matrix lies in GPU memory, so that its bits are tensor core operands after a single operation.
+"""How a packed matrix lies in GPU memory: words where `triton_plan` says, scales and tables beside them.
 
-Matrices with a trellis lie as `triton_trellis_layout` has it. Columns of one kind (as many groups and signs) lie
-together, in pieces of CHUNK = 64. In each piece a word of 16 bits holds 4 columns of each of 4 rows: bit ``4 q + b`` of
-word w is column ``16 b + w`` of the piece in row ``q * quarter + i``, quarter = ceil(rows / 4). A word masked to one of
-its bits 0 to 11 is a power of two as float16: 2^(bit - 24), since up to bit 9 it is a subnormal number and bits 10 and
-11 begin the exponent. So the product of a bit plane with activations needs one mask for two weights and no conversion.
+Column ``4 q + j`` of a word, q = 2 b + h, is its bit ``16 h + 4 j + b``: bit b of all its half-bytes makes the numbers
+of eight weights' bytes, of which a single instruction looks up four, those of four columns that follow each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from arbllm.binarize.code import COEFFICIENTS, level_values
+from arbllm.binarize.scales import shares
 from arbllm.format.layout import Place
 from arbllm.format.matrix import BinaryMatrix
-from arbllm.kernels.prepared import PreparedTensors
-from arbllm.kernels.triton_plan import CHUNK, ROWS_OF_A_WORD, WORDS, Family, Plan, Run, plan_of, rows_of_words
+from arbllm.format.trellis import FURTHER_SIGNS
+from arbllm.kernels.triton_plan import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Plan, kind_of, plan_of, width_of
 
-PIECE = 32 * CHUNK
+PIECE = 64 * WORD
 """Columns that are repacked at a time."""
+TURNED = (0x00FF00FF, 0x0000FFFF, -1)
+"""Of four half-bytes' bit 0, 1 and 2, what a byte permutation makes all ones in the bytes where it is not set."""
+LARGEST_LEVEL = {1: 113.5, 2: 117.45, 3: 94.35, 4: 113.15}
+"""By which number the largest level is told where levels are the odd multiples of 1/2 up to 127.5: the one by which
+they are nearest to such multiples. They are off by 0.001, 0.11, 0.29 and 0.37 % (root mean squares, levels alike)."""
+_PLANES = (("signs", "column"), *zip(FURTHER_SIGNS, ("second", "third", "fourth"), strict=True))
+_GROUPS = (("group_bitmap", "low"), ("group_bitmap_high", "high"))
 
 
 @dataclass(frozen=True)
-class Prepared(PreparedTensors):
+class Prepared:
     """A packed matrix as the Triton kernels read it.
 
     Attributes:
         plan: where what is.
-        words: int16, flat: for each family (chunks, planes, quarter, WORDS); planes are first signs, second signs where
-            there are two, low and high bits of the group number where there are groups.
-        order: int32, natural column of each column in `words`, then of each in `singles`; both padded, with 0.
-        row_scales: uint8 codes or float16, (slots, rows), up to the last slot that a run uses.
-        steps: float16, (slots), what codes are multiplied by; empty without codes.
-        column_scales: as stored, flat; empty without any.
-        row_means: float16 (slots, rows); empty without any.
-        singles: segments of one column, one group and one sign: int16 (k, rows) signed codes, or signed scales, of the
-            dtype of row scales.
-        single_columns: int32 (3, k): natural column, scale slot, place in the column scales.
-        run_table: int32 (runs, fields of `Run`).
+        words: int32, flat: for each word of columns of each stream, ROWS_BEFORE zeros, then (planes, height): first
+            signs, further ones, low and high bits of the group.
+        order: int32, the natural column of each column, first those in words, then `singles`; 0 of those that fill
+            words up, or `singles` up to a multiple of SINGLES_TOGETHER.
+        factors: float32, flat: for each stream (slots, columns), what a weight is multiplied by besides its row scale
+            or mean; then those of `singles`. 0 of columns that fill up.
+        row_scales: uint8 codes or float16 (slots of all bands, height).
+        row_means: float16 (groups of all bands, height), or empty.
+        levels: int32 (20): of each number of stored signs the four words of bytes that `triton_levels` looks levels up
+            in, then its other constants.
+        exact_levels: float32 (4, 32): of each number of stored signs all levels.
+        singles: int16 (k, height), signed codes of columns with a scale for each weight, or float16, signed scales.
     """
 
     plan: Plan
     words: Tensor
     order: Tensor
+    factors: Tensor
     row_scales: Tensor
-    steps: Tensor
-    column_scales: Tensor
     row_means: Tensor
+    levels: Tensor
+    exact_levels: Tensor
     singles: Tensor
-    single_columns: Tensor
-    run_table: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the class, as an operator takes them."""
+        return [getattr(self, each.name) for each in fields(self)[1:]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def prepare(matrix: BinaryMatrix) -> Prepared:
-    """Repack a matrix without a trellis for the GPU; its column scales and steps are shared.
+    """Repack a matrix for the GPU.
 
     Args:
         matrix: on any device; the result is on the same.
     """
     layout, device, plan = matrix.layout, matrix.signs.device, plan_of(matrix.layout)
-    order = matrix.column_order()
-    natural = torch.arange(layout.columns, device=device) if order is None else order
-    words, columns = [torch.empty(0, dtype=torch.int16, device=device)], []
-    for family in plan.families:
-        words += _repack(matrix, family)
-        columns.append(_padded(torch.cat([natural[_span(place)] for place in family.places]), family.chunks * CHUNK))
-    singles, single_columns = _singles(matrix, plan.alone, natural)
-    columns.append(_padded(single_columns[0], plan.columns - plan.single_start))
-    empty = matrix.row_scales.new_empty(0)
+    stored = matrix.column_order()
+    natural = torch.arange(layout.columns, device=device) if stored is None else stored
+    places = [place for stream in plan.streams for place in stream]
+    nothing = natural.new_empty(0)
+    columns = [_filled(natural[_columns(stream, device)], width_of(stream)) for stream in plan.streams]
+    singles = _filled(natural[_columns(plan.singles, device)], _up(len(plan.singles)))
+    factors = [_factors(matrix, stream) for stream in plan.streams]
     return Prepared(
         plan=plan,
-        words=torch.cat(words),
-        order=torch.cat(columns).int(),
-        row_scales=matrix.row_scales[:, : _slots(plan)].T.contiguous(),
-        steps=empty.half() if matrix.scale_steps is None else matrix.scale_steps,
-        column_scales=empty if matrix.column_scales is None else matrix.column_scales,
-        row_means=empty.half() if matrix.row_means is None else matrix.row_means.T.contiguous(),
-        singles=singles,
-        single_columns=single_columns,
-        run_table=torch.tensor(plan.runs, dtype=torch.int32).reshape(-1, len(Run._fields)).to(device),
+        words=torch.cat([nothing.int(), *(piece for stream in plan.streams for piece in _words(matrix, stream))]),
+        order=torch.cat([*columns, singles]).int(),
+        factors=torch.cat([*factors, _single_factors(matrix, plan)]),
+        row_scales=_rows(matrix.row_scales[:, _slots([(p.row_scale, p.segment.slots) for p in places], device)], plan),
+        row_means=nothing.half()
+        if matrix.row_means is None
+        else _rows(matrix.row_means[:, _slots([(p.row_mean, p.segment.groups) for p in places], device)], plan),
+        levels=torch.tensor(_constants(), dtype=torch.int32).to(device),
+        exact_levels=torch.tensor([_levels(terms) for terms in sorted(COEFFICIENTS)]).to(device),
+        singles=_singles(matrix, plan),
     )
 
 
-def _slots(plan: Plan) -> int:
-    """Row scale slots up to the last that a run uses; single columns, which keep their own scales, come last."""
-    places = (place for family in plan.families for place in family.places)
-    return max((place.row_scale + place.segment.slots for place in places), default=0)
+def _slots(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Ranges, as (start, length), one after the other: int64."""
+    ranges = [torch.arange(start, start + length) for start, length in spans]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *ranges]).to(device)
 
 
-def _span(place: Place) -> slice:
-    return slice(place.column, place.column + place.segment.width)
+def _columns(places: Sequence[Place], device: torch.device, field: str = "column") -> Tensor:
+    """Columns of some segments in a stored tensor, int64."""
+    return _slots([(getattr(place, field), place.segment.width) for place in places], device)
 
 
-def _repack(matrix: BinaryMatrix, family: Family) -> Iterator[Tensor]:
-    """The words of a family, a few chunks at a time, flat."""
-    kind, chunks, quarter = family.kind, family.chunks, rows_of_words(matrix.layout)
-    signs = [("signs", "column"), ("second_signs", "second")]
-    groups = [("group_bitmap", "low"), ("group_bitmap_high", "high")]
-    sources = signs[: kind.terms] + groups[: kind.groups.bit_length() - 1]
+def _filled(values: Tensor, length: int) -> Tensor:
+    """Values (..., k) filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, length - values.shape[-1]))
+
+
+def _up(singles: int) -> int:
+    return -(-singles // SINGLES_TOGETHER) * SINGLES_TOGETHER
+
+
+def _factors(matrix: BinaryMatrix, stream: Sequence[Place]) -> Tensor:
+    """Of segments that lie together: float32, flat (slots, columns)."""
+    scales = torch.cat([_column_factors(matrix, place) for place in stream], 1)
+    if matrix.layout.row_means and not stream[0].segment.trellis:
+        scales = torch.cat([scales, scales.new_ones(stream[0].segment.groups, scales.shape[1])])
+    return _filled(scales, width_of(stream)).flatten()
+
+
+def _column_factors(matrix: BinaryMatrix, place: Place) -> Tensor:
+    """Column scales of a segment times the steps that codes are in: float32 (slots, width)."""
+    slots, width = place.segment.slots, place.segment.width
+    factors = torch.ones(slots, width, device=matrix.signs.device)
+    if matrix.column_scales is not None:
+        scales = matrix.column_scales[place.column_scale : place.column_scale + slots * width]
+        factors *= (scales.float() if matrix.scale_steps is None else shares(scales)).view(slots, width)
+    if matrix.scale_steps is not None:
+        factors *= matrix.scale_steps[place.row_scale : place.row_scale + slots, None].float()
+    return factors
+
+
+def _single_factors(matrix: BinaryMatrix, plan: Plan) -> Tensor:
+    factors = [_column_factors(matrix, place).flatten() for place in plan.singles]
+    return _filled(torch.cat([torch.empty(0, device=matrix.signs.device), *factors]), _up(len(factors)))
+
+
+def _rows(values: Tensor, plan: Plan) -> Tensor:
+    """Values (rows, k) as (k, height)."""
+    return _filled(values.T, plan.height).contiguous()
+
+
+def _words(matrix: BinaryMatrix, stream: Sequence[Place]) -> Iterator[Tensor]:
+    """The words of segments that lie together: int32, flat, some columns at a time."""
+    kind, height = kind_of(stream[0]), plan_of(matrix.layout).height
+    sources = _PLANES[: kind.terms] + (() if kind.trellis else _GROUPS[: kind.groups.bit_length() - 1])
     device = matrix.signs.device
-    where = [
-        torch.cat([torch.arange(p.segment.width, device=device) + getattr(p, field) for p in family.places])
-        for _, field in sources
-    ]
-    for start in range(0, chunks * CHUNK, PIECE):
-        size = min(PIECE, chunks * CHUNK - start)
+    where = [_columns(stream, device, field) for _, field in sources]
+    for start in range(0, width_of(stream), PIECE):
         planes = [
-            _words(_bits(getattr(matrix, name), index[start : start + size]), size // CHUNK, quarter)
+            _packed(getattr(matrix, name), index[start : start + PIECE], height)
             for (name, _), index in zip(sources, where, strict=True)
         ]
-        yield torch.cat(planes, 1).flatten()
+        above = planes[0].new_zeros(len(planes[0]), ROWS_BEFORE)
+        yield torch.cat([above, *planes], 1).flatten()
 
 
-def _bits(packed: Tensor, columns: Tensor) -> Tensor:
-    """Some columns of packed rows, int32 (n, k) of 0 and 1."""
-    return packed[:, columns // 8].int() >> (columns % 8).int() & 1
+def _packed(packed: Tensor, columns: Tensor, height: int) -> Tensor:
+    """Bits of some columns of packed rows as words: int32 (words, height)."""
+    bits = (packed[:, columns // 8] >> (columns % 8)) & 1
+    bits = torch.nn.functional.pad(bits, (0, -len(columns) % WORD, 0, height - len(packed)))
+    place = torch.arange(WORD, device=packed.device)
+    quad = place // 4
+    words = bits.view(height, -1, WORD).long() << (16 * (quad % 2) + 4 * (place % 4) + quad // 2)
+    return words.sum(-1).int().T
 
 
-def _words(bits: Tensor, chunks: int, quarter: int) -> Tensor:
-    """Words (chunks, quarter, WORDS), int16, from bits (rows, columns)."""
-    bits = _padded(_padded(bits.T, chunks * CHUNK).T, ROWS_OF_A_WORD * quarter)
-    places = bits.view(ROWS_OF_A_WORD, quarter, chunks, CHUNK // WORDS, WORDS)
-    shifts = torch.arange(16, dtype=torch.int32, device=bits.device).view(ROWS_OF_A_WORD, 1, 1, CHUNK // WORDS, 1)
-    return (places << shifts).sum((0, 3), dtype=torch.int32).to(torch.int16).transpose(0, 1)
+def _singles(matrix: BinaryMatrix, plan: Plan) -> Tensor:
+    column = _columns(plan.singles, matrix.signs.device)
+    signs = 2 * ((matrix.signs[:, column // 8] >> (column % 8)) & 1).to(torch.int16) - 1
+    scales = matrix.row_scales[:, [place.row_scale for place in plan.singles]]
+    return _rows(signs * scales if scales.dtype == torch.uint8 else signs.half() * scales, plan)
 
 
-def _padded(values: Tensor, length: int) -> Tensor:
-    """Values with their first dimension filled up by zeros."""
-    missing = values.new_zeros(length - len(values), *values.shape[1:])
-    return torch.cat([values, missing]) if len(missing) else values
+def _constants() -> list[int]:
+    return [*(word for terms in sorted(COEFFICIENTS) for word in level_words(terms)), *TURNED, 0]
 
 
-def _singles(matrix: BinaryMatrix, places: Sequence[Place], natural: Tensor) -> tuple[Tensor, Tensor]:
-    device = natural.device
-    columns, slots, factors = (
-        torch.tensor([getattr(place, field) for place in places], dtype=torch.int64, device=device)
-        for field in ("column", "row_scale", "column_scale")
-    )
-    scales = matrix.row_scales[:, slots]
-    signs = 2 * _bits(matrix.signs, columns) - 1
-    values = signs.to(torch.int16) * scales if matrix.layout.scale_bits == 8 else signs.half() * scales
-    return values.T.contiguous(), torch.stack([natural[columns], slots, factors]).int()
+def _levels(terms: int) -> list[float]:
+    """All levels of so many stored signs, filled up to 32."""
+    values = level_values(terms)
+    return [*values, *[0.0] * (32 - len(values))]
+
+
+def unit_of(terms: int) -> float:
+    """What a whole level stands for where levels are bytes: byte v for (v + 1/2) units."""
+    return level_values(terms)[-1] / LARGEST_LEVEL[terms]
+
+
+def level_bytes(terms: int) -> list[int]:
+    """Bytes v, -128 to 127, of all levels of so many stored signs; of those with all signs turned, -1 - v."""
+    upper = [round(value / unit_of(terms) - 0.5) for value in level_values(terms)[1 << terms :]]
+    return [-1 - value for value in reversed(upper)] + upper
+
+
+def level_words(terms: int) -> list[int]:
+    """Four words of bytes: of up to two stored signs all levels, of more those whose first sign is +."""
+    values = level_bytes(terms)
+    table = values if terms <= 2 else values[1 << terms :]
+    table = table + [0] * (16 - len(table))
+    return [int.from_bytes(bytes(v & 255 for v in table[k : k + 4]), "little", signed=True) for k in range(0, 16, 4)]

@@ -1,6 +1,6 @@
-"""Triton kernels for many tokens: tiles of the weight in registers, or written out, for ordinary matrix products.
+"""Triton kernels for many tokens: bytes of levels on tensor cores, or weights written out.
 
-Columns are in the order of `Prepared.order` throughout: those in words, then single columns.
+Levels and inputs are bytes as in `triton_matvec`; weights that are written out have levels as they are.
 """
 
 from __future__ import annotations
@@ -8,283 +8,274 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from arbllm.kernels.triton_levels import level_unit, quads
 from arbllm.kernels.triton_parts import (
-    FIELDS,
+    BEFORE,
+    CHUNK,
+    COLUMNS,
     INTERPRETED,
-    RUN_CHUNKS,
-    RUN_COLUMN,
-    RUN_FACTOR,
-    RUN_GROUPS,
-    RUN_HIGH,
-    RUN_LOW,
-    RUN_ROW_MEAN,
-    RUN_SLOT,
-    RUN_STOP,
-    RUN_TERMS,
-    RUN_WIDTH,
+    SINGLES,
+    UNIT,
     add_up,
-    plain_planes,
+    begin,
+    groups_of,
+    has_trellis,
+    kind_of,
+    loaded,
     planes_of,
     scale_values,
-    store_tokens,
-    words_of_chunk,
-    words_of_run,
-    zeros,
+    single_weight,
+    slot_scales,
+    terms_of,
+    unit_fields,
+    whole_numbers,
+    whole_words,
 )
 
 
-@triton.jit
-def _row_parameters(
-    fields, row_scales, row_means, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens"])
+def scale_inputs(
+    x, order, factors, chunk_table, bytes_of_inputs, norms, totals, counters,
+    tokens, padded, columns, places,
+    TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of (M): for each of a word's four rows the scale of each group and term, then the mean of each group."""
-    found = ()
-    for q in tl.static_range(4):
-        row = q * quarter + m
-        inside = (m < quarter) & (row < rows)
-        slot = row_scales + tl.load(fields + RUN_SLOT).to(tl.int64) * rows + row
-        for place in tl.static_range(GROUPS * TERMS):
-            found = found + (scale_values(tl.load(slot + place * rows, mask=inside, other=0), CODES),)
-        if MEANS:
-            slot = row_means + tl.load(fields + RUN_ROW_MEAN).to(tl.int64) * rows + row
-            for group in tl.static_range(GROUPS):
-                found = found + (tl.load(slot + group * rows, mask=inside, other=0).to(tl.float32),)
-    return found
+    """Inputs of one token and chunk as whole numbers, for `many_tokens`: program (chunk, token); and zero counters.
+
+    Bytes: (chunks, blocks of tokens, upper and lower bytes, tokens, quads of a word, words, columns of a quad). What
+    one stands for, and half of the sum of all, which levels v + 1/2 add: (chunks, padded tokens).
+    """
+    chunk, token, k = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNK * COLUMNS)
+    _, _, words, _, _, start, place, _, _, _ = unit_fields(chunk_table, chunk)
+    column = k % 32 // 4 * COLUMNS + k // 32 * 4 + k % 4
+    inside = (column < words * COLUMNS) & (token < tokens)
+    natural = tl.load(order + whole_words(start) + column, mask=inside, other=0)
+    factor = tl.load(factors + whole_words(place) + column, mask=inside, other=0)
+    begin(EARLY)
+    value = tl.load(x + token.to(tl.int64) * columns + natural, mask=inside, other=0).to(tl.float32)
+    whole, norm, total = whole_numbers((value * factor)[None, :])
+    upper = (whole + 128) >> 8
+    place = chunk * (2 * padded) + token // TOKENS * (2 * TOKENS) + token % TOKENS
+    into = bytes_of_inputs + place.to(tl.int64) * (CHUNK * COLUMNS) + k[None, :]
+    tl.store(into, upper.to(tl.int8))
+    tl.store(into + TOKENS * (CHUNK * COLUMNS), (whole - (upper << 8)).to(tl.int8))
+    place = chunk * padded + token + tl.arange(0, 1)
+    tl.store(norms + place, norm)
+    tl.store(totals + place, (total + 1) >> 1)
+    for number in range(chunk * padded + token, places, tl.num_programs(0) * padded):
+        tl.store(counters + number, 0)
 
 
 @triton.jit
-def _column_factors(
-    fields, column_scales, steps, k, inside,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr,
-):  # fmt: skip
-    """A tuple of (K): what the scale of each group and term is multiplied by in each column."""
-    found = ()
-    for slot in tl.static_range(GROUPS * TERMS):
-        factor = tl.where(inside, 1.0, 0.0)
-        if SCALED:
-            place = tl.load(fields + RUN_FACTOR) + slot * tl.load(fields + RUN_WIDTH) + k
-            factor = scale_values(tl.load(column_scales + place, mask=inside, other=0), CODES)
-        if CODES:
-            factor *= tl.load(steps + tl.load(fields + RUN_SLOT) + slot).to(tl.float32)
-        found = found + (factor,)
-    return found
+def _in_bytes(words, M: tl.constexpr):
+    """Bytes (M, 32) of words (M, 8), the lowest first."""
+    result = ()
+    for word in words:
+        parts = (word[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
+        result = result + (tl.reshape(parts, (M, 32)).to(tl.int8),)
+    return result
 
 
 @triton.jit
-def _of_group(low, high, values, GROUPS: tl.constexpr):
-    """Of each weight the value of its group; `values` is a tuple."""
-    chosen = values[0]
-    if GROUPS > 1:
-        chosen = tl.where(low, values[1], chosen)
-    if GROUPS > 2:
-        chosen = tl.where(high, tl.where(low, values[3], values[2]), chosen)
-    return chosen
+def _chunk(place, height, count, m, levels, KIND: tl.constexpr, M: tl.constexpr):
+    """The levels of a chunk of `count` words as an operand of tensor cores: int8 (M, quads, words, columns of a quad).
 
-
-@triton.jit
-def _weights(
-    planes, parameters, factors, inside, QUARTER: tl.constexpr, BIT: tl.constexpr,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr, MEANS: tl.constexpr,
-):  # fmt: skip
-    """The weights (M, K) that one bit of the words stands for, float32; 0 outside the run."""
-    SHIFT: tl.constexpr = 4 * QUARTER + BIT
-    FIRST: tl.constexpr = QUARTER * GROUPS * (TERMS + MEANS)
-    low = ((planes[TERMS if GROUPS > 1 else 0] >> SHIFT) & 1) != 0
-    high = ((planes[TERMS + 1 if GROUPS > 2 else 0] >> SHIFT) & 1) != 0
-    value = tl.zeros(planes[0].shape, tl.float32)
-    for term in tl.static_range(TERMS):
-        products = ()
-        for group in tl.static_range(GROUPS):
-            scale = parameters[FIRST + group * TERMS + term]
-            products = products + (scale[:, None] * factors[group * TERMS + term][None, :],)
-        size = _of_group(low, high, products, GROUPS)
-        value += tl.where(((planes[term] >> SHIFT) & 1) != 0, size, -size)
-    if MEANS:
-        means = ()
-        for group in tl.static_range(GROUPS):
-            means = means + (parameters[FIRST + GROUPS * TERMS + group][:, None],)
-        value += tl.where(inside[None, :], _of_group(low, high, means, GROUPS), 0.0)
-    return value
-
-
-@triton.jit
-def _single_weights(
-    singles, single_columns, column_scales, steps, column, row, own, count, rows,
-    SCALED: tl.constexpr, CODES: tl.constexpr,
-):  # fmt: skip
-    """Weights (M, K) of some single columns, float32."""
-    valid = column < count
-    inside = (own & (row < rows))[:, None] & valid[None, :]
-    stored = tl.load(singles + column[None, :].to(tl.int64) * rows + row[:, None], mask=inside, other=0)
-    value = scale_values(tl.abs(stored), CODES)
-    value = tl.where(stored < 0, -value, value)
-    if SCALED:
-        factor = tl.load(single_columns + 2 * count + column, mask=valid, other=0)
-        value *= scale_values(tl.load(column_scales + factor, mask=valid, other=0), CODES)[None, :]
-    if CODES:
-        slot = tl.load(single_columns + count + column, mask=valid, other=0)
-        value *= tl.load(steps + slot, mask=valid, other=0).to(tl.float32)[None, :]
-    return value
-
-
-@triton.jit
-def _product(weights, inputs, total, PRECISION: tl.constexpr):
-    """Add the product of weights (M, K) with inputs (TOKENS, K), in the dtype of these."""
-    rounded = weights.to(inputs.dtype)
-    if INTERPRETED:  # whose products know no bfloat16
-        return tl.dot(rounded.to(tl.float32), tl.trans(inputs).to(tl.float32), total)
+    Compilers keep each in the register that it was made in: a word is loaded as four bytes, where the tensor cores'
+    layout has them in one, and quads only come to stand behind each other.
+    """
+    size = planes_of(KIND) * height + BEFORE
+    there = (m < height)[:, None]
+    if INTERPRETED:
+        w = tl.arange(0, 8)[None, :]
+        signs = place.to(tl.pointer_type(tl.int32)) + m[:, None] + w * size
+        found = _in_bytes(quads(loaded(signs, height, there & (w < count), KIND, 1), levels, terms_of(KIND), False), M)
     else:
-        return tl.dot(rounded, tl.trans(inputs), total, input_precision=PRECISION)
+        k = tl.arange(0, 32)[None, :]
+        signs = place + (4 * m)[:, None] + (k // 4 * (4 * size) + k % 4)
+        found = quads(loaded(signs, height, there & (k // 4 < count), KIND, 4), levels, terms_of(KIND), True)
+    even = tl.join(tl.join(found[0], found[4]), tl.join(found[2], found[6]))
+    odd = tl.join(tl.join(found[1], found[5]), tl.join(found[3], found[7]))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (M, CHUNK * COLUMNS))
 
 
 @triton.jit
-def _products_of_kind(
-    sums, source, words, row_scales, row_means, run_table, column_scales, steps, first, last, wanted, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr,
-    SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
-    PRECISION: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """`sums`, a tuple of four (M, TOKENS) for the rows of a word, with the runs [first, last) of one kind added."""
-    BITS: tl.constexpr = planes_of(GROUPS, TERMS)
-    w = tl.arange(0, WORDS)
-    stride = quarter * 16
-    for run in range(first, last):
-        fields = run_table + run * FIELDS
-        chunks, low, high = tl.load(fields + RUN_CHUNKS), tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH)
-        parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-        own = words_of_run(fields, words, m, w, quarter, BITS)
-        inputs = source + (tl.load(fields + RUN_COLUMN) + w // 16 * 64 + w % 16)[None, :]
-        for chunk in range(0, chunks, WORDS // 16):
-            valid = ((chunk + w // 16) < chunks)[None, :]
-            there = valid & (m < quarter)[:, None]
-            start = own + chunk * words_of_chunk(quarter, BITS)
-            planes = plain_planes(start, there, stride, GROUPS, TERMS)
-            for bit in tl.static_range(4):
-                k = (chunk + w // 16) * 64 + bit * 16 + w % 16
-                inside = (k >= low) & (k < high)
-                factors = _column_factors(fields, column_scales, steps, k, inside, GROUPS, TERMS, SCALED, CODES)
-                tokens = tl.load(inputs + chunk * 64 + bit * 16, mask=wanted & valid, other=0)
-                result = ()
-                for q in tl.static_range(4):
-                    weights = _weights(planes, parameters, factors, inside, q, bit, GROUPS, TERMS, MEANS)
-                    result = result + (_product(weights, tokens, sums[q], PRECISION),)
-                sums = result
-    return sums
+def _of_both_bytes(sums, M: tl.constexpr, TOKENS: tl.constexpr):
+    """Sums of upper bytes' products (M, TOKENS), and of lower ones', as one: a chunk's is less than 2**31."""
+    upper, lower = tl.split(tl.permute(tl.reshape(sums, (M, 2, TOKENS)), (0, 2, 1)))
+    return (upper << 8) + lower
 
 
 @triton.jit
-def _products_of_singles(
-    sums, source, singles, single_columns, column_scales, steps, first, last, wanted, rows, quarter, count, m,
-    SCALED: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
+def _chunks_of_many(
+    words, inputs, norms, totals, row_scales, chunk_table, levels, first, count, block, padded, height, m,
+    KIND: tl.constexpr, CODES: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`sums` with single columns [first, last) added."""
-    for start in range(first, last, 16):
-        column = start + tl.arange(0, 16)
-        tokens = tl.load(source + column[None, :], mask=wanted & (column < last)[None, :], other=0)
-        result = ()
-        for q in tl.static_range(4):
-            weights = _single_weights(
-                singles, single_columns, column_scales, steps, column, q * quarter + m, m < quarter, count, rows,
-                SCALED, CODES,
-            )  # fmt: skip
-            result = result + (_product(weights, tokens, sums[q], PRECISION),)
-        sums = result
-    return sums
+    """(M, TOKENS): the products of some chunks of columns with a trellis."""
+    k, n, t = tl.arange(0, CHUNK * COLUMNS), tl.arange(0, 2 * TOKENS), block * TOKENS + tl.arange(0, TOKENS)
+    source = inputs + ((first * 2 * padded + block * (2 * TOKENS)).to(tl.int64) + n[:, None]) * (CHUNK * COLUMNS)
+    source += k[None, :]
+    norms, totals = norms + first * padded + t, totals + first * padded + t
+    outputs = tl.zeros((M, TOKENS), tl.float32)
+    _, start, length, _, _, _, _, _, slot, _ = unit_fields(chunk_table, first)
+    for chunk in tl.range(first, first + count, num_stages=STAGES):
+        place = words + (start.to(tl.int64) * UNIT + BEFORE) * 4
+        found = _chunk(place, height, length, m, levels, KIND, M)
+        scale = tl.load(row_scales + slot * height + m, mask=m < height, other=0)
+        sums = tl.dot(found, tl.trans(tl.load(source)), out_dtype=tl.int32)
+        value = (_of_both_bytes(sums, M, TOKENS) + tl.load(totals)[None, :]).to(tl.float32)
+        outputs += scale_values(scale, CODES)[:, None] * (tl.load(norms)[None, :] * value)
+        following = tl.minimum(chunk + 1, first + count - 1)
+        _, start, length, _, _, _, _, _, slot, _ = unit_fields(chunk_table, following)
+        source += 2 * CHUNK * COLUMNS * padded
+        norms += padded
+        totals += padded
+    return outputs * level_unit(terms_of(KIND))
 
 
-@triton.jit(do_not_specialize=["tokens", "count"])  # as in `triton_matvec.few_tokens`
+@triton.jit
+def _singles_of_many(
+    x, singles, order, factors, first, count, tokens, columns, height, m, token,
+    CODES: tl.constexpr,
+):  # fmt: skip
+    """(M, TOKENS): the products of columns with a scale for each weight, of which `order` and `factors` are."""
+    column = tl.arange(0, SINGLES)
+    there = column < count
+    place = singles + (first + column).to(tl.int64)[None, :] * height + m[:, None]
+    weight = single_weight(place, there[None, :] & (m < height)[:, None], CODES)
+    natural, factor = tl.load(order + column), tl.load(factors + column)
+    wanted = there[:, None] & (token < tokens)[None, :]
+    value = tl.load(x + token.to(tl.int64)[None, :] * columns + natural[:, None], mask=wanted, other=0).to(tl.float32)
+    return tl.dot(weight, value * factor[:, None], input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def many_tokens(
-    xs, words, row_scales, row_means, run_table, units, singles, single_columns, column_scales, steps,
-    partial, counters, y,
-    tokens, columns, single_start, rows, quarter, count,
-    KINDS: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, WORDS: tl.constexpr,
+    x, words, order, factors, row_scales, spans, chunk_table, levels, singles, inputs, norms, totals, counters, partial,
+    y,
+    tokens, padded, columns, rows, height,
+    KINDS: tl.constexpr, CODES: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T for a block of tokens, 4 M rows and one unit of columns; `xs` (tokens, columns) in the words' order."""
+    """y = x W^T for a block of tokens, M rows and a span of columns, on tensor cores.
+
+    Inputs are those of `scale_inputs`; `words` are bytes here.
+    """
     place, unit, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m = place * M + tl.arange(0, M)
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    kind, first, last = tl.load(units + 3 * unit), tl.load(units + 3 * unit + 1), tl.load(units + 3 * unit + 2)
-    source = xs + token[:, None].to(tl.int64) * columns
-    wanted = (token < tokens)[:, None]
-    into = partial + unit * tokens * rows if SPLIT else y
+    m, t = place * M + tl.arange(0, M), block * TOKENS + tl.arange(0, TOKENS)
+    kind, first, count, _, _, column, factor, _, _, _ = unit_fields(spans, unit)
+    begin(EARLY)
+    into = partial + unit.to(tl.int64) * tokens * rows if SPLIT else y
+    wanted = (m < rows)[:, None] & (t < tokens)[None, :]
+    offsets = t.to(tl.int64)[None, :] * rows + m[:, None]
+    into += offsets
     for number in tl.static_range(len(KINDS)):
         if kind == number:
-            sums = _products_of_kind(
-                zeros(4, M, TOKENS), source, words, row_scales, row_means, run_table, column_scales, steps, first, last,
-                wanted, rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
-                PRECISION, WORDS,
+            outputs = _chunks_of_many(
+                words, inputs, norms, totals, row_scales, chunk_table, levels, first, count, block, padded, height, m,
+                kind_of(KINDS, number), CODES, M, TOKENS, STAGES,
             )  # fmt: skip
-            for q in tl.static_range(4):
-                store_tokens(sums[q], into, q, token, tokens, rows, quarter, m)
+            tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if kind == len(KINDS):
-        sums = _products_of_singles(
-            zeros(4, M, TOKENS), source + single_start, singles, single_columns, column_scales, steps, first, last,
-            wanted, rows, quarter, count, m, SCALED, CODES, PRECISION,
-        )  # fmt: skip
-        for q in tl.static_range(4):
-            store_tokens(sums[q], into, q, token, tokens, rows, quarter, m)
+        outputs = _singles_of_many(
+            x, singles, order + column, factors + factor, first, count, tokens, columns, height, m, t, CODES
+        )
+        tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if SPLIT:
-        add_up(partial, counters, y, place, block, tl.num_programs(1), tokens, rows, quarter, m, token, M, TOKENS)
+        zero = tl.zeros((M, TOKENS), tl.float32)
+        add_up(partial, counters, y, offsets, wanted, tl.num_programs(1), tokens * rows, zero, 4)
 
 
 @triton.jit
-def _write_run(
-    fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns, rows, quarter, m,
-    GROUPS: tl.constexpr, TERMS: tl.constexpr,
-    SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
+def _scaled(scales, source, stride, SLOT: tl.constexpr):
+    """(rows, 32): what rows have for a slot times what columns have."""
+    return scales[SLOT][:, None] * tl.load(source + SLOT * stride)
+
+
+@triton.jit
+def _weights(bits, shift, scales, source, stride, exact_levels, KIND: tl.constexpr, MEANS: tl.constexpr):
+    """Weights (rows, 32) from words of their bits; `source` is where factors of the first slot are."""
+    if has_trellis(KIND):
+        number = (((bits[0] ^ bits[1] ^ bits[3]) >> shift) & 1) * 2 + ((bits[2] >> shift) & 1)
+        for sign in tl.static_range(terms_of(KIND) - 1):
+            number += ((bits[4 + sign] >> shift) & 1) << (terms_of(KIND) - sign)
+        return tl.load(exact_levels + 32 * (terms_of(KIND) - 1) + number) * _scaled(scales, source, stride, 0)
+    else:
+        group = tl.zeros_like(bits[0])
+        for plane in tl.static_range(planes_of(KIND) - terms_of(KIND)):
+            group += ((bits[terms_of(KIND) + plane] >> shift) & 1) << plane
+        result = tl.zeros(shift.shape, tl.float32)
+        for own in tl.static_range(groups_of(KIND)):
+            value = tl.zeros(shift.shape, tl.float32)
+            for term in tl.static_range(terms_of(KIND)):
+                sign = (((bits[term] >> shift) & 1) * 2 - 1).to(tl.float32)
+                value += sign * _scaled(scales, source, stride, own * terms_of(KIND) + term)
+            if MEANS:
+                value += _scaled(scales, source, stride, groups_of(KIND) * terms_of(KIND) + own)
+            result = tl.where(group == own, value, result)
+        return result
+
+
+@triton.jit
+def _write_words(
+    words, factors, row_scales, row_means, exact_levels, dense, fields, local, kept, columns, height, m,
+    KIND: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    BITS: tl.constexpr = planes_of(GROUPS, TERMS)
-    w = tl.arange(0, 16)
-    stride = quarter * 16
-    low, high, stop = tl.load(fields + RUN_LOW), tl.load(fields + RUN_HIGH), tl.load(fields + RUN_STOP)
-    parameters = _row_parameters(fields, row_scales, row_means, rows, quarter, m, GROUPS, TERMS, CODES, MEANS)
-    own = words_of_run(fields, words, m, w, quarter, BITS)
-    into = dense + tl.load(fields + RUN_COLUMN) + w[None, :]
-    for chunk in range(tl.load(fields + RUN_CHUNKS)):
-        valid = (m < quarter)[:, None] & (w < 16)[None, :]
-        start = own + chunk * words_of_chunk(quarter, BITS)
-        planes = plain_planes(start, valid, stride, GROUPS, TERMS)
-        for bit in tl.static_range(4):
-            k = chunk * 64 + bit * 16 + w
-            inside = (k >= low) & (k < high)
-            factors = _column_factors(fields, column_scales, steps, k, inside, GROUPS, TERMS, SCALED, CODES)
-            for q in tl.static_range(4):
-                weights = _weights(planes, parameters, factors, inside, q, bit, GROUPS, TERMS, MEANS)
-                place = into + (q * piece + local).to(tl.int64)[:, None] * columns + chunk * 64 + bit * 16
-                stored = kept[:, None] & ((k >= low) & (k < stop))[None, :]
-                tl.store(place, weights.to(dense.dtype.element_ty), mask=stored)
+    _, start, count, low, high, column, factor, stride, scale, mean = fields
+    scales = slot_scales(row_scales, row_means, scale, mean, height, m, KIND, CODES, MEANS)
+    size = planes_of(KIND) * height + BEFORE
+    place = words + start.to(tl.int64) * UNIT + BEFORE + m[:, None]
+    bit = tl.arange(0, COLUMNS)[None, :]
+    shift = 16 * (bit // 4 % 2) + 4 * (bit % 4) + bit // 8
+    into = dense + local.to(tl.int64)[:, None] * columns + whole_words(column) + bit
+    source = factors + whole_words(factor) + bit
+    for word in range(count):
+        bits = loaded(place, height, kept[:, None], KIND, 1)
+        value = _weights(bits, shift, scales, source, whole_words(stride), exact_levels, KIND, MEANS)
+        value = value.to(dense.dtype.element_ty)
+        # Of a word that two segments share each writes its own; all at once can be written in fewer steps.
+        if (low <= word * COLUMNS) & (high >= (word + 1) * COLUMNS):
+            tl.store(into, value, mask=kept[:, None])
+        else:
+            inside = (bit >= low - word * COLUMNS) & (bit < high - word * COLUMNS)
+            tl.store(into, value, mask=kept[:, None] & inside)
+        place += size
+        into += COLUMNS
+        source += COLUMNS
 
 
-@triton.jit(do_not_specialize=["start", "piece", "runs", "count"])  # likewise
+@triton.jit(do_not_specialize=["start"])  # as in `triton_matvec.few_tokens`
 def dequantize(
-    words, row_scales, row_means, run_table, singles, single_columns, column_scales, steps, dense,
-    start, piece, runs, columns, single_start, rows, quarter, count,
-    KINDS: tl.constexpr, SCALED: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr, M: tl.constexpr,
+    words, factors, row_scales, row_means, units, exact_levels, singles, dense,
+    start, stop, columns, height,
+    KINDS: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Dense weights (4, piece, columns) of `piece` rows of words from `start` on, a word's four rows apart.
+    """Dense weights (rows, columns) of rows [start, stop), columns in the order of `Prepared.order`.
 
-    Program (rows of words, run); of runs beyond the last, 16 single columns each.
+    Program (rows, unit). What fills single columns up is not written.
     """
     local = tl.program_id(0) * M + tl.arange(0, M)
-    run = tl.program_id(1)
-    m, kept = start + local, local < piece
-    if run < runs:
-        fields = run_table + run * FIELDS
-        groups, terms = tl.load(fields + RUN_GROUPS), tl.load(fields + RUN_TERMS)
-        for number in tl.static_range(len(KINDS)):
-            if (groups == KINDS[number][0]) & (terms == KINDS[number][1]):
-                _write_run(
-                    fields, words, row_scales, row_means, column_scales, steps, dense, local, kept, piece, columns,
-                    rows, quarter, m, KINDS[number][0], KINDS[number][1], SCALED, CODES, MEANS,
-                )  # fmt: skip
-    else:
-        column = (run - runs) * 16 + tl.arange(0, 16)
-        for q in tl.static_range(4):
-            weights = _single_weights(
-                singles, single_columns, column_scales, steps, column, q * quarter + m, m < quarter, count, rows,
-                SCALED, CODES,
+    m, kept = start + local, start + local < stop
+    fields = unit_fields(units, tl.program_id(1))
+    for number in tl.static_range(len(KINDS)):
+        if fields[0] == number:
+            _write_words(
+                words, factors, row_scales, row_means, exact_levels, dense, fields, local, kept, columns, height, m,
+                kind_of(KINDS, number), CODES, MEANS,
             )  # fmt: skip
-            place = dense + (q * piece + local).to(tl.int64)[:, None] * columns + (single_start + column)[None, :]
-            tl.store(place, weights.to(dense.dtype.element_ty), mask=kept[:, None])
+    if fields[0] == len(KINDS):
+        single = tl.arange(0, SINGLES)[None, :]
+        there = kept[:, None] & (single < fields[2])
+        weight = single_weight(singles + (fields[1] + single).to(tl.int64) * height + m[:, None], there, CODES)
+        weight *= tl.load(factors + fields[6] + single, mask=single < fields[2], other=0)
+        into = dense + local.to(tl.int64)[:, None] * columns + fields[5] + single
+        tl.store(into, weight.to(dense.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gather(x, order, into, columns, width, WIDTH: tl.constexpr):
+    """Inputs in another order, a token a program, whose inputs stay in the cache next to it."""
+    token = tl.program_id(0).to(tl.int64)
+    for start in range(0, width, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        inside = column < width
+        natural = tl.load(order + column, mask=inside, other=0)
+        tl.store(into + token * width + column, tl.load(x + token * columns + natural, mask=inside), mask=inside)

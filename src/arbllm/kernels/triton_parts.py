@@ -5,70 +5,108 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from arbllm.kernels.triton_plan import Run
+from arbllm.kernels import triton_plan
+from arbllm.kernels.triton_plan import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Kind, Unit
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""The interpreter knows no inline assembly and no products of bfloat16."""
-
-
-def _field(name: str) -> tl.constexpr:
-    """Where a row of `Prepared.run_table` has a field of `Run`."""
-    return tl.constexpr(Run._fields.index(name))
-
-
-FIELDS = tl.constexpr(len(Run._fields))
-RUN_GROUPS = _field("groups")
-RUN_TERMS = _field("terms")
-RUN_WORDS = _field("words")
-RUN_CHUNKS = _field("chunks")
-RUN_COLUMN = _field("column")
-RUN_LOW = _field("low")
-RUN_HIGH = _field("high")
-RUN_SLOT = _field("slot")
-RUN_ROW_MEAN = _field("row_mean")
-RUN_FACTOR = _field("factor")
-RUN_WIDTH = _field("width")
-RUN_TILE = _field("tile")
-RUN_STOP = _field("stop")
+"""The interpreter knows no inline assembly, and nothing of other kernels."""
+LARGEST = tl.constexpr(32512.0)
+"""The largest input as a whole number: its upper byte is 127 when it is rounded."""
+BEFORE, COLUMNS, UNIT = tl.constexpr(ROWS_BEFORE), tl.constexpr(WORD), tl.constexpr(triton_plan.UNIT)
+CHUNK, SINGLES = tl.constexpr(triton_plan.CHUNK), tl.constexpr(SINGLES_TOGETHER)
+FIELDS = tl.constexpr(len(Unit._fields))
 
 
 @triton.constexpr_function
-def planes_of(groups: int, terms: int) -> int:
-    """Planes of bits of a kind, see `triton_plan.Kind.planes`."""
-    return terms + groups.bit_length() - 1
+def kind_of(kinds: tuple[tuple[int, int, bool], ...], number: int) -> tuple[int, int, bool]:
+    """One of some kinds, as functions of kernels take it."""
+    return kinds[number]
+
+
+@triton.constexpr_function
+def groups_of(kind: tuple[int, int, bool]) -> int:
+    """See `triton_plan.Kind`; likewise the others."""
+    return kind[0]
+
+
+@triton.constexpr_function
+def terms_of(kind: tuple[int, int, bool]) -> int:
+    """Stored signs of a weight."""
+    return kind[1]
+
+
+@triton.constexpr_function
+def has_trellis(kind: tuple[int, int, bool]) -> bool:
+    """Whether signs are those of a trellis code."""
+    return kind[2]
+
+
+@triton.constexpr_function
+def planes_of(kind: tuple[int, int, bool]) -> int:
+    """Stored bits of a weight."""
+    return Kind(*kind).planes
+
+
+@triton.constexpr_function
+def slots_of(kind: tuple[int, int, bool], means: bool) -> int:
+    """Products of a weight's bits."""
+    return Kind(*kind).slots(means)
 
 
 @triton.jit
-def exclusive_or(first, second):
-    if INTERPRETED:
-        return first ^ second
-    else:
-        return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [first, second], tl.int16, True, 2)
-
-
-@triton.jit
-def words_of_chunk(quarter, PLANES: tl.constexpr):
-    """How many words lie from one chunk of a run to the next."""
-    return quarter * PLANES * 16
-
-
-@triton.jit
-def words_of_run(fields, words, m, w, quarter, PLANES: tl.constexpr):
-    """Addresses (M, words) of the first plane of a run's first chunks, `w` counting words over these, 16 in each."""
-    start = words + tl.load(fields + RUN_WORDS).to(tl.int64) * 16
-    return start + m[:, None] * 16 + (w // 16 * words_of_chunk(quarter, PLANES) + w % 16)[None, :]
-
-
-@triton.jit
-def plain_planes(words, valid, stride, GROUPS: tl.constexpr, TERMS: tl.constexpr):
-    """A tuple of words: first signs, second signs, low and high bits of the group number, as far as there are any.
-
-    `words` are the addresses (M, words) of those of the first plane, planes being `stride` apart.
-    """
-    found = ()
-    for plane in tl.static_range(planes_of(GROUPS, TERMS)):
-        found = found + (tl.load(words + plane * stride, mask=valid, other=0),)
+def unit_fields(units, number):
+    """The fields of a `triton_plan.Unit`."""
+    fields, found = units + number * FIELDS, ()
+    for place in tl.static_range(FIELDS):
+        found = found + (tl.load(fields + place),)
     return found
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Wait for the kernels before, if this one began before they ended; whatever they do not write was read by then."""
+    if EARLY and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.debug_barrier()
+
+
+@triton.jit
+def loaded(place, height, there, KIND: tl.constexpr, SCALE: tl.constexpr):
+    """Words of first signs, then those of the other planes; SCALE units to a word.
+
+    With a trellis, behind first signs those 16, 24 and 40 rows above, the rows that `arbllm.binarize.code` makes the
+    last two bits of. Anything where they are not there: no use is made of it.
+    """
+    found = (tl.load(place, mask=there),)
+    if has_trellis(KIND):
+        found = found + (
+            tl.load(place - 16 * SCALE, mask=there),
+            tl.load(place - 24 * SCALE, mask=there),
+            tl.load(place - 40 * SCALE, mask=there),
+        )
+    for plane in tl.static_range(1, planes_of(KIND)):
+        found = found + (tl.load(place + plane * SCALE * height, mask=there),)
+    return found
+
+
+@triton.jit
+def whole_words(column):
+    """A column that begins a word; so a compiler knows that it does."""
+    return column // COLUMNS * COLUMNS
+
+
+@triton.jit
+def whole_numbers(values):
+    """Values (tokens, k) as whole numbers of 16 bits, scaled to each token's largest; what one stands for; their sums.
+
+    What one stands for is NaN where a value is, since whole numbers know none.
+    """
+    largest = tl.max(tl.abs(values), 1)
+    share = tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)
+    whole = tl.floor(values * share[:, None] + 0.5).to(tl.int32)
+    lost = tl.sum((values != values).to(tl.int32), 1) > 0
+    return whole, tl.where(lost, float("nan"), largest / LARGEST), tl.sum(whole, 1)
 
 
 @triton.jit
@@ -81,37 +119,40 @@ def scale_values(stored, CODES: tl.constexpr):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    result = ()
-    for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros((M, N), tl.float32),)
+def slot_scales(
+    row_scales, row_means, scale, mean, height, m, KIND: tl.constexpr, CODES: tl.constexpr, MEANS: tl.constexpr
+):
+    """What the products of each slot are multiplied by, for rows `m`: a tuple of float32 (rows)."""
+    own, result = m < height, ()
+    for slot in tl.static_range(slots_of(KIND, False)):
+        stored = tl.load(row_scales + (scale + slot) * height + m, mask=own, other=0)
+        result = result + (scale_values(stored, CODES),)
+    for group in tl.static_range(slots_of(KIND, MEANS) - slots_of(KIND, False)):
+        stored = tl.load(row_means + (mean + group) * height + m, mask=own, other=0)
+        result = result + (stored.to(tl.float32),)
     return result
 
 
 @triton.jit
-def store_tokens(values, into, QUARTER: tl.constexpr, token, tokens, rows, quarter, m):
-    """Write (M, TOKENS), the results of one of a word's four rows, to (tokens, rows)."""
-    row = QUARTER * quarter + m
-    inside = ((m < quarter) & (row < rows))[:, None] & (token < tokens)[None, :]
-    places = into + token[None, :].to(tl.int64) * rows + row[:, None]
-    tl.store(places, values.to(into.dtype.element_ty), mask=inside)
+def single_weight(places, there, CODES: tl.constexpr):
+    """Columns with a scale for each weight."""
+    stored = tl.load(places, mask=there, other=0)
+    value = scale_values(tl.abs(stored), CODES)
+    return tl.where(stored < 0, -value, value)
 
 
 @triton.jit
-def add_up(
-    partial, counters, y, place, block, parts, tokens, rows, quarter, m, token, M: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
-    """The program that finds all others of its place done adds their results up, in their order, in float32."""
+def add_up(partial, counters, y, offsets, wanted, units, stride, ZERO, TOGETHER: tl.constexpr):
+    """The program that finds all others of its place done adds their results up, in their order, in float32.
+
+    TOGETHER of them are on their way at a time.
+    """
     tl.debug_barrier()
-    done = tl.atomic_add(counters + block * tl.num_programs(0) + place, 1, sem="acq_rel")
-    if done == parts - 1:
-        for q in tl.static_range(4):
-            row = q * quarter + m
-            inside = (m < quarter) & (row < rows)
-            where = token[None, :].to(tl.int64) * rows + row[:, None]
-            wanted = inside[:, None] & (token < tokens)[None, :]
-            total = tl.zeros((M, TOKENS), tl.float32)
-            for part in range(parts):
-                source = partial + part * tokens * rows
-                total += tl.load(source + where, mask=wanted, other=0, cache_modifier=".cg")
-            store_tokens(total, y, q, token, tokens, rows, quarter, m)
+    done = tl.atomic_add(counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
+    if done == units - 1:
+        total, source = ZERO, partial + offsets
+        for unit in range(0, units, TOGETHER):
+            for step in tl.static_range(TOGETHER):
+                total += tl.load(source, mask=wanted & (unit + step < units), other=0, cache_modifier=".cg")
+                source += stride
+        tl.store(y + offsets, total.to(y.dtype.element_ty), mask=wanted)

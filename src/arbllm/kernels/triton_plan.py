@@ -1,8 +1,14 @@
-"""Where a matrix that is prepared for a GPU (`triton_layout.Prepared`) has what: it follows from the layout alone."""
+"""Where a matrix that is prepared for a GPU (`triton_layout.Prepared`) has what: it follows from the layout alone.
+
+A word of 32 bits holds a stored bit of 32 columns of one row. Segments of a kind lie together, column by column, and
+their columns are filled up to whole words; each segment with a trellis lies alone. The words of all rows follow each
+other, those of one stored bit before those of the next, and zeros before them all: the last bits of a trellis code
+follow from the rows above (see `arbllm.binarize.code`), which are words at a fixed distance.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
@@ -11,227 +17,269 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arbllm.binarize.code import MEMORY, ROWS_APART
 from arbllm.format.layout import Layout, Place, Segment
 
-CHUNK = 64
-WORDS = 16
-"""Words of a chunk in one row of words, which stands for ROWS_OF_A_WORD rows."""
-ROWS_OF_A_WORD = 4
-SINGLES = 16
-"""Single columns that are multiplied together."""
-LONGEST_RUN = 16
-"""Chunks that a run touches at most."""
+WORD = 32
+"""Columns of a word."""
+ROWS_BEFORE = ROWS_APART * MEMORY
+"""Words of zeros before first signs: the rows above the first."""
+ROWS_TOGETHER = 16
+"""Rows are filled up to a multiple of this."""
+CHUNK = 8
+"""Words that tensor cores take together, whose inputs are scaled together."""
+UNIT = 8
+"""Places of words are counted in so many."""
+SINGLES_TOGETHER = 16
+"""Columns with a scale for each weight that a program takes."""
+SINGLE = Segment(1, 1, 1)
+"""A column with a scale for each weight; arb-rcx has a few."""
 
 
 class Kind(NamedTuple):
-    """What columns that lie together have in common.
+    """What columns that lie together have in common: fields of their segments.
 
     Attributes:
-        groups: of their segments.
-        terms: of their segments.
+        groups: zones of a row.
+        terms: stored signs of a weight.
+        trellis: whether signs are those of a trellis code.
     """
 
     groups: int
     terms: int
+    trellis: bool
 
     @property
     def planes(self) -> int:
-        """Stored bits of a weight."""
-        return self.terms + self.groups.bit_length() - 1
+        """Stored bits of a weight: signs, then the low and the high bit of its group."""
+        return self.terms if self.trellis else self.terms + self.groups.bit_length() - 1
+
+    def slots(self, means: bool) -> int:
+        """Numbers that inputs are multiplied by, group by group and term by term, then a mean for each group."""
+        return 1 if self.trellis else self.groups * (self.terms + means)
 
 
-class Run(NamedTuple):
-    """Columns of one segment that a program goes through in one loop: a row of `Prepared.run_table`.
-
-    Attributes:
-        groups: of the segment.
-        terms: of the segment.
-        words: first word of its first chunk, over WORDS: a compiler then knows that loads are aligned.
-        chunks: how many chunks it touches.
-        column: where its first chunk begins in `Prepared.order`.
-        low: its first column, from there.
-        high: its end, from there.
-        slot: row of `Prepared.row_scales`, and place in `Prepared.steps`, of group 0, term 0.
-        row_mean: row of `Prepared.row_means` that holds group 0.
-        factor: place of the first chunk's first column in the column scales of group 0, term 0; columns before `low`
-            are another segment's.
-        width: of the segment: from the column scales of one slot to those of the next.
-        tile: tiles of activations before it, see `Plan.tiles`.
-        stop: `high`, or in the last run of a kind the end of its last chunk, padding included.
-    """
-
-    groups: int
-    terms: int
-    words: int
-    chunks: int
-    column: int
-    low: int
-    high: int
-    slot: int
-    row_mean: int
-    factor: int
-    width: int
-    tile: int
-    stop: int
-
-    @property
-    def kind(self) -> Kind:
-        """Of its columns."""
-        return Kind(self.groups, self.terms)
-
-
-class Family(NamedTuple):
-    """Segments of one kind, which lie together.
+class Band(NamedTuple):
+    """The columns of a segment.
 
     Attributes:
-        kind: of them all.
-        places: of the segments, in their order.
-        chunks: of columns that they fill.
-        column: where they begin in `Prepared.order`.
-        words: where they begin in `Prepared.words`.
+        kind: of the segment.
+        start: where the words that hold them begin, in units of UNIT words.
+        words: of a row.
+        low: which column of the first word is the first.
+        high: the end, from there as well: in the last segment of those that lie together that of the last word.
+        column: where the first word's columns begin in `Prepared.order`.
+        factor: where they begin in `Prepared.factors`, those of the first slot.
+        stride: from there to those of the next.
+        scale: row of `Prepared.row_scales` of the first slot.
+        mean: row of `Prepared.row_means` of the first group.
     """
 
     kind: Kind
-    places: tuple[Place, ...]
-    chunks: int
-    column: int
+    start: int
     words: int
+    low: int
+    high: int
+    column: int
+    factor: int
+    stride: int
+    scale: int
+    mean: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks it has."""
+        return -(-self.words // CHUNK)
 
 
-@dataclass(frozen=True)
+class Unit(NamedTuple):
+    """Work for one program: a row of what `Plan.units` makes. Fields without a word here are those of a `Band`.
+
+    Attributes:
+        kind: place in `Plan.kinds`; `len(kinds)` for single columns.
+        start: where the words begin, in units of UNIT words; of single columns, the first.
+        length: words of a row, or single columns.
+    """
+
+    kind: int
+    start: int
+    length: int
+    low: int
+    high: int
+    column: int
+    factor: int
+    stride: int
+    scale: int
+    mean: int
+
+
+@dataclass(frozen=True, eq=False)  # there is one for each layout
 class Plan:
     """What of a prepared matrix follows from its layout alone; `plan_of` makes it.
 
     Attributes:
-        layout: of the matrix; none of its segments has a trellis.
-        families: of all columns that are in words.
-        alone: segments that are in `Prepared.singles`.
-        runs: all columns that are in words.
+        layout: of the matrix as it is stored.
+        streams: segments that lie together, all of a kind.
+        singles: columns with a scale for each weight.
     """
 
     layout: Layout
-    families: tuple[Family, ...]
-    alone: tuple[Place, ...]
-    runs: tuple[Run, ...]
-    _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    streams: tuple[tuple[Place, ...], ...]
+    singles: tuple[Place, ...]
+    _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """The segments of all streams."""
+        return tuple(_bands(self))
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of the columns that are in words."""
-        return tuple(family.kind for family in self.families)
+        """Kinds of columns that there are."""
+        return tuple(dict.fromkeys(band.kind for band in self.bands))
 
     @cached_property
-    def quarter(self) -> int:
-        """Rows of words."""
-        return rows_of_words(self.layout)
-
-    @cached_property
-    def tiles(self) -> int:
-        """Tiles of CHUNK columns of activations over all runs, each scaled for one use (see `tiles_of`)."""
-        return sum(run.chunks * tiles_of(self.layout, run.kind) for run in self.runs)
+    def height(self) -> int:
+        """Words from one plane of a word's bits to the next: rows, filled up."""
+        return -(-self.layout.rows // ROWS_TOGETHER) * ROWS_TOGETHER
 
     @cached_property
     def single_start(self) -> int:
         """Where single columns begin in `Prepared.order`."""
-        return CHUNK * sum(family.chunks for family in self.families)
+        return sum(width_of(stream) for stream in self.streams)
 
     @cached_property
-    def columns(self) -> int:
-        """The length of `Prepared.order`."""
-        return self.single_start + -(-len(self.alone) // SINGLES) * SINGLES
+    def single_factor(self) -> int:
+        """Where single columns begin in `Prepared.factors`."""
+        return sum(width_of(stream) * self.slots(kind_of(stream[0])) for stream in self.streams)
 
-    def units(self, chunks: int, device: torch.device) -> Tensor:
-        """Work for one program each: runs of one kind that together have about so many chunks.
+    @cached_property
+    def most_slots(self) -> int:
+        """Slots of the kind that has the most."""
+        return max((self.slots(kind) for kind in self.kinds), default=1)
+
+    @cached_property
+    def all_trellis(self) -> bool:
+        """Whether all columns in words have a trellis; what tensor cores multiply in bytes."""
+        return all(kind.trellis for kind in self.kinds)
+
+    @cached_property
+    def chunks(self) -> int:
+        """Chunks of all bands; each band begins with one."""
+        return sum(band.chunks for band in self.bands)
+
+    def slots(self, kind: Kind) -> int:
+        """See `Kind.slots`."""
+        return kind.slots(self.layout.row_means)
+
+    def size(self, kind: Kind) -> int:
+        """From a word of a row to the next, in units of UNIT words."""
+        return (kind.planes * self.height + ROWS_BEFORE) // UNIT
+
+    def units(self, most: int, device: torch.device) -> Tensor:
+        """Work for one program each: words of one band, at most so many, or single columns.
 
         Returns:
-            int32 (units, 3): kind and runs [first, last); of kind `len(kinds)`, single columns.
+            int32 (units, fields of `Unit`).
         """
-        if (chunks, device) not in self._units:
-            self._units[chunks, device] = torch.tensor(self._divided(chunks), dtype=torch.int32).to(device)
-        return self._units[chunks, device]
+        return self._kept(most, device, lambda: [*self._divided(most), *self._alone()])
 
-    def _divided(self, chunks: int) -> list[tuple[int, int, int]]:
-        found = [(number, *span) for number, kind in enumerate(self.kinds) for span in self._spans_of(kind, chunks)]
-        singles, most = len(self.alone), chunks * SINGLES
-        return found + [(len(self.kinds), first, min(first + most, singles)) for first in range(0, singles, most)]
+    def chunk_table(self, device: torch.device) -> Tensor:
+        """Each chunk: int32 (chunks, fields of `Unit`)."""
+        return self._kept(0, device, lambda: self._divided(1, CHUNK))
 
-    def _spans_of(self, kind: Kind, chunks: int) -> Iterator[tuple[int, int]]:
-        first = size = 0
-        numbers = [number for number, run in enumerate(self.runs) if run.kind == kind]
-        for place, number in enumerate(numbers):
-            first = number if not size else first
-            size += self.runs[number].chunks
-            following = self.runs[numbers[place + 1]].chunks if place + 1 < len(numbers) else chunks
-            if size + following > chunks:
-                yield first, number + 1
-                size = 0
+    def spans(self, most: int, device: torch.device) -> Tensor:
+        """Work for one program each: chunks of one kind, at most so many, or single columns.
+
+        Returns:
+            int32 (units, fields of `Unit`), chunks [start, start + length).
+        """
+        return self._kept(-most, device, lambda: [*self._spanned(most), *self._alone()])
+
+    def _kept(self, number: int, device: torch.device, make: Callable[[], Iterable[Unit]]) -> Tensor:
+        if (number, device) not in self._units:
+            self._units[number, device] = torch.tensor(list(make()), dtype=torch.int32).to(device)
+        return self._units[number, device]
+
+    def _divided(self, most: int, step: int = 1) -> Iterator[Unit]:
+        for band in self.bands:
+            for first, last in evenly(-(-band.words // step), most):
+                word, end = step * first, min(step * last, band.words)
+                yield Unit(
+                    kind=self.kinds.index(band.kind),
+                    start=band.start + word * self.size(band.kind),
+                    length=end - word,
+                    low=max(band.low - WORD * word, 0),
+                    high=min(band.high, WORD * end) - WORD * word,
+                    column=band.column + WORD * word,
+                    factor=band.factor + WORD * word,
+                    stride=band.stride,
+                    scale=band.scale,
+                    mean=band.mean,
+                )
+
+    def _spanned(self, most: int) -> Iterator[Unit]:
+        start = 0
+        for number, kind in enumerate(self.kinds):
+            chunks = sum(band.chunks for band in self.bands if band.kind == kind)
+            for first, last in evenly(chunks, most):
+                yield Unit(number, start + first, last - first, *[0] * 7)
+            start += chunks
+
+    def _alone(self) -> Iterator[Unit]:
+        for first, last in evenly(len(self.singles), SINGLES_TOGETHER):
+            column, factor = self.single_start + first, self.single_factor + first
+            yield Unit(len(self.kinds), first, last - first, 0, 0, column, factor, 0, 0, 0)
 
 
-def tiles_of(layout: Layout, kind: Kind) -> int:
-    """How many ways the activations of a run are scaled: by each term's column scales, and not at all for row means."""
-    return kind.terms + layout.row_means if layout.column_scaled else 1
+def evenly(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most so many that differ by one at most."""
+    parts = -(-count // most)
+    yield from ((part * count // parts, (part + 1) * count // parts) for part in range(parts))
+
+
+def kind_of(place: Place) -> Kind:
+    """The kind of a segment."""
+    return Kind(place.segment.groups, place.segment.terms, place.segment.trellis)
+
+
+def width_of(stream: Sequence[Place]) -> int:
+    """Columns of segments that lie together, filled up to whole words."""
+    return -(-sum(place.segment.width for place in stream) // WORD) * WORD
 
 
 @cache
 def plan_of(layout: Layout) -> Plan:
-    """Where a matrix of this layout, without a trellis, will have what."""
-    alone = () if layout.row_means else (Segment(1, 1, 1),)  # a single column whose scale alone makes a weight
-    families = tuple(_families(layout, [place for place in layout.places if place.segment not in alone]))
-    runs: list[Run] = []
-    tile = 0
-    for family in families:
-        for run in _runs(family, _chunk_words(layout, family.kind)):
-            runs.append(run._replace(tile=tile))
-            tile += run.chunks * tiles_of(layout, family.kind)
-    return Plan(layout, families, tuple(place for place in layout.places if place.segment in alone), tuple(runs))
+    """Where a matrix of this layout will have what."""
+    alone = SINGLE if not layout.row_means else None
+    places = sorted((place for place in layout.places if place.segment != alone), key=kind_of)
+    together = groupby(places, lambda place: (kind_of(place), place.column if place.segment.trellis else 0))
+    streams = tuple(tuple(stream) for _, stream in together)
+    return Plan(layout, streams, tuple(place for place in layout.places if place.segment == alone))
 
 
-def _families(layout: Layout, places: Sequence[Place]) -> Iterator[Family]:
-    """Segments by their kinds, and where each kind lies."""
-    column = words = 0
-    for kind, members in groupby(sorted(places, key=_kind), _kind):
-        together = tuple(members)
-        chunks = -(-sum(place.segment.width for place in together) // CHUNK)
-        yield Family(kind, together, chunks, column, words)
-        words += chunks * _chunk_words(layout, kind)
-        column += chunks * CHUNK
-
-
-def _chunk_words(layout: Layout, kind: Kind) -> int:
-    """Words of a chunk: its planes."""
-    return kind.planes * rows_of_words(layout) * WORDS
-
-
-def rows_of_words(layout: Layout) -> int:
-    """Rows of words."""
-    return -(-layout.rows // ROWS_OF_A_WORD)
-
-
-def _kind(place: Place) -> Kind:
-    return Kind(place.segment.groups, place.segment.terms)
-
-
-def _runs(family: Family, chunk_words: int) -> Iterator[Run]:
-    """Runs of its segments, without their tiles; each begins a chunk or a segment."""
-    start = 0
-    for place in family.places:
-        end = start + place.segment.width
-        for chunk in range(start // CHUNK, -(-end // CHUNK), LONGEST_RUN):
-            last = min(chunk + LONGEST_RUN, -(-end // CHUNK))
-            high = min(end, last * CHUNK) - chunk * CHUNK
-            yield Run(
-                groups=family.kind.groups,
-                terms=family.kind.terms,
-                words=(family.words + chunk * chunk_words) // WORDS,
-                chunks=last - chunk,
-                column=family.column + chunk * CHUNK,
-                low=max(start - chunk * CHUNK, 0),
-                high=high,
-                slot=place.row_scale,
-                row_mean=place.row_mean,
-                factor=place.column_scale + chunk * CHUNK - start,
-                width=place.segment.width,
-                tile=0,
-                stop=(last - chunk) * CHUNK if place is family.places[-1] and end <= last * CHUNK else high,
+def _bands(plan: Plan) -> Iterator[Band]:
+    start = column = factor = scale = mean = 0
+    for stream in plan.streams:
+        kind, width, inside = kind_of(stream[0]), width_of(stream), 0
+        for place in stream:
+            word, low = divmod(inside, WORD)
+            inside += place.segment.width
+            end = width if place is stream[-1] else inside
+            yield Band(
+                kind=kind,
+                start=start + word * plan.size(kind),
+                words=-(-end // WORD) - word,
+                low=low,
+                high=end - WORD * word,
+                column=column + WORD * word,
+                factor=factor + WORD * word,
+                stride=width,
+                scale=scale,
+                mean=mean,
             )
-        start = end
+            scale += place.segment.slots
+            mean += kind.groups
+        start += width // WORD * plan.size(kind)
+        column += width
+        factor += width * plan.slots(kind)

@@ -1,8 +1,10 @@
-"""Levels of a trellis as bytes, from stored bits: words as `triton_trellis_layout` has them, 32 columns of a row each.
+"""What inputs are multiplied by, as bytes, from stored bits: words of 32 columns of a row, as `triton_layout` has them.
 
-Byte v stands for (v + 1/2) units, so that the byte of a level with all signs turned is the same one, all bits turned.
-A word gives eight quads, quad q the bytes of columns 4 q to 4 q + 3, the first the lowest. The numbers of their levels
-are put together in half-bytes, those of columns with the same bit of the half-byte at a time, and `prmt` looks up four.
+A word gives eight quads, quad q the bytes of columns 4 q to 4 q + 3, the first the lowest. Numbers are put together in
+half-bytes, those of columns with the same bit of the half-byte at a time, and `prmt` looks up the bytes of four.
+
+With a trellis they are levels: byte v stands for (v + 1/2) units, so that the byte of a level with all signs turned is
+the same one, all bits turned. Without one, each group has quads of its own, 1, -1, or 0 where a weight is of another.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import triton
 import triton.language as tl
 
 from arbllm.binarize.code import COEFFICIENTS
-from arbllm.kernels.triton_parts import INTERPRETED
-from arbllm.kernels.triton_trellis_layout import TURNED, level_words, unit_of
+from arbllm.kernels.triton_layout import TURNED, level_words, unit_of
+from arbllm.kernels.triton_parts import INTERPRETED, groups_of, terms_of
 
 SECOND, THIRD = "$12", "$13"
 """Operands of `_assembly`."""
@@ -77,7 +79,7 @@ def _tables(terms: int) -> tuple[int, ...]:
 
 @triton.constexpr_function
 def _place(terms: int, constant: int) -> int:
-    """Where `PreparedTrellis.levels` has one of `_tables`."""
+    """Where `Prepared.levels` has one of `_tables`."""
     levels = 4 if terms == 4 else 2
     return 4 * (terms - 1) + constant if constant < levels else 16 + constant - levels
 
@@ -120,14 +122,63 @@ def _interpreted(signs, levels, TERMS: tl.constexpr):
     return result
 
 
+@triton.constexpr_function
+def _signs_of(group: int, mean: bool, half: int) -> int:
+    """Four bytes: of number s + 2 g, s the sign's bit and g the group, what that group's slot has; halves of eight."""
+    bytes_of_numbers = [
+        ((2 * (n % 2) - 1) if not mean else 1) * (n // 2 == group) for n in range(4 * half, 4 * half + 4)
+    ]
+    return int.from_bytes(bytes(byte & 255 for byte in bytes_of_numbers), "little", signed=True)
+
+
+@triton.constexpr_function
+def _lookup(low: int, high: int) -> str:
+    return f"prmt.b32 $0, {low}, {high}, $1;"
+
+
+@triton.jit
+def _of_numbers(numbers, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Bytes of the numbers in the four lowest half-bytes (words, rows), of a table of eight."""
+    if INTERPRETED:
+        place = tl.arange(0, 4)[None, None, :]
+        number = (numbers[:, :, None] >> (4 * place)) & 7
+        value = tl.where(number < 4, LOW >> (8 * (number & 3)), HIGH >> (8 * (number & 3)))
+        return tl.sum((value & 255) << (8 * place), 2)
+    else:
+        return tl.inline_asm_elementwise(_lookup(LOW, HIGH), "=r,r", [numbers], tl.int32, True, 1)
+
+
+@triton.jit
+def group_quads(planes, KIND: tl.constexpr, GROUP: tl.constexpr, TERM: tl.constexpr, MEAN: tl.constexpr):
+    """The eight quads of one group and sign of some words, or of its mean: a tuple of int32.
+
+    Args:
+        planes: a tuple of words: first signs, second signs, low and high bits of the group number, as there are.
+        KIND: of the columns, without a trellis.
+        GROUP: the group.
+        TERM: which sign.
+        MEAN: whether the quads are 1 wherever a weight is of the group.
+    """
+    result = ()
+    for quad in tl.static_range(8):
+        numbers = (planes[TERM] >> (quad // 2)) & 0x11111111
+        if groups_of(KIND) > 1:
+            numbers |= ((planes[terms_of(KIND)] >> (quad // 2)) & 0x11111111) << 1
+        if groups_of(KIND) > 2:
+            numbers |= ((planes[terms_of(KIND) + 1] >> (quad // 2)) & 0x11111111) << 2
+        numbers = numbers >> (16 * (quad % 2))
+        result = result + (_of_numbers(numbers, _signs_of(GROUP, MEAN, 0), _signs_of(GROUP, MEAN, 1)),)
+    return result
+
+
 @triton.jit
 def quads(signs, levels, TERMS: tl.constexpr, BYTES: tl.constexpr):
-    """The eight quads of some words, a tuple.
+    """The eight quads of levels of some words with a trellis, a tuple.
 
     Args:
         signs: a tuple of words of first signs, those 16, 24 and 40 rows above, and of the other stored signs: int32, or
             all as bytes, the lowest first.
-        levels: where `PreparedTrellis.levels` is.
+        levels: where `Prepared.levels` is.
         TERMS: stored signs of a weight.
         BYTES: whether words and quads are bytes.
     """

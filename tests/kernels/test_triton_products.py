@@ -6,23 +6,23 @@ import torch
 
 from arbllm.budget import joint_layout
 from arbllm.kernels.triton_configuration import load
-from arbllm.kernels.triton_trellis_layout import plan_of
+from arbllm.kernels.triton_plan import plan_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 SHAPES = [(192, 576), (4096, 4096), (11008, 4096), (8192, 28672)]
 
 
 def plan_and_products(rows, columns):
-    from arbllm.kernels import triton_trellis_products
+    from arbllm.kernels import triton_products
 
-    return plan_of(joint_layout(rows, columns, 2.25, 512, columns // 500, True)), triton_trellis_products
+    return plan_of(joint_layout(rows, columns, 2.25, 512, columns // 500, True)), triton_products
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_few_tokens_are_divided_so_that_programs_run_side_by_side(shape, tokens):
     plan, products = plan_and_products(*shape)
-    launch = load("any").trellis_few
+    launch = load("any").few
     division = products.divide_few(plan, launch, tokens)
     assert division.size * division.blocks >= tokens
     assert division.rows * division.places >= plan.height > division.rows * (division.places - 1)
@@ -38,12 +38,12 @@ def test_few_tokens_are_divided_so_that_programs_run_side_by_side(shape, tokens)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_many_tokens_are_divided_among_all_programs(shape, tokens):
     plan, products = plan_and_products(*shape)
-    division = products.divide_many(plan, load("any").trellis_many, tokens)
+    division = products.divide_many(plan, load("any").many, tokens)
     assert division.size * division.blocks >= tokens > division.size * (division.blocks - 1)
     assert division.rows * division.places >= plan.height
 
 
 def test_programs_have_the_rows_that_they_are_told_where_these_are_the_most():
     plan, products = plan_and_products(8192, 28672)
-    launch = replace(load("any").trellis_few, rows=64, most_rows=64)
+    launch = replace(load("any").few, rows=64, most_rows=64)
     assert products.divide_few(plan, launch, 1).rows == 64

@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 
-.PHONY: install develop demo test test-arm sanitize check format results bench-scale bench-memory clean
+.PHONY: install develop demo test test-arm sanitize check format gpu results bench-scale bench-memory clean
 
 install: $(INSTALLED)  ## what the demo needs
 
@@ -47,6 +47,13 @@ check: develop  ## formatting, lint, types
 format: develop
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+gpu: develop  ## where there is one: its kernels tested and tuned for it, its figures in docs/performance.md
+	$(BIN)/pytest tests/kernels/triton_cases.py
+	$(BIN)/python benchmarks/tune_triton.py
+	$(BIN)/python benchmarks/gpu_kernels.py --page
+	$(BIN)/python benchmarks/gpu_decode.py --page
+	$(BIN)/python benchmarks/gpu_quantize.py --page
 
 results: develop  ## docs/results.md and docs/comparison: two days on two cores, resumable
 	$(BIN)/python benchmarks/compare.py

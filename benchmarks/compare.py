@@ -5,7 +5,6 @@
     python benchmarks/compare.py --max-windows 50        the first 50 windows of the text alone
     python benchmarks/compare.py --skip tasks speed      perplexity alone; the report waits for the other steps
     python benchmarks/compare.py --budgets               perplexity of arb-rcx at all budgets, tuned and untuned
-    python benchmarks/compare.py --whole --methods ...   perplexity on the whole text, in rows of their own
     python benchmarks/compare.py --report                only the report, from the rows that are whole
 
 Perplexity on the whole of WikiText-2 test, accuracy on 200 items of each of seven tasks, calibrated on 32 windows of
@@ -50,13 +49,12 @@ def main() -> None:
     parser.add_argument("--calibration", choices=CALIBRATIONS, default="wikitext2", help="text to calibrate on")
     parser.add_argument("--skip", nargs="*", choices=("tasks", "speed"), default=(), help="steps left for another time")
     parser.add_argument("--budgets", action="store_true", help="the methods of the table of budgets, perplexity alone")
-    parser.add_argument("--whole", action="store_true", help="perplexity alone, kept apart from what parts gave")
     parser.add_argument("--report", action="store_true", help="only write the report from the rows that are whole")
     options = parser.parse_args()
     methods = budget_methods() if options.budgets else options.methods.split(",")
-    skip = {"tasks", "speed"} if options.budgets or options.whole else set(options.skip)
+    skip = {"tasks", "speed"} if options.budgets else set(options.skip)
     protocol = comparison(options.calibration, options.max_windows)
-    kept, out = folders(options.calibration, whole=options.whole)
+    kept, out = folders(options.calibration)
     take_kept_rows(kept, out)
     try:
         run(protocol, [] if options.report else methods, out, kept, skip)
@@ -112,10 +110,9 @@ def comparison(calibration: str = "wikitext2", max_windows: int | None = None) -
     )
 
 
-def folders(calibration: str, *, whole: bool = False) -> tuple[Path, Path]:
+def folders(calibration: str) -> tuple[Path, Path]:
     """Where the report and its rows are kept, and where checkpoints are."""
     name = "comparison" if calibration == "wikitext2" else f"comparison-{calibration}"
-    name += "-whole" if whole else ""
     return ROOT / "docs" / name, ROOT / "out" / name
 
 

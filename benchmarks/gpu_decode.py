@@ -3,12 +3,13 @@
     python benchmarks/gpu_decode.py [--bits 2.25] [--tokens 256] [--repeats 5] [--page]
     python benchmarks/gpu_decode.py --device cpu --blocks 1 --width 256 --inner 384   # whether it runs, no figures
 
-Without a GPU it says so, and leaves the table empty.
+Without a GPU it says so, and leaves the page as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,22 +57,21 @@ def main() -> None:
     for name in ("blocks", "width", "inner"):
         parser.add_argument(f"--{name}", type=int, default=getattr(LLAMA_7B, name), help="of the model")
     options = parser.parse_args()
-    console = Console(width=150)
     shape = replace(LLAMA_7B, blocks=options.blocks, width=options.width, inner=options.inner)
-    rows: Rows = []
-    if options.device == "cpu" or torch.cuda.is_available():
-        rows = decode(shape, options.bits, options.tokens, options.repeats, options.device)
-        console.print(as_table(HEADINGS, rows))
-    else:
-        console.print("There is no GPU here: the table stays empty.")
+    if options.page and (options.device != "cuda" or shape != LLAMA_7B):
+        parser.error("--page is for the whole model on a GPU")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("There is no GPU here, so nothing is measured.")
+    console = Console(width=150)
+    rows = decode(shape, options.bits, options.tokens, options.repeats, options.device)
+    console.print(as_table(HEADINGS, rows))
     if options.page:
-        shown = rows if options.device == "cuda" and shape == LLAMA_7B else []
         text = _SECTION.format(
             tokens=options.tokens,
             bits=options.bits,
             repeats=options.repeats,
             machine=machine(),
-            table=as_markdown(HEADINGS, shown),
+            table=as_markdown(HEADINGS, rows),
             command=COMMAND,
         )
         write_section(PERFORMANCE, "tokens on a GPU", text)

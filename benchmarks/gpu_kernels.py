@@ -3,12 +3,13 @@
     python benchmarks/gpu_kernels.py [--bits 2.25] [--repeats 7] [--page]
 
 Each time is that of one product in a CUDA graph that goes through as many matrices as the GPU's cache cannot hold.
-Without a GPU it says so, and leaves the table empty.
+Without a GPU it says so, and leaves the page as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -29,6 +30,8 @@ from solver import Rows, as_markdown, as_table
 
 SHAPES = ((4096, 4096), (4096, 11_008), (8192, 28_672))
 BATCHES = (1, 8, 16, 64, 2048)
+PLAIN_BATCHES = (1, 8)
+"""Tokens times matrices of the same bits without a trellis."""
 HEADS = ((32_000, 4096), (128_256, 4096))
 HEAD_BATCHES = (1, 8, 16)
 HEADINGS = ("matrix", "tokens", "bfloat16, us", "packed, us", "spread, us", "ratio", "share of bandwidth")
@@ -69,25 +72,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="the median of so many runs is shown")
     parser.add_argument("--page", action="store_true", help="also write the section of docs/performance.md")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("There is no GPU here, so nothing is measured.")
     console = Console(width=150)
     rows: Rows = []
-    bandwidth = "the speed of a streaming copy"
-    if torch.cuda.is_available():
-        speed = copy_speed(options.repeats)
-        bandwidth = f"the {speed / 1e9:.0f} GB/s of a streaming copy (read and written bytes together)"
-        for shape in SHAPES:
-            rows += products(shape, options.bits, options.repeats, speed)
-        for shape in HEADS:
-            rows += head_products(shape, options.repeats, speed)
-        console.print(as_table(HEADINGS, rows))
-    else:
-        console.print("There is no GPU here: the table stays empty.")
+    speed = copy_speed(options.repeats)
+    for shape in SHAPES:
+        rows += products(shape, options.bits, options.repeats, speed)
+        rows += products(shape, options.bits, options.repeats, speed, trellis=False)
+    for shape in HEADS:
+        rows += head_products(shape, options.repeats, speed)
+    console.print(as_table(HEADINGS, rows))
     if options.page:
         text = _SECTION.format(
             bits=options.bits,
             repeats=options.repeats,
             cache=CACHE_BYTES // 10**6,
-            bandwidth=bandwidth,
+            bandwidth=f"the {speed / 1e9:.0f} GB/s of a streaming copy (read and written bytes together)",
             machine=machine(),
             table=as_markdown(HEADINGS, rows),
             command=COMMAND,
@@ -97,25 +98,24 @@ def main() -> None:
 
 
 def machine() -> str:
-    """The GPU and the versions, or that there was none."""
-    if not torch.cuda.is_available():
-        return "Not measured yet."
+    """The GPU and the versions."""
     versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}"
     return f"{torch.cuda.get_device_name()}, {versions}."
 
 
-def products(shape: tuple[int, int], bits: float, repeats: int, speed: float) -> Rows:
+def products(shape: tuple[int, int], bits: float, repeats: int, speed: float, *, trellis: bool = True) -> Rows:
     """All batches of one shape."""
     device = torch.device("cuda")
-    first = random_matrix(*shape, bits, device)
-    packed = [first] + [random_matrix(*shape, bits, device) for _ in range(CACHE_BYTES // first.nbytes)]
+    first = random_matrix(*shape, bits, device, trellis)
+    packed = [first] + [random_matrix(*shape, bits, device, trellis) for _ in range(CACHE_BYTES // first.nbytes)]
     dense, ready = _dense(shape), [prepare(matrix) for matrix in packed]
     table: Rows = []
-    for tokens in BATCHES:
+    label = f"{shape[0]} x {shape[1]}" + ("" if trellis else ", no trellis")
+    for tokens in BATCHES if trellis else PLAIN_BATCHES:
         x = _inputs(tokens, shape[1])
         ours = graph_times([partial(multiply, x, one, shape[0]) for one in ready], repeats)
         theirs = graph_times([partial(linear, x, weight) for weight in dense], repeats)
-        table.append(_row(f"{shape[0]} x {shape[1]}", tokens, ours, theirs, first.nbytes / speed))
+        table.append(_row(label, tokens, ours, theirs, first.nbytes / speed))
     return table
 
 

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +47,6 @@ PAPER = (FULL, *METHODS)
 WINDOWS, JOINT_WINDOWS, DISTILL_WINDOWS, CONTEXT = 16, 32, 128, 2048
 COMPARED = ROOT / "docs" / "comparison" / "results.json"
 COMPARISONS = {"comparison": "", "comparison-c4": " on C4"}  # folder of docs -> what it adds to the name of a row
-WHOLE = {f"{folder}-whole": suffix for folder, suffix in COMPARISONS.items()}
 TEXT_WINDOWS = 148
 PATHS = ("model", "path", "text", "texts")
 
@@ -99,10 +98,6 @@ _QUESTIONS = (
 _BUDGETS = """\
 `arb-rcx` by its budget, perplexity on the first {windows} windows and how many times full precision's that is; GPTQ
 on the same calibration (`python benchmarks/compare.py --budgets --max-windows {windows}`):"""
-
-_WHOLE = """\
-On all {windows} windows, from checkpoints made anew, which differ a little between processors (`python
-benchmarks/compare.py --whole --methods ...`):"""
 
 
 def main() -> None:
@@ -199,10 +194,10 @@ def load_rows(max_windows: int = TEXT_WINDOWS) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def compared_rows(max_windows: int, comparisons: Mapping[str, str] = COMPARISONS) -> dict[str, dict[str, Any]]:
+def compared_rows(max_windows: int) -> dict[str, dict[str, Any]]:
     """The same of benchmarks/compare.py, full precision left out, by family and true bits."""
     rows: dict[str, dict[str, Any]] = {}
-    for folder, suffix in comparisons.items():
+    for folder, suffix in COMPARISONS.items():
         for file in (ROOT / "docs" / folder / ROWS).glob("*.json"):
             done = read_row(file)
             texts = done.get("texts", {}).get("wiki.test.raw", {})
@@ -267,10 +262,11 @@ def joint_section(max_windows: int, dense: int) -> str:
         full = evaluation(FULL, PIECE)["perplexity"]
         tables += [_BUDGETS.format(windows=PIECE), budget_table(budgets, full)]
         shown_already |= {method for method in budgets if method.startswith(JOINT)}
-    if whole := compared_rows(TEXT_WINDOWS, WHOLE):
-        tables += [_WHOLE.format(windows=TEXT_WINDOWS), table(whole, TEXT_WINDOWS, dense)]
-    if rest := {row: figures for row, figures in budgets.items() if row not in shown_already}:
-        tables += [f"Perplexity alone, on {PIECE} windows:", table(rest, PIECE, dense)]
+    for windows in (TEXT_WINDOWS, PIECE):
+        rows = {row: figures for row, figures in compared_rows(windows).items() if row not in shown_already}
+        shown_already |= rows.keys()
+        if rows:
+            tables += [f"Perplexity alone, on {windows} windows:", table(rows, windows, dense)]
     return (
         _JOINT.format(
             windows=JOINT_WINDOWS,

@@ -63,7 +63,9 @@ CHOICES: dict[str, dict[int, list[dict[str, Any]]]] = {
     "dense": {2048: [{"rows": rows, "scratch_megabytes": 512, "warps": 4} for rows in (32, 64, 128)]},
 }
 """Candidates for each kernel by the number of tokens."""
-EARLY = (("few", 1), ("many", 8), ("many", 16))
+PADDED = 8
+"""Tokens that tensor cores take at least."""
+EARLY = (("few", 1), ("many", PADDED), ("many", 16))
 """Kernels and numbers of tokens of which programs are tried that begin before the kernel before them ends."""
 SHARES = 4
 """Parts that the candidates of a kernel are compiled in."""
@@ -140,13 +142,22 @@ def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
             least[part, tokens] = min(timed)[0]
             entries.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
             chosen = replace(chosen, **{part: replace(getattr(chosen, part), **found)})
-        for entry in entries:  # programs for 8 tokens take fewer as well
-            rival = least.get(("many", 8), float("inf"))
-            if "few" in entry and rival < least["few", entry["tokens"]]:
-                entry["few"]["most_tokens"] = 0
+        for entry in entries:
+            if "many" in entry and entry["tokens"] == PADDED:
+                entry["many"]["least_tokens"] = least_tokens(least)
         chosen = replace(chosen, shapes=[*chosen.shapes, *entries])
         write(chosen, console)
     write(begin_early(chosen, bits, repeats, console), console)
+
+
+def least_tokens(seconds: dict[tuple[str, int], float]) -> int:
+    """From how many tokens on tensor cores are the faster, which take PADDED for any fewer."""
+    found = PADDED + 1
+    for tokens in sorted(CHOICES["few"], reverse=True):
+        if seconds["many", PADDED] >= seconds.get(("few", tokens), float("inf")):
+            break
+        found = tokens
+    return found
 
 
 def begin_early(chosen: Configuration, bits: float, repeats: int, console: Console) -> Configuration:
@@ -154,11 +165,12 @@ def begin_early(chosen: Configuration, bits: float, repeats: int, console: Conso
     shapes = []
     for entry in chosen.shapes:
         part, tokens = next(name for name in CHOICES if name in entry), entry["tokens"]
-        if (part, tokens) in EARLY and entry[part].get("most_tokens", tokens):
+        if (part, tokens) in EARLY:
             shape = entry["rows"], entry["columns"]
             matrices = [cuda.prepare(random_matrix(*shape, bits, torch.device("cuda"))) for _ in range(24)]
             base = replace(next(candidates(load("any"), part, tokens)), shapes=[])
-            launches = {early: replace(getattr(base, part), **entry[part], early=early) for early in (False, True)}
+            launch = {**entry[part], "least_tokens": 0} if part == "many" else entry[part]
+            launches = {early: replace(getattr(base, part), **launch, early=early) for early in (False, True)}
             seconds = {
                 early: attempt(_inputs(tokens, shape[1]), shape[0], matrices, replace(base, **{part: launch}), repeats)
                 for early, launch in launches.items()
@@ -179,7 +191,7 @@ def _inputs(tokens: int, columns: int) -> Tensor:
 def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Configuration]:
     """All configurations to try for a kernel and number of tokens; that kernel takes them all."""
     few = replace(default.few, most_tokens=tokens if part == "few" else 0)
-    many = replace(default.many, most_tokens=tokens if part == "many" else 0)
+    many = replace(default.many, least_tokens=0, most_tokens=tokens if part == "many" else 0)
     base = replace(default, few=few, many=many)
     for values in CHOICES[part][tokens]:
         yield replace(base, **{part: replace(getattr(base, part), **values)})
@@ -188,8 +200,7 @@ def candidates(default: Configuration, part: str, tokens: int) -> Iterator[Confi
 def attempt(x: Tensor, rows: int, matrices: list[cuda.Ready], candidate: Configuration, repeats: int = 0) -> float:
     """Median seconds of a product; infinite where the candidate asks for more than the GPU has, or computes wrongly."""
     calls = [partial(cuda.multiply, x, matrix, rows) for matrix in matrices]
-    kernel.configuration_of = lambda device: load("any")  # type: ignore[assignment]
-    expected = [call() for call in calls[-2:]] if repeats else []
+    expected = [cuda.multiply(x, matrix, rows, exact=True) for matrix in matrices[-2:]] if repeats else []
     kernel.configuration_of = lambda device: candidate  # type: ignore[assignment]
     try:
         calls[0]()  # divides the work, which no graph may record

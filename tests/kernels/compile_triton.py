@@ -9,6 +9,7 @@ nothing, so results are not looked at.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -43,13 +44,26 @@ def compile_only(found: dict[str, dict[str, Any]]) -> Callable[[Any, Any], Calla
             code = compiled.asm["ptx"]
             name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
             facts = found.setdefault(name, {"variants": []})
-            facts["means"] = [name for text, name in INSTRUCTIONS.items() if text in code]
+            facts.setdefault("means", list(INSTRUCTIONS.values()))
+            facts["means"] = [name for text, name in INSTRUCTIONS.items() if text in code and name in facts["means"]]
+            assert takes_words(compiled.asm["ttgir"])
             if compiled.hash not in facts["variants"]:
                 facts["variants"].append(compiled.hash)
 
         return launch
 
     return launcher
+
+
+def takes_words(code: str) -> bool:
+    """Whether the four bytes that assembly takes as one register are those of a word, four columns of a row."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    results = [line.rpartition("->")[2] for line in code.splitlines() if "packed_element = 4" in line]
+    layouts_of_results = [re.findall(r"i8, (#[\w.]+(?:<[^>]*>)?)>", result)[0] for result in results]
+    return all(
+        "kWidth = 4" in layout or "register = [[0, 1], [0, 2]" in layouts.get(layout, "")
+        for layout in layouts_of_results
+    )
 
 
 def compile_all(default: Configuration) -> None:
@@ -60,7 +74,8 @@ def compile_all(default: Configuration) -> None:
         multiply_all(in_segments(rows, *columns), launch)
     early = replace(launch, few=replace(few, early=True), many=replace(many, early=True))
     multiply_all(in_segments(250, (61, 1, 1, True), (30, 1, 4, True), (1, 1, 1), scale_bits=16), early)
-    multiply_all(MATRICES["codes of rows and means"](), early)
+    for name in ("codes of rows and means", "arb-rc"):
+        multiply_all(MATRICES[name](), early)
 
 
 def multiply_all(matrix: BinaryMatrix, launch: Configuration) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from arbllm.budget import joint_layout
+from arbllm.format.layout import Layout, Segment
 from arbllm.kernels.triton_configuration import load
 from arbllm.kernels.triton_plan import plan_of
 
@@ -47,3 +48,18 @@ def test_programs_have_the_rows_that_they_are_told_where_these_are_the_most():
     plan, products = plan_and_products(8192, 28672)
     launch = replace(load("any").few, rows=64, most_rows=64)
     assert products.divide_few(plan, launch, 1).rows == 64
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("widths", [(78, 50), (512, 512)], ids=["blocks of 128", "segments of 512"])
+def test_inputs_made_ready_take_no_more_than_the_weights(widths, tokens):
+    _, products = plan_and_products(192, 576)
+    configuration = load("any")
+    pair = (Segment(widths[0], 2, 1), Segment(widths[1], 1, 2))
+    count = 28_672 // sum(widths)
+    layout = Layout(8192, 28_672, pair * count, "explicit", 0, 16, row_means=False, column_scaled=True)
+    plan = plan_of(layout)
+    words = products.scratch_words(plan, configuration.few, tokens)
+    few = products.kernel_for(plan, configuration, tokens) == "few"
+    assert few == (8 * words <= 2 * layout.weights)
+    assert few or tokens > 1

@@ -71,5 +71,8 @@ MATRICES = {
     "codes of rows and means": partial(
         random_matrix, 18, 70, groups=4, salient=5, row_means=True, column_scaled=False, scale_bits=8
     ),
+    "four groups of two signs and means": partial(
+        random_matrix, 18, 60, groups=4, salient_groups=4, salient=30, row_means=True, ordering="explicit", scale_bits=8
+    ),
     "no groups": partial(random_matrix, 18, 130, groups=1, row_means=True, scale_bits=8),
 }

@@ -40,9 +40,10 @@ def prepare(matrix: BinaryMatrix) -> Ready:
 def multiply(x: Tensor, ready: Ready, rows: int, *, exact: bool = False) -> Tensor:
     """Multiply by a prepared weight: y = x W^T.
 
-    In bfloat16 or float16, a few tokens are inputs of 16 bits, and with a trellis up to some hundreds, there times levels
-    rounded to 8 bits (of 1 to 4 stored signs by 0.001, 0.1, 0.3 and 0.4 %). More tokens are multiplied by weights
-    rounded to their dtype (bfloat16: 0.2 %). Sums are in float32. Products of float32 are by weights in float32.
+    In bfloat16 or float16 inputs of a few tokens are rounded to 16 bits, scaled to the largest near them; with a
+    trellis those of up to some hundreds, and levels to 8 bits (of 1 to 4 stored signs by 0.001, 0.1, 0.3 and 0.4 %).
+    More tokens are multiplied by weights rounded to their dtype (bfloat16: 0.2 %), those of float32 by weights in
+    float32. Sums are in float32.
 
     Args:
         x: (..., m) of one of `DTYPES` and any strides, on the weight's device.

@@ -18,13 +18,13 @@ from arbllm.format.layout import ORDERINGS, Layout, Segment
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.kernels import cuda, triton_configuration, triton_layout, triton_products
 from arbllm.kernels.triton_configuration import Configuration
-from arbllm.kernels.triton_plan import plan_of
+from arbllm.kernels.triton_plan import Plan, plan_of
 
 
 def prepare(matrix: BinaryMatrix) -> cuda.Ready:
     """A matrix as the kernels read it, on the same device, of about the size of the packed tensors."""
     device = matrix.signs.device
-    triton_products.make_units(plan_of(matrix.layout), configuration_of(device), device)
+    triton_products.divide_all(plan_of(matrix.layout), configuration_of(device), device)
     return triton_layout.prepare(matrix).tensors, _numbers(matrix.layout)
 
 
@@ -51,8 +51,8 @@ def _layout(numbers: Sequence[int]) -> Layout:
 
 
 @cache
-def _layout_of(numbers: tuple[int, ...]) -> Layout:
-    return _layout(numbers)
+def _plan(numbers: tuple[int, ...]) -> Plan:
+    return plan_of(_layout(numbers))
 
 
 @torch.library.custom_op("arbllm::triton_matmul", mutates_args=())
@@ -68,7 +68,7 @@ def triton_matmul_operator(x: Tensor, tensors: list[Tensor], numbers: list[int],
     if not len(x):
         return x.new_empty(0, numbers[0])
     configuration = configuration_of(x.device).of(numbers[0], numbers[1], len(x))
-    prepared = triton_layout.Prepared(plan_of(_layout_of(tuple(numbers))), *tensors)
+    prepared = triton_layout.Prepared(_plan(tuple(numbers)), *tensors)
     with _on(x.device):
         return triton_products.multiply(x, prepared, configuration, exact)
 

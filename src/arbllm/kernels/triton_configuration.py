@@ -36,7 +36,7 @@ class FewTokens:
 
     Attributes:
         most_tokens: with more tokens, another kernel runs.
-        tokens: of a program, at most, times what inputs are multiplied by without a trellis; a power of two.
+        tokens: of a program, at most, a power of two; divided by `triton_plan.Plan.most_slots`.
         rows: of a program, a power of two of at least 64.
         words: words of columns that are read side by side, by warps of their own where there are enough.
         most_rows: of a program, where there would be far more programs than `programs` else, with fewer words.
@@ -62,11 +62,13 @@ class ManyTokens:
     """Launch of `triton_matmul.many_tokens`; fields as in `FewTokens`.
 
     Attributes:
+        least_tokens: from so many on it runs, even where the kernel for a few tokens would take them.
         most_tokens: with more, the weight is written out in pieces.
         tokens: see `FewTokens`; likewise the others.
         stages: steps of the loop whose words are on their way at a time.
     """
 
+    least_tokens: int
     most_tokens: int
     tokens: int
     rows: int

@@ -6,7 +6,7 @@ of eight weights' bytes, of which a single instruction looks up four, those of f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,10 +17,10 @@ from arbllm.binarize.scales import shares
 from arbllm.format.layout import Place
 from arbllm.format.matrix import BinaryMatrix
 from arbllm.format.trellis import FURTHER_SIGNS
-from arbllm.kernels.triton_plan import ROWS_BEFORE, SINGLES_TOGETHER, WORD, Plan, kind_of, plan_of, width_of
+from arbllm.kernels.triton_plan import ROWS_BEFORE, SINGLES_TOGETHER, UNIT, WORD, Plan, kind_of, plan_of, width_of
 
-PIECE = 64 * WORD
-"""Columns that are repacked at a time."""
+PIECE = 2**22
+"""Bits that are repacked at a time, about."""
 TURNED = (0x00FF00FF, 0x0000FFFF, -1)
 """Of four half-bytes' bit 0, 1 and 2, what a byte permutation makes all ones in the bytes where it is not set."""
 LARGEST_LEVEL = {1: 113.5, 2: 117.45, 3: 94.35, 4: 113.15}
@@ -87,7 +87,7 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
     factors = [_factors(matrix, stream) for stream in plan.streams]
     return Prepared(
         plan=plan,
-        words=torch.cat([nothing.int(), *(piece for stream in plan.streams for piece in _words(matrix, stream))]),
+        words=_all_words(matrix, plan),
         order=torch.cat([*columns, singles]).int(),
         factors=torch.cat([*factors, _single_factors(matrix, plan)]),
         row_scales=_rows(matrix.row_scales[:, _slots([(p.row_scale, p.segment.slots) for p in places], device)], plan),
@@ -150,34 +150,45 @@ def _rows(values: Tensor, plan: Plan) -> Tensor:
     return _filled(values.T, plan.height).contiguous()
 
 
-def _words(matrix: BinaryMatrix, stream: Sequence[Place]) -> Iterator[Tensor]:
-    """The words of segments that lie together: int32, flat, some columns at a time."""
-    kind, height = kind_of(stream[0]), plan_of(matrix.layout).height
+def _all_words(matrix: BinaryMatrix, plan: Plan) -> Tensor:
+    """The words of all streams, int32, flat."""
+    sizes = [width_of(stream) // WORD * UNIT * plan.size(kind_of(stream[0])) for stream in plan.streams]
+    words = torch.zeros(sum(sizes), dtype=torch.int32, device=matrix.signs.device)
+    for stream, into in zip(plan.streams, words.split(sizes), strict=True):
+        _write_words(matrix, stream, into.view(width_of(stream) // WORD, -1), plan.height)
+    return words
+
+
+def _write_words(matrix: BinaryMatrix, stream: Sequence[Place], into: Tensor, height: int) -> None:
+    """Write the words of segments that lie together behind the zeros of `into` (words, size)."""
+    kind, rows, device = kind_of(stream[0]), matrix.layout.rows, matrix.signs.device
     sources = _PLANES[: kind.terms] + (() if kind.trellis else _GROUPS[: kind.groups.bit_length() - 1])
-    device = matrix.signs.device
-    where = [_columns(stream, device, field) for _, field in sources]
-    for start in range(0, width_of(stream), PIECE):
-        planes = [
-            _packed(getattr(matrix, name), index[start : start + PIECE], height)
-            for (name, _), index in zip(sources, where, strict=True)
-        ]
-        above = planes[0].new_zeros(len(planes[0]), ROWS_BEFORE)
-        yield torch.cat([above, *planes], 1).flatten()
+    piece = max(PIECE // (rows * WORD), 1)
+    for plane, (name, field) in enumerate(sources):
+        columns = _columns(stream, device, field)
+        begin = ROWS_BEFORE + plane * height
+        for start in range(0, len(into), piece):
+            packed = _packed(getattr(matrix, name), columns[start * WORD : (start + piece) * WORD])
+            into[start : start + piece, begin : begin + rows] = packed
 
 
-def _packed(packed: Tensor, columns: Tensor, height: int) -> Tensor:
-    """Bits of some columns of packed rows as words: int32 (words, height)."""
-    bits = (packed[:, columns // 8] >> (columns % 8)) & 1
-    bits = torch.nn.functional.pad(bits, (0, -len(columns) % WORD, 0, height - len(packed)))
-    place = torch.arange(WORD, device=packed.device)
+def _packed(packed: Tensor, columns: Tensor) -> Tensor:
+    """Bits of some columns of packed rows as words: int32 (words, rows)."""
+    bits = _bits(packed, columns)
+    bits = torch.nn.functional.pad(bits, (0, -len(columns) % WORD)).view(len(packed), -1, WORD)
+    place = torch.arange(WORD, dtype=torch.int32, device=packed.device)
     quad = place // 4
-    words = bits.view(height, -1, WORD).long() << (16 * (quad % 2) + 4 * (place % 4) + quad // 2)
-    return words.sum(-1).int().T
+    return (bits.int() << (16 * (quad % 2) + 4 * (place % 4) + quad // 2)).sum(-1, dtype=torch.int32).T
+
+
+def _bits(packed: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of packed rows: uint8 (rows, k) of 0 and 1."""
+    return (packed[:, columns // 8] >> (columns % 8).to(torch.uint8)) & 1
 
 
 def _singles(matrix: BinaryMatrix, plan: Plan) -> Tensor:
     column = _columns(plan.singles, matrix.signs.device)
-    signs = 2 * ((matrix.signs[:, column // 8] >> (column % 8)) & 1).to(torch.int16) - 1
+    signs = 2 * _bits(matrix.signs, column).to(torch.int16) - 1
     scales = matrix.row_scales[:, [place.row_scale for place in plan.singles]]
     return _rows(signs * scales if scales.dtype == torch.uint8 else signs.half() * scales, plan)
 

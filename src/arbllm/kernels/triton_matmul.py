@@ -15,18 +15,25 @@ from arbllm.kernels.triton_parts import (
     COLUMNS,
     INTERPRETED,
     SINGLES,
+    U_COLUMN,
+    U_FACTOR,
+    U_KIND,
+    U_LENGTH,
+    U_SCALE,
+    U_START,
     UNIT,
     add_up,
     begin,
     groups_of,
     has_trellis,
-    kind_of,
+    kind_at,
     loaded,
     planes_of,
     scale_values,
     single_weight,
     slot_scales,
     terms_of,
+    unit_field,
     unit_fields,
     whole_numbers,
     whole_words,
@@ -45,17 +52,17 @@ def scale_inputs(
     one stands for, and half of the sum of all, which levels v + 1/2 add: (chunks, padded tokens).
     """
     chunk, token, k = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNK * COLUMNS)
-    _, _, words, _, _, start, place, _, _, _ = unit_fields(chunk_table, chunk)
     column = k % 32 // 4 * COLUMNS + k // 32 * 4 + k % 4
-    inside = (column < words * COLUMNS) & (token < tokens)
-    natural = tl.load(order + whole_words(start) + column, mask=inside, other=0)
-    factor = tl.load(factors + whole_words(place) + column, mask=inside, other=0)
+    inside = (column < unit_field(chunk_table, chunk, U_LENGTH) * COLUMNS) & (token < tokens)
+    order += whole_words(unit_field(chunk_table, chunk, U_COLUMN))
+    factors += whole_words(unit_field(chunk_table, chunk, U_FACTOR))
+    natural, factor = tl.load(order + column, mask=inside, other=0), tl.load(factors + column, mask=inside, other=0)
     begin(EARLY)
     value = tl.load(x + token.to(tl.int64) * columns + natural, mask=inside, other=0).to(tl.float32)
     whole, norm, total = whole_numbers((value * factor)[None, :])
     upper = (whole + 128) >> 8
-    place = chunk * (2 * padded) + token // TOKENS * (2 * TOKENS) + token % TOKENS
-    into = bytes_of_inputs + place.to(tl.int64) * (CHUNK * COLUMNS) + k[None, :]
+    line = chunk * (2 * padded) + token // TOKENS * (2 * TOKENS) + token % TOKENS
+    into = bytes_of_inputs + line.to(tl.int64) * (CHUNK * COLUMNS) + k[None, :]
     tl.store(into, upper.to(tl.int8))
     tl.store(into + TOKENS * (CHUNK * COLUMNS), (whole - (upper << 8)).to(tl.int8))
     place = chunk * padded + token + tl.arange(0, 1)
@@ -115,7 +122,8 @@ def _chunks_of_many(
     source += k[None, :]
     norms, totals = norms + first * padded + t, totals + first * padded + t
     outputs = tl.zeros((M, TOKENS), tl.float32)
-    _, start, length, _, _, _, _, _, slot, _ = unit_fields(chunk_table, first)
+    start, length = unit_field(chunk_table, first, U_START), unit_field(chunk_table, first, U_LENGTH)
+    slot = unit_field(chunk_table, first, U_SCALE)
     for chunk in tl.range(first, first + count, num_stages=STAGES):
         place = words + (start.to(tl.int64) * UNIT + BEFORE) * 4
         found = _chunk(place, height, length, m, levels, KIND, M)
@@ -124,7 +132,8 @@ def _chunks_of_many(
         value = (_of_both_bytes(sums, M, TOKENS) + tl.load(totals)[None, :]).to(tl.float32)
         outputs += scale_values(scale, CODES)[:, None] * (tl.load(norms)[None, :] * value)
         following = tl.minimum(chunk + 1, first + count - 1)
-        _, start, length, _, _, _, _, _, slot, _ = unit_fields(chunk_table, following)
+        start, length = unit_field(chunk_table, following, U_START), unit_field(chunk_table, following, U_LENGTH)
+        slot = unit_field(chunk_table, following, U_SCALE)
         source += 2 * CHUNK * COLUMNS * padded
         norms += padded
         totals += padded
@@ -161,7 +170,8 @@ def many_tokens(
     """
     place, unit, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, t = place * M + tl.arange(0, M), block * TOKENS + tl.arange(0, TOKENS)
-    kind, first, count, _, _, column, factor, _, _, _ = unit_fields(spans, unit)
+    kind, first = unit_field(spans, unit, U_KIND), unit_field(spans, unit, U_START)
+    count = unit_field(spans, unit, U_LENGTH)
     begin(EARLY)
     into = partial + unit.to(tl.int64) * tokens * rows if SPLIT else y
     wanted = (m < rows)[:, None] & (t < tokens)[None, :]
@@ -171,13 +181,13 @@ def many_tokens(
         if kind == number:
             outputs = _chunks_of_many(
                 words, inputs, norms, totals, row_scales, chunk_table, levels, first, count, block, padded, height, m,
-                kind_of(KINDS, number), CODES, M, TOKENS, STAGES,
+                kind_at(KINDS, number), CODES, M, TOKENS, STAGES,
             )  # fmt: skip
             tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if kind == len(KINDS):
-        outputs = _singles_of_many(
-            x, singles, order + column, factors + factor, first, count, tokens, columns, height, m, t, CODES
-        )
+        order += unit_field(spans, unit, U_COLUMN)
+        factors += unit_field(spans, unit, U_FACTOR)
+        outputs = _singles_of_many(x, singles, order, factors, first, count, tokens, columns, height, m, t, CODES)
         tl.store(into, outputs.to(into.dtype.element_ty), mask=wanted)
     if SPLIT:
         zero = tl.zeros((M, TOKENS), tl.float32)
@@ -256,17 +266,17 @@ def dequantize(
     m, kept = start + local, start + local < stop
     fields = unit_fields(units, tl.program_id(1))
     for number in tl.static_range(len(KINDS)):
-        if fields[0] == number:
+        if fields[U_KIND] == number:
             _write_words(
                 words, factors, row_scales, row_means, exact_levels, dense, fields, local, kept, columns, height, m,
-                kind_of(KINDS, number), CODES, MEANS,
+                kind_at(KINDS, number), CODES, MEANS,
             )  # fmt: skip
-    if fields[0] == len(KINDS):
+    if fields[U_KIND] == len(KINDS):
         single = tl.arange(0, SINGLES)[None, :]
-        there = kept[:, None] & (single < fields[2])
-        weight = single_weight(singles + (fields[1] + single).to(tl.int64) * height + m[:, None], there, CODES)
-        weight *= tl.load(factors + fields[6] + single, mask=single < fields[2], other=0)
-        into = dense + local.to(tl.int64)[:, None] * columns + fields[5] + single
+        there = kept[:, None] & (single < fields[U_LENGTH])
+        weight = single_weight(singles + (fields[U_START] + single).to(tl.int64) * height + m[:, None], there, CODES)
+        weight *= tl.load(factors + fields[U_FACTOR] + single, mask=single < fields[U_LENGTH], other=0)
+        into = dense + local.to(tl.int64)[:, None] * columns + fields[U_COLUMN] + single
         tl.store(into, weight.to(dense.dtype.element_ty), mask=there)
 
 

@@ -15,12 +15,17 @@ from arbllm.kernels.triton_parts import (
     COLUMNS,
     INTERPRETED,
     SINGLES,
+    U_COLUMN,
+    U_FACTOR,
+    U_KIND,
+    U_LENGTH,
+    U_START,
     UNIT,
     add_up,
     begin,
     groups_of,
     has_trellis,
-    kind_of,
+    kind_at,
     loaded,
     planes_of,
     single_weight,
@@ -112,6 +117,20 @@ def _products(bits, levels, inputs, sums, KIND: tl.constexpr, MEANS: tl.constexp
 
 
 @triton.jit
+def _scaled(sums, shares, scales, T: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr):
+    """The outputs of a token: sums of all slots times what rows and a whole number stand for."""
+    total = shares[0] * 0.0
+    for slot in tl.static_range(SLOTS):
+        high, low = tl.sum(sums[2 * (slot * TOKENS + T)], 0), tl.sum(sums[2 * (slot * TOKENS + T) + 1], 0)
+        value = high.to(tl.float32) * 256 + low.to(tl.float32)
+        norm = scales + 2 * slot * TOKENS + T
+        if has_trellis(KIND):  # byte v of a level stands for v + 1/2
+            value = (value + 0.5 * tl.load(norm + TOKENS)) * level_unit(terms_of(KIND))
+        total += value * (shares[slot] * tl.load(norm))
+    return total
+
+
+@triton.jit
 def _unit_of_few(
     x, words, order, factors, row_scales, row_means, levels, scratch, scales, into, fields, block, tokens, columns,
     rows, height, m,
@@ -144,14 +163,7 @@ def _unit_of_few(
         bits = following
     for t in tl.static_range(TOKENS):
         token = block * TOKENS + t
-        total = tl.zeros((M,), tl.float32)
-        for slot in tl.static_range(SLOTS):
-            high, low = tl.sum(sums[2 * (slot * TOKENS + t)], 0), tl.sum(sums[2 * (slot * TOKENS + t) + 1], 0)
-            value = high.to(tl.float32) * 256 + low.to(tl.float32)
-            norm = scales + 2 * slot * TOKENS + t
-            if has_trellis(KIND):
-                value = (value + 0.5 * tl.load(norm + TOKENS)) * level_unit(terms_of(KIND))
-            total += value * (shares[slot] * tl.load(norm))
+        total = _scaled(sums, shares, scales, t, KIND, SLOTS, TOKENS)
         tl.store(into + token.to(tl.int64) * rows + m, total, mask=(m < rows) & (token < tokens))
 
 
@@ -174,7 +186,7 @@ def _singles_of_few(
         tl.store(into + token.to(tl.int64) * rows + m, total, mask=(m < rows) & (token < tokens))
 
 
-# Compiling takes seconds, so that there are no kernels for numbers that are 1 or multiples of 16 in some layers alone.
+# Compiling takes seconds, so that there are no kernels for numbers of tokens that are 1 or multiples of 16.
 @triton.jit(do_not_specialize=["tokens"])
 def few_tokens(
     x, words, order, factors, row_scales, row_means, units, levels, singles, scratch, scales, counters, partial, y,
@@ -191,15 +203,17 @@ def few_tokens(
     scales += program * (2 * SLOTS * TOKENS)
     into = partial + unit.to(tl.int64) * tokens * rows if SPLIT else y
     for number in tl.static_range(len(KINDS)):
-        if fields[0] == number:
+        if fields[U_KIND] == number:
             _unit_of_few(
                 x, words, order, factors, row_scales, row_means, levels, own, scales, into, fields, block, tokens,
-                columns, rows, height, m, kind_of(KINDS, number), CODES, MEANS, TOKENS, SPAN, M, WORDS, EARLY,
+                columns, rows, height, m, kind_at(KINDS, number), CODES, MEANS, TOKENS, SPAN, M, WORDS, EARLY,
             )  # fmt: skip
-    if fields[0] == len(KINDS):
+    if fields[U_KIND] == len(KINDS):
+        order += fields[U_COLUMN]
+        factors += fields[U_FACTOR]
         _singles_of_few(
-            x, singles, order + fields[5], factors + fields[6], into, fields[1], fields[2], block, tokens, columns,
-            rows, height, m, CODES, TOKENS, EARLY,
+            x, singles, order, factors, into, fields[U_START], fields[U_LENGTH], block, tokens, columns, rows, height,
+            m, CODES, TOKENS, EARLY,
         )  # fmt: skip
     if SPLIT:
         t = block * TOKENS + tl.arange(0, TOKENS)

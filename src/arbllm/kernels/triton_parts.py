@@ -15,10 +15,14 @@ LARGEST = tl.constexpr(32512.0)
 BEFORE, COLUMNS, UNIT = tl.constexpr(ROWS_BEFORE), tl.constexpr(WORD), tl.constexpr(triton_plan.UNIT)
 CHUNK, SINGLES = tl.constexpr(triton_plan.CHUNK), tl.constexpr(SINGLES_TOGETHER)
 FIELDS = tl.constexpr(len(Unit._fields))
+U_KIND, U_START, U_LENGTH, U_LOW, U_HIGH, U_COLUMN, U_FACTOR, U_STRIDE, U_SCALE, U_MEAN = (
+    tl.constexpr(place) for place in range(len(Unit._fields))
+)
+"""Where a unit has its fields."""
 
 
 @triton.constexpr_function
-def kind_of(kinds: tuple[tuple[int, int, bool], ...], number: int) -> tuple[int, int, bool]:
+def kind_at(kinds: tuple[tuple[int, int, bool], ...], number: int) -> tuple[int, int, bool]:
     """One of some kinds, as functions of kernels take it."""
     return kinds[number]
 
@@ -54,17 +58,26 @@ def slots_of(kind: tuple[int, int, bool], means: bool) -> int:
 
 
 @triton.jit
+def unit_field(units, number, FIELD: tl.constexpr):
+    """A field of a `triton_plan.Unit`."""
+    return tl.load(units + number * FIELDS + FIELD)
+
+
+@triton.jit
 def unit_fields(units, number):
-    """The fields of a `triton_plan.Unit`."""
-    fields, found = units + number * FIELDS, ()
+    """All fields of a `triton_plan.Unit`."""
+    found = ()
     for place in tl.static_range(FIELDS):
-        found = found + (tl.load(fields + place),)
+        found = found + (unit_field(units, number, place),)
     return found
 
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Wait for the kernels before, if this one began before they ended; whatever they do not write was read by then."""
+    """Wait for the kernels before, if this one began before they ended.
+
+    What is read before it, no launch may have written that is not at least two launches back.
+    """
     if EARLY and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -100,12 +113,12 @@ def whole_words(column):
 def whole_numbers(values):
     """Values (tokens, k) as whole numbers of 16 bits, scaled to each token's largest; what one stands for; their sums.
 
-    What one stands for is NaN where a value is, since whole numbers know none.
+    What one stands for is NaN where a value is NaN or infinite, since whole numbers know neither.
     """
     largest = tl.max(tl.abs(values), 1)
     share = tl.where(largest > 1e-30, LARGEST / tl.maximum(largest, 1e-30), 0.0)
     whole = tl.floor(values * share[:, None] + 0.5).to(tl.int32)
-    lost = tl.sum((values != values).to(tl.int32), 1) > 0
+    lost = (tl.sum((values != values).to(tl.int32), 1) > 0) | (largest == float("inf"))
     return whole, tl.where(lost, float("nan"), largest / LARGEST), tl.sum(whole, 1)
 
 

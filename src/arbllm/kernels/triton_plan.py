@@ -66,8 +66,9 @@ class Band(NamedTuple):
         kind: of the segment.
         start: where the words that hold them begin, in units of UNIT words.
         words: of a row.
-        low: which column of the first word is the first.
-        high: the end, from there as well: in the last segment of those that lie together that of the last word.
+        low: column of the first word that is the segment's first.
+        high: its end, from the first word's first column as well; where no other segment follows in the stream, the
+            end of the last word, so that what fills it up is of a band as well.
         column: where the first word's columns begin in `Prepared.order`.
         factor: where they begin in `Prepared.factors`, those of the first slot.
         stride: from there to those of the next.
@@ -93,12 +94,15 @@ class Band(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Work for one program: a row of what `Plan.units` makes. Fields without a word here are those of a `Band`.
+    """Work for one program: a row of what `Plan` makes. Fields without a word here are those of a `Band`.
 
     Attributes:
         kind: place in `Plan.kinds`; `len(kinds)` for single columns.
-        start: where the words begin, in units of UNIT words; of single columns, the first.
-        length: words of a row, or single columns.
+        start: where the words begin, in units of UNIT words; of single columns, and of chunks in `Plan.spans`, the
+            first.
+        length: words of a row, single columns, or chunks.
+        low: column of the first word that is the first, 0 unless another segment has those before.
+        high: the end of the columns, from the first word's first as well.
     """
 
     kind: int
@@ -126,7 +130,7 @@ class Plan:
     layout: Layout
     streams: tuple[tuple[Place, ...], ...]
     singles: tuple[Place, ...]
-    _units: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[str, int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def bands(self) -> tuple[Band, ...]:
@@ -160,8 +164,13 @@ class Plan:
 
     @cached_property
     def all_trellis(self) -> bool:
-        """Whether all columns in words have a trellis; what tensor cores multiply in bytes."""
-        return all(kind.trellis for kind in self.kinds)
+        """Whether all columns in words, of which there are some, have a trellis: tensor cores multiply no others."""
+        return bool(self.kinds) and all(kind.trellis for kind in self.kinds)
+
+    @cached_property
+    def longest(self) -> int:
+        """Words of the longest band."""
+        return max((band.words for band in self.bands), default=1)
 
     @cached_property
     def chunks(self) -> int:
@@ -182,11 +191,11 @@ class Plan:
         Returns:
             int32 (units, fields of `Unit`).
         """
-        return self._kept(most, device, lambda: [*self._divided(most), *self._alone()])
+        return self._table("units", most, device, lambda: [*self._divided(most), *self._alone()])
 
     def chunk_table(self, device: torch.device) -> Tensor:
         """Each chunk: int32 (chunks, fields of `Unit`)."""
-        return self._kept(0, device, lambda: self._divided(1, CHUNK))
+        return self._table("chunks", 1, device, lambda: self._divided(1, CHUNK))
 
     def spans(self, most: int, device: torch.device) -> Tensor:
         """Work for one program each: chunks of one kind, at most so many, or single columns.
@@ -194,12 +203,14 @@ class Plan:
         Returns:
             int32 (units, fields of `Unit`), chunks [start, start + length).
         """
-        return self._kept(-most, device, lambda: [*self._spanned(most), *self._alone()])
+        return self._table("spans", most, device, lambda: [*self._spanned(most), *self._alone()])
 
-    def _kept(self, number: int, device: torch.device, make: Callable[[], Iterable[Unit]]) -> Tensor:
-        if (number, device) not in self._units:
-            self._units[number, device] = torch.tensor(list(make()), dtype=torch.int32).to(device)
-        return self._units[number, device]
+    def _table(self, name: str, most: int, device: torch.device, make: Callable[[], Iterable[Unit]]) -> Tensor:
+        """Made once: a CUDA graph may not record that it is."""
+        key = name, most, device
+        if key not in self._kept:
+            self._kept[key] = torch.tensor(list(make()), dtype=torch.int32).to(device)
+        return self._kept[key]
 
     def _divided(self, most: int, step: int = 1) -> Iterator[Unit]:
         for band in self.bands:

@@ -12,7 +12,7 @@ from torch import Tensor
 from arbllm.kernels import triton_matmul, triton_matvec
 from arbllm.kernels.triton_configuration import Configuration, FewTokens, ManyTokens
 from arbllm.kernels.triton_layout import Prepared
-from arbllm.kernels.triton_plan import CHUNK, WORD, Plan
+from arbllm.kernels.triton_plan import CHUNK, SINGLES_TOGETHER, WORD, Plan
 
 GATHERED = 1024
 """Inputs of a token that are put in order at a time."""
@@ -24,8 +24,10 @@ SHARES = {1: 1, 2: 1, 4: 2, 8: 3}
 """By tokens times slots of a program, how many times fewer run side by side, for all the registers that they take."""
 FEWEST = 2
 """Tokens times slots up to which a program may take more rows: of more, their sums would not fit."""
-LEAST_SPAN = 16
+LEAST_SPAN = 8
 """Words whose inputs a program makes ready at once: there is a kernel for each power of two."""
+LITTLE_SCRATCH = 2**20
+"""Words of 64 bits for inputs that are no matter, however small the matrix."""
 LEAST_TOKENS = 8
 """Of a product on tensor cores, which takes two bytes of each; fewer are padded to these."""
 
@@ -33,28 +35,46 @@ LEAST_TOKENS = 8
 def multiply(x: Tensor, matrix: Prepared, configuration: Configuration, exact: bool = False) -> Tensor:
     """y = x W^T by the kernel that suits the number of tokens; x (tokens, m) is contiguous.
 
-    Of float32, or where `exact` asks for it, weights are written out where levels as bytes, or inputs of 16 bits, would
-    not do; with more than a few tokens so are all that have no trellis.
+    Weights are written out for float32, which inputs of 16 bits would not do for, and where `exact` asks for it, if
+    levels as bytes would not.
     """
-    exact = x.dtype == torch.float32 or (exact and matrix.plan.layout.has_trellis)
-    if not exact and len(x) <= configuration.few.most_tokens:
+    if x.dtype == torch.float32 or (exact and matrix.plan.layout.has_trellis):
+        return multiply_dense(x, matrix, configuration)
+    kernel = kernel_for(matrix.plan, configuration, len(x))
+    if kernel == "few":
         return multiply_few(x, matrix, configuration.few)
-    if not exact and len(x) <= configuration.many.most_tokens and matrix.plan.all_trellis:
+    if kernel == "many":
         return multiply_many(x, matrix, configuration.many)
     return multiply_dense(x, matrix, configuration)
 
 
-def make_units(plan: Plan, default: Configuration, device: torch.device) -> None:
-    """Make all that work can be divided into: it stays, so no CUDA graph may record that it is made."""
+def kernel_for(plan: Plan, configuration: Configuration, tokens: int) -> str:
+    """Which kernel multiplies so many tokens of 16 bits each: `few`, `many` or `dense`.
+
+    Where segments are small and many, `few` would make more inputs ready than there are weights.
+    """
+    few, many = configuration.few, configuration.many
+    if plan.all_trellis and many.least_tokens <= tokens <= many.most_tokens:
+        return "many"
+    if tokens <= few.most_tokens and scratch_words(plan, few, tokens) <= max(plan.layout.weights // 4, LITTLE_SCRATCH):
+        return "few"
+    return "many" if plan.all_trellis and tokens <= many.most_tokens else "dense"
+
+
+def divide_all(plan: Plan, default: Configuration, device: torch.device) -> None:
+    """Make all tables of work that products will ask for: no CUDA graph may record that they are made."""
     plan.units(WRITTEN, device)
     plan.chunk_table(device)
-    most = [shape.get("many", {}).get("most_tokens", 0) for shape in default.shapes]
-    for tokens in range(1, max(default.many.most_tokens, *most, 0) + 1):
-        launch = default.of(plan.layout.rows, plan.layout.columns, tokens)
-        if tokens <= launch.few.most_tokens:
-            plan.units(divide_few(plan, launch.few, tokens).most, device)
-        elif tokens <= launch.many.most_tokens and plan.all_trellis:
-            plan.spans(divide_many(plan, launch.many, tokens).most, device)
+    shapes = [
+        shape[part].get("most_tokens", 0) for shape in default.shapes for part in ("few", "many") if part in shape
+    ]
+    for tokens in range(1, max(default.few.most_tokens, default.many.most_tokens, *shapes, 0) + 1):
+        configuration = default.of(plan.layout.rows, plan.layout.columns, tokens)
+        kernel = kernel_for(plan, configuration, tokens)
+        if kernel == "few":
+            plan.units(divide_few(plan, configuration.few, tokens).most, device)
+        elif kernel == "many":
+            plan.spans(divide_many(plan, configuration.many, tokens).most, device)
 
 
 class Division(NamedTuple):
@@ -84,7 +104,7 @@ def divide_few(plan: Plan, launch: FewTokens, tokens: int) -> Division:
     slots = triton.next_power_of_2(plan.most_slots)
     size = triton.next_power_of_2(min(tokens, max(launch.tokens // slots, 1)))
     blocks, rows = triton.cdiv(tokens, size), launch.rows
-    programs = launch.programs // SHARES[min(size * slots, max(SHARES))]
+    programs = max(launch.programs // SHARES[min(size * slots, max(SHARES))], 1)
     least = blocks * sum(-(-band.words // launch.most_words) for band in plan.bands)
     while (
         size * slots <= FEWEST and rows < launch.most_rows and 2 * least * triton.cdiv(plan.height, rows) > 3 * programs
@@ -94,6 +114,20 @@ def divide_few(plan: Plan, launch: FewTokens, tokens: int) -> Division:
     wanted = triton.cdiv(plan.single_start // WORD * blocks * places, programs)
     most = triton.cdiv(min(max(wanted, 1), launch.most_words), words) * words
     return Division(size, rows, blocks, places, most)
+
+
+def span_of(plan: Plan, most: int) -> int:
+    """Words that a program has place for, of at most so many."""
+    return max(LEAST_SPAN, triton.next_power_of_2(min(most, plan.longest)))
+
+
+@cache
+def scratch_words(plan: Plan, launch: FewTokens, tokens: int) -> int:
+    """Words of 64 bits for the inputs that all programs of a product of a few tokens make ready, each its own."""
+    division = divide_few(plan, launch, tokens)
+    units = sum(-(-band.words // division.most) for band in plan.bands) + -(-len(plan.singles) // SINGLES_TOGETHER)
+    programs = division.blocks * division.places * units
+    return programs * span_of(plan, division.most) * 8 * division.size * plan.most_slots
 
 
 def words_aside(launch: FewTokens, rows: int) -> int:
@@ -111,22 +145,22 @@ def divide_many(plan: Plan, launch: ManyTokens, tokens: int) -> Division:
 
 
 def multiply_few(x: Tensor, matrix: Prepared, launch: FewTokens) -> Tensor:
-    """y = x W^T, levels times inputs four at a time."""
+    """y = x W^T, levels or signs times inputs four at a time."""
     plan, tokens, (rows, columns) = matrix.plan, len(x), (matrix.plan.layout.rows, matrix.plan.layout.columns)
-    size, height, blocks, places, most = divide_few(plan, launch, tokens)
-    units, span = plan.units(most, x.device), max(LEAST_SPAN, triton.next_power_of_2(most))
-    programs = blocks * places * len(units) * plan.most_slots
-    scratch = x.new_empty(programs * span * 8 * size, dtype=torch.int64)
-    scales = x.new_empty(programs * 2 * size, dtype=torch.float32)
-    partial = x.new_empty(len(units) * tokens * rows if len(units) > 1 else 1, dtype=torch.float32)
-    counters = x.new_zeros(blocks * places, dtype=torch.int32)
+    size, own, blocks, places, most = divide_few(plan, launch, tokens)
+    units = plan.units(most, x.device)
+    programs, split = blocks * places * len(units), len(units) > 1
+    scratch = x.new_empty(scratch_words(plan, launch, tokens), dtype=torch.int64)
+    scales = x.new_empty(programs * 2 * size * plan.most_slots, dtype=torch.float32)
+    partial = x.new_empty(len(units) * tokens * rows if split else 1, dtype=torch.float32)
+    counters = x.new_zeros(blocks * places, dtype=torch.int32) if split else x.new_empty(1, dtype=torch.int32)
     y = x.new_empty(tokens, rows)
     triton_matvec.few_tokens[(places, len(units), blocks)](
         x, matrix.words, matrix.order, matrix.factors, matrix.row_scales, matrix.row_means, units, matrix.levels,
         matrix.singles, scratch, scales, counters, partial, y,
         tokens, columns, rows, plan.height,
-        **_flags(matrix), SLOTS=plan.most_slots, SPLIT=len(units) > 1, TOKENS=size, SPAN=span, M=height,
-        WORDS=words_aside(launch, height), **_early(launch), num_warps=launch.warps,
+        **_flags(matrix), SLOTS=plan.most_slots, SPLIT=split, TOKENS=size, SPAN=span_of(plan, most), M=own,
+        WORDS=words_aside(launch, own), **_early(launch), num_warps=launch.warps,
     )  # fmt: skip
     return y
 

@@ -68,8 +68,8 @@ published it has not.
 head, stay in 16 bits and make most of the {rest:.0f} MB that are not linear layers. Output error is the mean over
 linears of tr(D H Dᵀ) / tr(W H Wᵀ). Peak memory is that of `arbllm quantize` on {machine}, the model's loading included.
 
-`python benchmarks/results.py{option}` writes this page ([figures](results)); `make results` runs what is missing and
-extends all tables to the whole test text, in two days on two cores. `$ARBLLM_DATA` must hold
+`python benchmarks/results.py{option}` writes this page ([figures](results)); `make results` runs what is missing of
+all tables but that of budgets, in two days on two cores if nothing is there. `$ARBLLM_DATA` must hold
 `wikitext2/wiki.valid.raw`, `wikitext2/wiki.test.raw`, and the questions under `qa/`, named as in
 [commands](commands.md). Made with arbllm {arbllm}, PyTorch {torch}, transformers {transformers}.
 """
@@ -86,7 +86,7 @@ on the same windows. Their true bits count scales and zeros, and an order of col
 are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
 [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
 The text that methods are calibrated on is of the kind that they are tested on, and distillation makes the most of it;
-what *QA* can tell is in the [notes](notes.md).
+what *QA* can tell is in the [notes](notes.md), and that it was asked of checkpoints made before those of perplexity.
 
 {table}
 """

@@ -86,7 +86,7 @@ on the same windows. Their true bits count scales and zeros, and an order of col
 are those that packed weights would take. *QA* is the mean accuracy; by task, with standard errors and samples of text:
 [the comparison](comparison/report.html), which `python benchmarks/compare.py{option}` writes.
 The text that methods are calibrated on is of the kind that they are tested on, and distillation makes the most of it;
-what *QA* can tell is in the [notes](notes.md), and that it was asked of checkpoints made before those of perplexity.
+what *QA* can tell, and which checkpoints were asked, is in the [notes](notes.md).
 
 {table}
 """

@@ -28,7 +28,7 @@ from torch import Tensor
 from arbllm.kernels import cuda
 from arbllm.kernels import triton as kernel
 from arbllm.kernels.triton_configuration import Configuration, file_of, load
-from arbllm.kernels.triton_products import LEAST_SPAN
+from arbllm.kernels.triton_products import LEAST_SPAN, LEAST_TOKENS
 from gpu_kernels import SHAPES, graph_times
 from random_matrices import random_matrix
 
@@ -63,9 +63,7 @@ CHOICES: dict[str, dict[int, list[dict[str, Any]]]] = {
     "dense": {2048: [{"rows": rows, "scratch_megabytes": 512, "warps": 4} for rows in (32, 64, 128)]},
 }
 """Candidates for each kernel by the number of tokens."""
-PADDED = 8
-"""Tokens that tensor cores take at least."""
-EARLY = (("few", 1), ("many", PADDED), ("many", 16))
+EARLY = (("few", 1), ("many", LEAST_TOKENS), ("many", 16))
 """Kernels and numbers of tokens of which programs are tried that begin before the kernel before them ends."""
 SHARES = 4
 """Parts that the candidates of a kernel are compiled in."""
@@ -143,7 +141,7 @@ def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
             entries.append({"rows": shape[0], "columns": shape[1], "tokens": tokens, part: found})
             chosen = replace(chosen, **{part: replace(getattr(chosen, part), **found)})
         for entry in entries:
-            if "many" in entry and entry["tokens"] == PADDED:
+            if "many" in entry and entry["tokens"] == LEAST_TOKENS:
                 entry["many"]["least_tokens"] = least_tokens(least)
         chosen = replace(chosen, shapes=[*chosen.shapes, *entries])
         write(chosen, console)
@@ -151,10 +149,10 @@ def tune(parts: list[str], bits: float, repeats: int, console: Console) -> None:
 
 
 def least_tokens(seconds: dict[tuple[str, int], float]) -> int:
-    """From how many tokens on tensor cores are the faster, which take PADDED for any fewer."""
-    found = PADDED + 1
+    """From how many tokens on tensor cores are the faster, which take LEAST_TOKENS for any fewer."""
+    found = LEAST_TOKENS + 1
     for tokens in sorted(CHOICES["few"], reverse=True):
-        if seconds["many", PADDED] >= seconds.get(("few", tokens), float("inf")):
+        if seconds["many", LEAST_TOKENS] >= seconds.get(("few", tokens), 0.0):
             break
         found = tokens
     return found

@@ -111,16 +111,8 @@ def runs(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("name", "tokens", "dtype"), PLAIN)
-def test_signs_four_at_a_time(monkeypatch, runs, name, tokens, dtype):
-    use(monkeypatch, few=17, many=64)
-    matrix = MATRICES[name]()
-    check(matrix, inputs(tokens, matrix.layout.columns, dtype))
-    assert runs == ["multiply_few"]
-
-
-@pytest.mark.parametrize(("name", "tokens", "dtype"), TRELLIS)
-def test_levels_four_at_a_time(monkeypatch, runs, name, tokens, dtype):
+@pytest.mark.parametrize(("name", "tokens", "dtype"), [*PLAIN, *TRELLIS])
+def test_bytes_four_at_a_time(monkeypatch, runs, name, tokens, dtype):
     use(monkeypatch, few=17, many=64)
     matrix = MATRICES[name]()
     check(matrix, inputs(tokens, matrix.layout.columns, dtype))

@@ -90,17 +90,17 @@ def prepare(matrix: BinaryMatrix) -> Prepared:
         words=_all_words(matrix, plan),
         order=torch.cat([*columns, singles]).int(),
         factors=torch.cat([*factors, _single_factors(matrix, plan)]),
-        row_scales=_rows(matrix.row_scales[:, _slots([(p.row_scale, p.segment.slots) for p in places], device)], plan),
+        row_scales=_rows(matrix.row_scales[:, _ranges([(p.row_scale, p.segment.slots) for p in places], device)], plan),
         row_means=nothing.half()
         if matrix.row_means is None
-        else _rows(matrix.row_means[:, _slots([(p.row_mean, p.segment.groups) for p in places], device)], plan),
+        else _rows(matrix.row_means[:, _ranges([(p.row_mean, p.segment.groups) for p in places], device)], plan),
         levels=torch.tensor(_constants(), dtype=torch.int32).to(device),
         exact_levels=torch.tensor([_levels(terms) for terms in sorted(COEFFICIENTS)]).to(device),
         singles=_singles(matrix, plan),
     )
 
 
-def _slots(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def _ranges(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Ranges, as (start, length), one after the other: int64."""
     ranges = [torch.arange(start, start + length) for start, length in spans]
     return torch.cat([torch.empty(0, dtype=torch.int64), *ranges]).to(device)
@@ -108,7 +108,7 @@ def _slots(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 def _columns(places: Sequence[Place], device: torch.device, field: str = "column") -> Tensor:
     """Columns of some segments in a stored tensor, int64."""
-    return _slots([(getattr(place, field), place.segment.width) for place in places], device)
+    return _ranges([(getattr(place, field), place.segment.width) for place in places], device)
 
 
 def _filled(values: Tensor, length: int) -> Tensor:

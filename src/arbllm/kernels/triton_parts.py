@@ -16,7 +16,8 @@ BEFORE, COLUMNS, UNIT = tl.constexpr(ROWS_BEFORE), tl.constexpr(WORD), tl.conste
 CHUNK, SINGLES = tl.constexpr(triton_plan.CHUNK), tl.constexpr(SINGLES_TOGETHER)
 FIELDS = tl.constexpr(len(Unit._fields))
 U_KIND, U_START, U_LENGTH, U_LOW, U_HIGH, U_COLUMN, U_FACTOR, U_STRIDE, U_SCALE, U_MEAN = (
-    tl.constexpr(place) for place in range(len(Unit._fields))
+    tl.constexpr(Unit._fields.index(name))
+    for name in ("kind", "start", "length", "low", "high", "column", "factor", "stride", "scale", "mean")
 )
 """Where a unit has its fields."""
 

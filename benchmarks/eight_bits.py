@@ -1,10 +1,10 @@
-"""What the CPU kernel's 8 bits do to perplexity: a packed model reads text a few tokens at a time, as it decodes.
+"""What the CPU kernel's rounding does to perplexity: a packed model reads text a few tokens at a time, as it decodes.
 
     python benchmarks/eight_bits.py CHECKPOINT [--text FILE] [--windows 4] [--window-length 512] [--page]
 
 Products of few tokens come from tables or activations rounded to 8 bits, unless `BinaryLinear.exact` says that they be
-in float32. Every window is read three times with a cache: exactly, as many tokens at a time as come in 8 bits,
-and one by one.
+in float32; those of more come in bfloat16 if PyTorch's precision of float32 is "medium". Every window is read exactly,
+as many tokens at a time with a cache as come in 8 bits, one by one, and as a whole in bfloat16.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _SECTION = """\
 ## What 8 bits do to perplexity with {kernel}
 
 `{name}`, at {bits:.2f} bits, reads {windows} windows of {length} tokens of {text} with a cache, all products of
-packed linears in float32, or all from tables or activations of 8 bits, {together} tokens at a time or one.
+packed linears in float32, or all from tables or activations of 8 bits, {together} tokens at a time or one, or whole
+windows at a time in bfloat16, as `torch.set_float32_matmul_precision("medium")` has it.
 
 {machine}
 
@@ -63,10 +64,13 @@ def main() -> None:
     together = most_tokens()
     exact = perplexity(model, windows, together, exact=True)
     rows: Rows = [("float32", f"{exact:.3f}", "")]
-    for count in (together, 1):
+    ways = {f"8 bits, {together} tokens at a time": together, "8 bits, one token at a time": 1}
+    if options.window_length > together:
+        ways["bfloat16, a window at a time"] = options.window_length
+    torch.set_float32_matmul_precision("medium")
+    for way, count in ways.items():
         rounded = perplexity(model, windows, count, exact=False)
-        tokens_at_once = f"{count} tokens at a time" if count > 1 else "one token at a time"
-        rows.append((f"8 bits, {tokens_at_once}", f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"))
+        rows.append((way, f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"))
     console.print(as_table(HEADINGS, rows))
     if options.page:
         linears = [module.matrix for module in model.modules() if isinstance(module, BinaryLinear)]

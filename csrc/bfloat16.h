@@ -16,14 +16,12 @@ inline float widened(uint16_t bits) {
     return value;
 }
 
-// To the nearest bfloat16, ties to even.
+// To the nearest bfloat16, ties to even. Without branches, so that loops of it become vectors.
 inline uint16_t narrowed(float value) {
     uint32_t word;
     std::memcpy(&word, &value, 4);
-    if (value != value) {
-        return static_cast<uint16_t>(word >> 16 | 0x40);
-    }
-    return static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+    const uint32_t rounded = word + 0x7fff + (word >> 16 & 1), quiet = word | 0x400000;
+    return static_cast<uint16_t>((value != value ? quiet : rounded) >> 16);
 }
 
 }  // namespace

@@ -112,7 +112,10 @@ void bind_lookup(nb::module_& module) {
             "Write the matrix as the kernels want it, to an address divisible by 64.");
 
     module.def("most_tokens", [](int set) { return chosen(set).most_tokens; }, nb::arg("instruction_set"),
-               "That `multiply` takes at a time.");
+               "That `multiply` multiplies in 8 bits.");
+
+    module.def("takes_more", [](int set) { return chosen(set).takes_more; }, nb::arg("instruction_set"),
+               "Whether `multiply` takes more tokens than that, which it multiplies in bfloat16.");
 
     module.def(
         "multiply",
@@ -121,14 +124,14 @@ void bind_lookup(nb::module_& module) {
             const Kernel& kernel = chosen(set);
             const Prepared matrix = opened(prepared, columns);
             check(matrix.header->rows == rows);
-            if (tokens > kernel.most_tokens) {
+            if (tokens > kernel.most_tokens && !kernel.takes_more) {
                 throw std::invalid_argument("too many tokens at a time: see most_tokens()");
             }
             kernel.multiply(matrix, activations(x, y, tokens, stride, bfloat16), threads);
         },
         nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("rows"),
         nb::arg("stride"), nb::arg("bfloat16"), nb::arg("instruction_set"), nb::arg("threads"),
-        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most `most_tokens(instruction_set)` tokens.");
+        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most `most_tokens(instruction_set)` tokens, or any number of them: see `takes_more`.");
 
     module.def(
         "put_in_order",

@@ -18,7 +18,8 @@
 //
 // The bytes of the tables are rounded to 1/127 of the largest entry of BLOCK_BYTES bytes of codes. This is the only error
 // that matters: sums are exact, but for those products of signs that add little to a level, which are averaged in pairs.
-// With AVX-512, several tokens are multiplied otherwise from the same bits: lookup_dots_avx512.h.
+// With AVX-512, several tokens are multiplied otherwise from the same bits: lookup_dots_avx512.h, and many in bfloat16:
+// lookup_many_avx512bf16.cpp.
 //
 // Column order, codes, scales and widths are prepared once (prepare.h) as one array of bytes, which these structures
 // describe:
@@ -88,11 +89,12 @@ struct Pass {
     int32_t factors_before;  // row factors in earlier passes
     int64_t column_factors;  // index of the first of signed_sums * width
     // With a trellis: of the products of MASKS; and the levels at the numbers that signs make, bit t being plane t, also
-    // as bytes that a unit is multiplied by.
+    // as bytes that a unit is multiplied by; and what they are divided by to lose least in bfloat16.
     float coefficients[MOST_SUMMANDS];
     float levels[MOST_LEVELS];
     float level_unit;
     int8_t level_bytes[MOST_LEVELS];
+    float half_unit;
 };
 
 static inline int blocks_of(const Pass& pass) { return (pass.bytes + BLOCK_BYTES - 1) / BLOCK_BYTES; }
@@ -163,7 +165,8 @@ struct Activations {
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
-    int most_tokens;  // of a product
+    int most_tokens;  // of a product in 8 bits
+    bool takes_more;  // whether it multiplies more, then in bfloat16
     void (*multiply)(const Prepared&, const Activations&, int threads);
     // Blocks [first, last) of W^T in the prepared order: (columns, 64 * (last - first)), rows beyond n being 0.
     void (*unpack)(const Prepared&, int64_t first, int64_t last, void* to, Number number, int threads);

@@ -64,7 +64,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernel* kernel_avx2() {
-    static const Kernel kernel{"avx2", MOST_TOKENS, multiply<Lookups<Avx2>>, unpack<Avx2>};
+    static const Kernel kernel{"avx2", MOST_TOKENS, false, multiply<Lookups<Avx2>>, unpack<Avx2>};
     return &kernel;
 }
 

@@ -26,6 +26,8 @@ constexpr int DOTS_TOGETHER = 4;  // tokens, and vectors, whose sums are in regi
 int octets_of(const Pass& pass) { return (pass.width + OCTET - 1) / OCTET; }
 int shares_of(const Pass& pass) { return (octets_of(pass) + OCTETS - 1) / OCTETS; }
 
+using RowSums = float[16 * VECTORS];  // of the rows of a block, two for each, for one token
+
 // What the bytes of one share of a token's activations are worth, and what unsigned levels add to its sums.
 struct Worth {
     float scale;
@@ -87,20 +89,59 @@ void add_share(const LevelBytes& levels, int share, int octets, const ByteActiva
     }
 }
 
+// The numbers at places of 16 that two vectors have together, those from 16 on being the second one's.
+__m512 both(const int* places, __m512 first, __m512 second) {
+    return _mm512_permutex2var_ps(first, _mm512_loadu_si512(places), second);
+}
+
+constexpr int EVENS[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+constexpr int ODDS[] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+constexpr int TURNS[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+constexpr int LATER_TURNS[] = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+// Lanes (4 vectors), in order, of sums of a block (8 vectors), both sums of a lane together.
+template <bool WORDS_OF_TWO>
+void add_pairs(const float* sums, __m512* lanes) {
+    // Where the sums of words 2 g and 2 g + 1 of two vectors are: in turns, or one vector's before the other's.
+    constexpr int IN_TURN[] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    constexpr int ONE_BY_ONE[] = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
+    int even[16], odd[16];
+    for (int i = 0; i < 16; ++i) {
+        even[i] = WORDS_OF_TWO ? IN_TURN[i] : ONE_BY_ONE[i];
+        odd[i] = even[i] + 1;
+    }
+    __m512 found[4];  // four lanes of each sixteen
+    for (int q = 0; q < 4; ++q) {
+        const __m512 first = _mm512_load_ps(sums + 32 * q), second = _mm512_load_ps(sums + 32 * q + 16);
+        found[q] = _mm512_add_ps(both(even, first, second), both(odd, first, second));
+    }
+    constexpr int LOW = 0x44, HIGH = 0xee, EVEN = 0x88, ODD = 0xdd;  // quarters of two vectors
+    const __m512 low[] = {_mm512_shuffle_f32x4(found[0], found[1], LOW), _mm512_shuffle_f32x4(found[2], found[3], LOW)};
+    const __m512 high[] = {_mm512_shuffle_f32x4(found[0], found[1], HIGH),
+                           _mm512_shuffle_f32x4(found[2], found[3], HIGH)};
+    lanes[0] = _mm512_shuffle_f32x4(low[0], low[1], EVEN);
+    lanes[1] = _mm512_shuffle_f32x4(low[0], low[1], ODD);
+    lanes[2] = _mm512_shuffle_f32x4(high[0], high[1], EVEN);
+    lanes[3] = _mm512_shuffle_f32x4(high[0], high[1], ODD);
+}
+
 // y (64) += row factors times sums (8 vectors), both sums of a row together. Lanes are rows as Pass has it.
 template <bool TRELLIS, bool WORDS_OF_TWO>
 void add_rows(const float* sums, const float* factors, float* y) {
-    alignas(64) float lanes[LANES];
-    constexpr int APART = WORDS_OF_TWO ? 1 : 2;  // lanes from one vector of a pair to the next
-    for (int v = 0; v < VECTORS; ++v) {
-        for (int word = 0; word < 8; ++word) {
-            const int lane = 16 * (word / 2) + 4 * (v / 2) + APART * (v % 2) + (3 - APART) * (word % 2);
-            lanes[lane] = sums[16 * v + 2 * word] + sums[16 * v + 2 * word + 1];
+    __m512 lanes[4];
+    add_pairs<WORDS_OF_TWO>(sums, lanes);
+    for (int i = 0; i < 4; ++i) {
+        __m512 own, factor;
+        if constexpr (TRELLIS) {  // factors of even rows, then of odd ones
+            const float* const of_even = factors + 16 * (i / 2);
+            const __m512 even = _mm512_loadu_ps(of_even), odd = _mm512_loadu_ps(of_even + LANES / 2);
+            own = lanes[i];
+            factor = both(i % 2 ? LATER_TURNS : TURNS, even, odd);
+        } else {
+            own = both(i < 2 ? EVENS : ODDS, lanes[2 * (i % 2)], lanes[2 * (i % 2) + 1]);
+            factor = _mm512_loadu_ps(factors + 16 * i);
         }
-    }
-    for (int i = 0; i < LANES / 2; ++i) {
-        y[TRELLIS ? 2 * i : i] += factors[i] * lanes[2 * i];
-        y[TRELLIS ? 2 * i + 1 : LANES / 2 + i] += factors[LANES / 2 + i] * lanes[2 * i + 1];
+        _mm512_storeu_ps(y + 16 * i, _mm512_fmadd_ps(factor, own, _mm512_loadu_ps(y + 16 * i)));
     }
 }
 
@@ -186,8 +227,6 @@ class Dots {
     struct Task {
         int pass, accumulator;
     };
-    using RowSums = float[16 * VECTORS];  // of the rows of a block, for one token
-
     static int64_t value_bytes(const Pass& pass) { return int64_t{OCTET * OCTETS} * shares_of(pass); }
     static int64_t accumulator_bytes(const Pass& pass) {
         return value_bytes(pass) + static_cast<int64_t>(sizeof(Worth)) * shares_of(pass);

@@ -36,12 +36,17 @@ struct LevelTable {
     float unit;  // what 1 stands for
 };
 
-// The table of a trellis: indices are numbers of levels with their lowest four bits in reverse.
+// The number of the level at an index: indices have the lowest four bits in reverse.
+int level_number(const Pass& pass, int index) {
+    const int number = (index >> 3 & 1) | (index >> 1 & 2) | (index << 1 & 4) | (index << 3 & 8) | (index & 16);
+    return number % (2 << pass.planes);
+}
+
+// The table of a trellis.
 LevelTable trellis_table(const Pass& pass) {
     LevelTable table{{}, ZERO, pass.level_unit};
     for (int i = 0; i < 64; ++i) {
-        const int number = (i >> 3 & 1) | (i >> 1 & 2) | (i << 1 & 4) | (i << 3 & 8) | (i & 16);
-        table.entries[i] = static_cast<uint8_t>(ZERO + pass.level_bytes[number % (2 << pass.planes)]);
+        table.entries[i] = static_cast<uint8_t>(ZERO + pass.level_bytes[level_number(pass, i)]);
     }
     return table;
 }
@@ -77,28 +82,42 @@ void interleave(const __m512i* first, const __m512i* last, __m512i* to) {
     }
 }
 
-// Levels of the weights of a pass with a trellis, at an octet of columns. Where four planes tell them, words are made of
-// two rows, and so word 2 g + b of vector 2 q + h is lane 16 g + 4 q + 2 b + h.
+// Bit j of a byte, for bytes in this order of columns.
+constexpr int64_t NATURAL = static_cast<int64_t>(0x8040201008040201);
+
+// Indices of the levels of the weights of a pass with a trellis, at an octet of columns, in the lowest bits of each byte,
+// as many as tables of 16 levels read, or of 32 where a weight has four signs; other bits say nothing. Where four planes
+// tell them, words are made of two rows, and so word 2 g + b of vector 2 q + h is lane 16 g + 4 q + 2 b + h.
 template <int TERMS>
-void find_trellis(const StretchCodes& stretch, int byte, __m512i table, __m512i* to) {
+void find_indices(const StretchCodes& stretch, int byte, int64_t columns, __m512i* to) {
     const Signs<Avx512, TERMS, 0> signs(stretch, byte);
     const auto plane = [&](int p) { return p <= TERMS ? signs.planes[std::min(p, TERMS)] : _mm512_setzero_si512(); };
-    const __m512i identity = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+    const __m512i order = _mm512_set1_epi64(columns);
     __m512i fours[4];
     interleave(plane(0), plane(1), plane(2), plane(3), fours);
     if constexpr (TERMS < MOST_TERMS) {
         for (int q = 0; q < 4; ++q) {
-            const __m512i index = _mm512_gf2p8affine_epi64_epi8(identity, fours[q], 0);
-            to[2 * q] = Avx512::lookup(table, Avx512::high(index));
-            to[2 * q + 1] = Avx512::lookup(table, Avx512::low(index));
+            const __m512i index = _mm512_gf2p8affine_epi64_epi8(order, fours[q], 0);
+            to[2 * q] = Avx512::high(index);
+            to[2 * q + 1] = Avx512::low(index);
         }
     } else {
         __m512i last[4], words[VECTORS];
         interleave(plane(4), plane(4), plane(4), plane(4), last);
         interleave(last, fours, words);
         for (int v = 0; v < VECTORS; ++v) {
-            to[v] = Avx512::lookup(table, _mm512_gf2p8affine_epi64_epi8(identity, words[v], 0));
+            to[v] = _mm512_gf2p8affine_epi64_epi8(order, words[v], 0);
         }
+    }
+}
+
+// Levels of these weights.
+template <int TERMS>
+void find_trellis(const StretchCodes& stretch, int byte, __m512i table, __m512i* to) {
+    __m512i indices[VECTORS];
+    find_indices<TERMS>(stretch, byte, NATURAL, indices);
+    for (int v = 0; v < VECTORS; ++v) {
+        to[v] = Avx512::lookup(table, indices[v]);
     }
 }
 
@@ -121,20 +140,25 @@ struct GroupBits {
     static int octets(int per_nibble) { return 2 * per_nibble; }
 };
 
-// Levels of the weights of a pass with groups, of each accumulator, for the columns of a share. Code bytes beyond the
-// last one are read as the last one: activations are 0 there.
+// Eight bytes of codes from one on, as such words. Bytes beyond the last one are read as the last one: inputs are 0
+// there.
+void read_words(const uint8_t* codes, const Pass& pass, int byte, __m512i* words) {
+    __m512i read[8], first[4], last[4];
+    for (int i = 0; i < 8; ++i) {
+        read[i] = Avx512::load(codes + LANES * std::min(byte + i, pass.bytes - 1));
+    }
+    interleave(read[0], read[1], read[2], read[3], first);
+    interleave(read[4], read[5], read[6], read[7], last);
+    interleave(first, last, words);
+}
+
+// Levels of the weights of a pass with groups, of each accumulator, for the columns of a share.
 template <int PER>
 void find_groups(const uint8_t* codes, const Pass& pass, int share, int octets, const GroupBits& bits,
                  const LevelTable* tables, LevelBytes* to) {
     for (int octet = 0; octet < octets; octet += GroupBits::octets(PER)) {
-        __m512i read[8], first[4], last[4], words[VECTORS];
-        for (int i = 0; i < 8; ++i) {
-            const int byte = 4 / PER * (OCTETS * share + octet) + i;
-            read[i] = Avx512::load(codes + LANES * std::min(byte, pass.bytes - 1));
-        }
-        interleave(read[0], read[1], read[2], read[3], first);
-        interleave(read[4], read[5], read[6], read[7], last);
-        interleave(first, last, words);
+        __m512i words[VECTORS];
+        read_words(codes, pass, 4 / PER * (OCTETS * share + octet), words);
         for (int i = 0; i < GroupBits::octets(PER); ++i) {  // OCTETS are whole
             __m512i indices[VECTORS];
             for (int v = 0; v < VECTORS; ++v) {

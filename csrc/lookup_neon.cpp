@@ -53,7 +53,7 @@ struct Neon {
 }  // namespace
 
 const Kernel* kernel_neon() {
-    static const Kernel kernel{"neon", MOST_TOKENS, multiply<Lookups<Neon>>, unpack<Neon>};
+    static const Kernel kernel{"neon", MOST_TOKENS, false, multiply<Lookups<Neon>>, unpack<Neon>};
     return &kernel;
 }
 

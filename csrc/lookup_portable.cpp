@@ -88,7 +88,7 @@ struct Portable {
 }  // namespace
 
 const Kernel* kernel_portable() {
-    static const Kernel kernel{"portable", MOST_TOKENS, multiply<Lookups<Portable>>, unpack<Portable>};
+    static const Kernel kernel{"portable", MOST_TOKENS, false, multiply<Lookups<Portable>>, unpack<Portable>};
     return &kernel;
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "bfloat16.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -47,6 +48,24 @@ ptrdiff_t place_of(int32_t mask, int terms) {
     return found - masks;
 }
 
+// Between 1 and 2, as bfloat16 has as many numbers between each two powers of 2.
+void find_half_unit(Pass& pass, int count) {
+    constexpr int TRIED = 64;
+    float least = std::numeric_limits<float>::infinity();
+    for (int i = 0; i < TRIED; ++i) {
+        const float unit = 1.0f + static_cast<float>(i) / TRIED;
+        float error = 0.0f;
+        for (int number = 0; number < count; ++number) {
+            const float lost = pass.levels[number] - unit * widened(narrowed(pass.levels[number] / unit));
+            error += lost * lost;
+        }
+        if (error < least) {
+            least = error;
+            pass.half_unit = unit;
+        }
+    }
+}
+
 // The levels of weights with a trellis, and bytes for them. The largest level need not be 127: from 95 on, that is chosen
 // which leaves all levels nearest to whole numbers.
 void find_levels(Pass& pass) {
@@ -74,6 +93,7 @@ void find_levels(Pass& pass) {
     for (int number = 0; number < count; ++number) {
         pass.level_bytes[number] = static_cast<int8_t>(std::nearbyint(pass.levels[number] / pass.level_unit));
     }
+    find_half_unit(pass, count);
 }
 
 Plan planned(const Packed& packed) {

@@ -1,5 +1,9 @@
 #include "processor.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace arbllm {
 
 std::vector<std::string> instruction_sets() {
@@ -25,6 +29,16 @@ bool multiplies_bfloat16() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bool multiplies_tiles() {
+#if defined(__x86_64__)
+    constexpr unsigned AMX_BF16 = 1u << 22;  // of the features in leaf 7, register D
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16);
 #else
     return false;
 #endif

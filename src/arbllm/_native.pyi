@@ -47,10 +47,13 @@ def multiply(
     instruction_set: int,
     threads: int,
 ) -> None:
-    """y = x W^T for at most `most_tokens(instruction_set)` tokens."""
+    """y = x W^T for at most `most_tokens(instruction_set)` tokens, or any number of them: see `takes_more`."""
 
 def most_tokens(instruction_set: int) -> int:
-    """That `multiply` takes at a time."""
+    """That `multiply` multiplies in 8 bits."""
+
+def takes_more(instruction_set: int) -> bool:
+    """Whether `multiply` takes more tokens than that, which it multiplies in bfloat16."""
 
 def put_in_order(
     prepared: int, x: int, y: int, tokens: int, columns: int, stride: int, bfloat16: bool, threads: int

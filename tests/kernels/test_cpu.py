@@ -113,12 +113,13 @@ def test_dtypes_with_a_trellis(dtype):
         assert relative_error(y, reference.matmul(x.double(), matrix)) < allowed
 
 
-@pytest.mark.parametrize("features", [FEATURES["two groups"], FEATURES["means of four groups"]], ids=["plain", "means"])
 @pytest.mark.parametrize("has_instructions", [False, True])
-def test_many_tokens_in_bfloat16(monkeypatch, features, has_instructions):
+@pytest.mark.parametrize("features", ["two groups", "means of four groups"])
+def test_many_tokens_by_unpacked_weights(monkeypatch, features, has_instructions):
     """In bfloat16 where the processor multiplies that, unless an exact product is asked for."""
+    monkeypatch.setattr(cpu, "takes_more", lambda instruction_set: False)
     monkeypatch.setattr(cpu.native(), "MULTIPLIES_BFLOAT16", has_instructions)
-    matrix = random_matrix(300, 576, **features)
+    matrix = random_matrix(300, 576, **FEATURES[features])
     x, prepared = inputs(cpu.most_tokens() + 1, 576).bfloat16(), cpu.prepare(matrix)
     exact = cpu.multiply(x.float(), prepared, 300, exact=True).bfloat16()
     assert torch.equal(cpu.multiply(x, prepared, 300, exact=True), exact)
@@ -189,7 +190,7 @@ def test_any_number_of_tokens(tokens, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("least", "tokens"), [(1, 16), (2, 9), (17, 64)])
+@pytest.mark.parametrize(("least", "tokens"), [(1, 11), (2, 9), (17, 64)])
 def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
     """Of as many tokens as are multiplied in one way."""
     number = cpu.instruction_set_number(instruction_set)
@@ -263,7 +264,7 @@ def test_inputs_of_zero_of_one_large_and_of_tiny_numbers(instruction_set, kind, 
     x[17] = 1e6
     assert relative_error(product(x), reference.matmul(x, matrix).expand(tokens, -1)) < 2e-3
     small = inputs(1, 320)
-    for size in (1e-20, 1e-28):
+    for size in (2.0**-66, 2.0**-93):
         assert relative_error(product(size * small) / size, product(small)) < 1e-3
     for size in (1e-31, 1e-38, 1e-44):
         assert product(size * small).abs().max() < 100 * size

@@ -1,9 +1,10 @@
-"""The CPU kernel: products straight from the bits in the C++ extension for few tokens, the vendor's product for more.
+"""The CPU kernel: products straight from the bits in the C++ extension, or the vendor's product of many tokens.
 
 How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to `most_tokens` tokens, and
 where an exact product is not asked for, entries of tables or activations are rounded to 8 bits, which makes an error of
-under 1 % of the output; everything else is in float32. More tokens multiply by tiles of the unpacked weight: in
-bfloat16, as a dense layer would, if they are given so and the processor has instructions for that, else in float32.
+under 1 % of the output. More tokens are multiplied in bfloat16, as a dense layer would, if they are given so, or in
+float32 and `torch.set_float32_matmul_precision("medium")` allows it: from the bits as well where the kernel has
+instructions for that, else as all others are, by tiles of the unpacked weight.
 """
 
 from __future__ import annotations
@@ -63,6 +64,17 @@ def instruction_sets() -> list[str]:
 def most_tokens(instruction_set: int = 0) -> int:
     """Tokens that are multiplied in 8 bits, by the number of `instruction_set_number`; the best one's by default."""
     return int(native_module().most_tokens(instruction_set))
+
+
+@cache
+def takes_more(instruction_set: int = 0) -> bool:
+    """Whether products of more tokens come from the bits as well, in bfloat16."""
+    return bool(native_module().takes_more(instruction_set))
+
+
+def rounds_many(dtype: torch.dtype) -> bool:
+    """Whether inputs of this dtype, more than `most_tokens`, may be rounded to bfloat16."""
+    return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
 
 
 def prepare(matrix: BinaryMatrix) -> Tensor:
@@ -142,7 +154,7 @@ def multiply(
         *before, columns = shape
         tokens = size // columns
         if tokens <= most_tokens(chosen):
-            return _in_eight_bits(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
+            return _from_bits(x, x.new_empty(*before, rows), prepared, (tokens, columns, rows), columns, chosen)
     reference.check_kind(x)
     rows_of_x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = (_compute if plain else torch.ops.arbllm.cpu_matmul)(rows_of_x, prepared, rows, exact, chosen)
@@ -213,19 +225,20 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if not tokens:
         order(prepared, x.shape[1])  # refuses another width
     if exact or tokens > most_tokens(instruction_set):
-        half = x.dtype == torch.bfloat16 and not exact and native_module().MULTIPLIES_BFLOAT16
-        return _by_tiles(x, prepared, rows, torch.bfloat16 if half else torch.float32, instruction_set)
+        half = not exact and rounds_many(x.dtype) and native_module().MULTIPLIES_BFLOAT16
+        if not (half and takes_more(instruction_set)):
+            return _by_tiles(x, prepared, rows, torch.bfloat16 if half else torch.float32, instruction_set)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, rows)
     sizes = (tokens, x.shape[1], rows)
-    return _in_eight_bits(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
+    return _from_bits(x, y, prepared, sizes, x.stride(0), instruction_set) if tokens else y
 
 
-def _in_eight_bits(
+def _from_bits(
     x: Tensor, y: Tensor, prepared: Tensor, sizes: tuple[int, int, int], stride: int, instruction_set: int
 ) -> Tensor:
-    """Put x W^T into y in 8 bits; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
+    """Put x W^T into y from the bits; `sizes` are tokens, columns and rows, x has a token every `stride` elements."""
     native_module().multiply(
         prepared.data_ptr(),
         x.data_ptr(),

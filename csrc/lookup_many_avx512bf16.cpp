@@ -1,0 +1,314 @@
+// Products of many tokens: a block of 64 rows becomes panels of bfloat16, each of which stays in the caches while all
+// tokens are multiplied by it. Inputs and weights are rounded to bfloat16, sums are in float32.
+#include "lookup_many.h"
+
+#ifdef __AVX512BF16__
+#include <algorithm>
+#include <memory>
+
+#include "lookup_dots_avx512.h"
+#include "lookup_kernel.h"
+#include "lookup_panels_avx512bf16.h"
+#include "processor.h"
+
+namespace arbllm {
+namespace {
+
+constexpr int SLAB = 256;  // tokens at a time, whose inputs for a panel, and sums, the second cache holds
+constexpr int MOST_TOGETHER = 6;  // tokens whose sums are in registers
+
+// Octets of some columns that are in one panel.
+struct Piece {
+    int columns, first, octets;
+};
+
+// Pieces that are multiplied at once.
+struct Chunk {
+    int first_piece, pieces;
+    int octet, octets;  // of all columns
+    bool begins, ends;  // a run of chunks whose sums are added up before they are multiplied by row factors
+};
+
+// The panels of a block, in order.
+struct Chunks {
+    OwnVector<Columns> columns;
+    OwnVector<Piece> pieces;
+    OwnVector<Chunk> all;
+    int octets = 0;
+
+    explicit Chunks(const Prepared& prepared) {
+        for (int p = 0; p < prepared.header->passes; p += columns.back().count) {
+            const Pass* const pass = prepared.passes + p;
+            int count = 1;
+            while (p + count < prepared.header->passes && pass[count].column == pass->column) {
+                ++count;
+            }
+            columns.push_back({pass, count});
+            add(static_cast<int>(columns.size()) - 1);
+        }
+    }
+
+  private:
+    void add(int number) {
+        const Columns& own = columns[number];
+        const bool begins = all.empty() || own.passes->trellis || columns[number - 1].passes->trellis;
+        for (int first = 0; first < own.octets(); first += PANEL_OCTETS) {
+            const int count = std::min(PANEL_OCTETS, own.octets() - first);
+            const bool joins = !all.empty() && !(begins && first == 0) && all.back().octets + count <= PANEL_OCTETS;
+            if (!joins) {
+                if (!all.empty()) {
+                    all.back().ends = begins && first == 0;
+                }
+                all.push_back({static_cast<int>(pieces.size()), 0, octets, 0, begins && first == 0, true});
+            }
+            pieces.push_back({number, first, count});
+            ++all.back().pieces;
+            all.back().octets += count;
+            octets += count;
+        }
+    }
+};
+
+// sums += weights times the inputs (octets, TOKENS, 8), for four vectors of rows; `ahead` are inputs of the next chunk.
+// Unless told to unroll early, GCC keeps the sums in memory.
+template <int TOKENS>
+void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t* x, const uint16_t* ahead,
+                RowSums* sums) {
+    constexpr int COLUMNS = OCTET / HALVES;
+    __m512 found[TOKENS][TOGETHER];
+#pragma GCC unroll 6
+    for (int t = 0; t < TOKENS; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < TOGETHER; ++v) {
+            found[t][v] = _mm512_load_ps(sums[t] + 16 * (first + v));
+        }
+    }
+    for (int i = 0; i < octets; ++i) {
+        for (int half = 0; half < HALVES; ++half) {
+            __builtin_prefetch(ahead + COLUMNS * TOKENS * half, 0, 2);
+            __m512bh own[TOGETHER];
+#pragma GCC unroll 4
+            for (int v = 0; v < TOGETHER; ++v) {
+                own[v] = reinterpret_cast<__m512bh>(weights[i][half][v]);
+            }
+#pragma GCC unroll 6
+            for (int t = 0; t < TOKENS; ++t) {
+                int64_t word;
+                std::memcpy(&word, x + OCTET * t + COLUMNS * half, 8);
+                const auto inputs = reinterpret_cast<__m512bh>(_mm512_set1_epi64(word));
+#pragma GCC unroll 4
+                for (int v = 0; v < TOGETHER; ++v) {
+                    found[t][v] = _mm512_dpbf16_ps(found[t][v], own[v], inputs);
+                }
+            }
+        }
+        x += OCTET * TOKENS;
+        ahead += OCTET * TOKENS;
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < TOKENS; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < TOGETHER; ++v) {
+            _mm512_store_ps(sums[t] + 16 * (first + v), found[t][v]);
+        }
+    }
+}
+
+// The same for any number of tokens and all rows.
+void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t tokens, RowSums* sums) {
+    using Add = void (*)(const HalfPanel&, int, int, const uint16_t*, const uint16_t*, RowSums*);
+    static constexpr Add by_count[] = {nullptr,       add_tokens<1>, add_tokens<2>, add_tokens<3>,
+                                       add_tokens<4>, add_tokens<5>, add_tokens<6>};
+    const int64_t chunk = OCTET * octets * tokens;
+    for (int half = 0; half < VECTORS / TOGETHER; ++half) {
+        for (int64_t token = 0; token < tokens; token += MOST_TOGETHER) {
+            const uint16_t* own = x + OCTET * octets * token;
+            const auto count = std::min<int64_t>(MOST_TOGETHER, tokens - token);
+            by_count[count](panel[half], TOGETHER * half, octets, own, own + chunk, sums + token);
+        }
+    }
+}
+
+// What a thread works with.
+struct Workspace {
+    HalfPanel panel[VECTORS / TOGETHER];
+    WideFactors rows[MOST_SIGNS];
+    alignas(64) RowSums sums[SLAB];
+    alignas(64) float y[SLAB][LANES];
+};
+
+// One multiplication of at most SLAB tokens, as its threads see it.
+class ManyTokens {
+  public:
+    ManyTokens(const Prepared& prepared, const Activations& activations)
+        : prepared_(prepared),
+          activations_(activations),
+          chunks_(prepared),
+          tokens_(activations.tokens),
+          blocks_(prepared.blocks()) {
+        const int64_t columns = chunks_.octets * OCTET, dense = prepared.header->dense;
+        static thread_local OwnVector<uint8_t> memory;
+        const size_t bytes = activations.tokens * (2 * columns + 4 * dense) + 64;
+        if (memory.size() < bytes) {
+            memory = OwnVector<uint8_t>(bytes);
+        }
+        auto* const start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+        inputs_ = reinterpret_cast<uint16_t*>(start);
+        dense_ = reinterpret_cast<float*>(start + 2 * activations.tokens * columns);
+    }
+
+    static void run(void* argument) {
+        auto& product = *static_cast<ManyTokens*>(argument);
+        OwnVector<float> x(product.prepared_.header->columns);
+        for (int64_t token; (token = product.tokens_.next()) >= 0; product.tokens_.done()) {
+            product.round(token, x.data());
+        }
+        product.tokens_.wait();
+        static thread_local std::unique_ptr<Workspace> workspace;
+        if (!workspace) {
+            workspace.reset(new Workspace);
+        }
+        for (int64_t block; (block = product.blocks_.next()) >= 0;) {
+            product.multiply(block, *workspace);
+        }
+    }
+
+  private:
+    // Inputs of a chunk are (octets, 6, 8) of six tokens, then of the next six, and so on.
+    int64_t inputs_at(const Chunk& chunk, int64_t token) const {
+        const int64_t place = token % MOST_TOGETHER;
+        return OCTET * (chunk.octet * activations_.tokens + (token - place) * chunk.octets + place);
+    }
+    int64_t together(int64_t token) const {  // tokens among which its inputs are
+        return std::min<int64_t>(MOST_TOGETHER, activations_.tokens - token + token % MOST_TOGETHER);
+    }
+
+    // One token's inputs, in bfloat16; beyond the last column of some, 0.
+    void round(int64_t token, float* x) {
+        const int64_t step = OCTET * together(token);
+        read(prepared_, activations_, token, x);
+        for (const Chunk& chunk : chunks_.all) {
+            uint16_t* to = &inputs_[inputs_at(chunk, token)];
+            for (int i = 0; i < chunk.pieces; ++i) {
+                const Piece& piece = chunks_.pieces[chunk.first_piece + i];
+                const Pass& pass = *chunks_.columns[piece.columns].passes;
+                const int first = OCTET * piece.first;
+                const float* const factors = prepared_.column_factors + pass.column_factors + first;
+                round(x + pass.column + first, pass.trellis ? factors : nullptr, pass.half_unit, pass.width - first,
+                      piece.octets, step, to);
+                to += step * piece.octets;
+            }
+        }
+        const int64_t dense = prepared_.header->dense;
+        std::copy_n(x + prepared_.header->dense_column, dense, dense_ + token * dense);
+    }
+
+    // Octets of x, times factors and their unit if there are any, each `step` numbers after the one before.
+    static void round(const float* x, const float* factors, float unit, int columns, int octets, int64_t step,
+                      uint16_t* to) {
+        for (int i = 0; i < octets; ++i) {
+            const auto present = static_cast<__mmask8>((1 << std::min(OCTET, columns - OCTET * i)) - 1);
+            __m256 own = _mm256_maskz_loadu_ps(present, x + OCTET * i);
+            if (factors) {
+                const __m256 factor = _mm256_maskz_loadu_ps(present, factors + OCTET * i);
+                own = _mm256_mul_ps(own, _mm256_mul_ps(_mm256_set1_ps(unit), factor));
+            }
+            const auto rounded = reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(own));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + step * i), rounded);
+        }
+    }
+
+    void fill(const Chunk& chunk, BlockPlace at, Workspace& space) const {
+        int to = 0;
+        for (int i = 0; i < chunk.pieces; ++i) {
+            const Piece& piece = chunks_.pieces[chunk.first_piece + i];
+            const Columns& columns = chunks_.columns[piece.columns];
+            if (columns.passes->trellis) {
+                fill_trellis(prepared_, *columns.passes, at, piece.first, piece.octets, space.panel, to);
+            } else {
+                auto* const chosen = columns.passes->signed_sums == 1   ? fill_groups<1>
+                                     : columns.passes->signed_sums == 2 ? fill_groups<2>
+                                                                        : fill_groups<4>;
+                chosen(prepared_, columns, at, piece.first, piece.octets, space.rows, space.panel, to);
+            }
+            to += piece.octets;
+        }
+    }
+
+    void multiply(int64_t number, Workspace& space) const {
+        const BlockPlace at{number / TILE_BLOCKS, number % TILE_BLOCKS};
+        const int64_t tokens = activations_.tokens;
+        std::fill_n(space.y[0], LANES * tokens, 0.0f);
+        for (const Chunk& chunk : chunks_.all) {
+            fill(chunk, at, space);
+            if (chunk.begins) {
+                std::memset(space.sums, 0, tokens * sizeof(RowSums));
+            }
+            add_tokens(space.panel, chunk.octets, &inputs_[inputs_at(chunk, 0)], tokens, space.sums);
+            if (chunk.ends) {
+                add_run(*chunks_.columns[chunks_.pieces[chunk.first_piece].columns].passes, at, space);
+            }
+        }
+        add_dense(at, space);
+        const int64_t row = LANES * number, rows = std::min<int64_t>(LANES, prepared_.header->rows - row);
+        for (int64_t token = 0; token < tokens; ++token) {
+            write(activations_, token * prepared_.header->rows + row, space.y[token], rows);
+        }
+    }
+
+    // y += sums, times the row factors that are not in weights.
+    void add_run(const Pass& pass, BlockPlace at, Workspace& space) const {
+        float ones[LANES];
+        std::fill_n(ones, LANES, 1.0f);
+        const float* const factors = pass.trellis ? prepared_.factors_of(at.tile, at.block, pass) : ones;
+        auto* const add = !pass.trellis              ? add_rows<false, false>
+                          : pass.planes < MOST_TERMS ? add_rows<true, true>
+                                                     : add_rows<true, false>;
+        for (int64_t token = 0; token < activations_.tokens; ++token) {
+            add(space.sums[token], factors, space.y[token]);
+        }
+    }
+
+    void add_dense(BlockPlace at, Workspace& space) const {
+        const float* dense = prepared_.dense_of(at.tile, at.block);
+        const int64_t count = prepared_.header->dense;
+        for (int64_t token = 0; token < activations_.tokens; ++token) {
+            const float* x = dense_ + token * count;
+            for (int64_t j = 0; j < count; ++j) {
+                for (int r = 0; r < LANES; ++r) {
+                    space.y[token][r] += x[j] * dense[LANES * j + r];
+                }
+            }
+        }
+    }
+
+    const Prepared& prepared_;
+    const Activations& activations_;
+    const Chunks chunks_;
+    Claims tokens_, blocks_;
+    uint16_t* inputs_;  // chunk by chunk
+    float* dense_;  // (tokens, columns), of those that are dense
+};
+
+void multiply_many(const Prepared& prepared, const Activations& activations, int threads) {
+    const auto bytes = [&](const void* from, int64_t items) {
+        return static_cast<const uint8_t*>(from) + items * (activations.number == Number::float32 ? 4 : 2);
+    };
+    for (int64_t first = 0; first < activations.tokens; first += SLAB) {
+        Activations own = activations;
+        own.x = bytes(activations.x, first * activations.stride);
+        own.y = const_cast<uint8_t*>(bytes(activations.y, first * prepared.header->rows));
+        own.tokens = std::min<int64_t>(SLAB, activations.tokens - first);
+        ManyTokens product(prepared, own);
+        in_parallel(threads, &ManyTokens::run, &product);
+    }
+}
+
+}  // namespace
+
+Multiply many_tokens() { return multiplies_bfloat16() && !multiplies_tiles() ? multiply_many : nullptr; }
+
+}  // namespace arbllm
+#else
+arbllm::Multiply arbllm::many_tokens() { return nullptr; }
+#endif

@@ -25,7 +25,7 @@ from arbllm.kernels import cpu
 from arbllm.model.embeddings import quantize_embeddings
 from arbllm.nn import BinaryLinear
 from kernels import machine
-from llama_cpp_peer import NO_PEER, PEER, PEER_HEADINGS, peers_of
+from llama_cpp_peer import NO_PEER, PEER, PEER_HEADINGS, peers_of, writing
 from random_matrices import random_matrix
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
@@ -116,7 +116,7 @@ def contest(name: str, bits: float, tokens: int, repeats: int, threads: int) -> 
             model = make_model(name, count, linears, bits)
             for loop in LOOPS:
                 contestants[f"{linears} {loop}", count] = partial(seconds_a_token, *decoder(model, loop), tokens)
-    for kind, count, peer in peers_of(SHAPES[name], blocks, threads):
+    for kind, count, peer in peers_of(SHAPES[name], blocks, threads, writing):
         contestants[kind, count] = partial(peer, tokens)
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
     for repeat in range(repeats + 1):

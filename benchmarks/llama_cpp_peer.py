@@ -1,4 +1,4 @@
-"""llama.cpp, the peer that people would pick: models of random weights in its own formats, and how fast it decodes."""
+"""llama.cpp, the peer that people would pick: models of random weights in its own formats, and how fast it is."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ NO_PEER = "llama.cpp was not measured: `llama-cpp-python` is not installed."
 FORMATS = {"TQ2_0": 256, "Q2_K": 256, "Q4_0": 32}
 """Formats and how many neighbouring weights they take together."""
 OUTPUT = Path(__file__).resolve().parents[1] / "out" / "llama.cpp"
-CONTEXT = 128
+CONTEXT = 2048
 WARM_UP = 3
+
+Timer = Callable[[int], float]
+"""Seconds that so many tokens take."""
 
 
 def peers_of(
-    shape: dict[str, Any], blocks: Sequence[int], threads: int
-) -> Iterator[tuple[str, int, Callable[[int], float]]]:
-    """Of each format that the shape allows and each number of blocks: its name, the number, and seconds a token."""
+    shape: dict[str, Any], blocks: Sequence[int], threads: int, timer: Callable[[Path, int], Timer]
+) -> Iterator[tuple[str, int, Timer]]:
+    """Of each format that the shape allows and each number of blocks: its name, the number, and what times it.
+
+    The last is `writing` or `reading`.
+    """
     if find_spec("llama_cpp") is None:
         return
     for count in blocks:
@@ -38,7 +44,7 @@ def peers_of(
                     if not dense.exists():
                         write_random_model({**shape, "num_hidden_layers": count}, dense)
                     quantize(dense, packed, name)
-                yield f"{PEER} {name}", count, decoder(packed, threads)
+                yield f"{PEER} {name}", count, timer(packed, threads)
         dense.unlink(missing_ok=True)
 
 
@@ -94,8 +100,35 @@ def quantize(dense: Path, to: Path, name: str) -> None:
         raise SystemExit(f"llama.cpp could not write {to.name}")
 
 
-def decoder(path: Path, threads: int) -> Callable[[int], float]:
+def writing(path: Path, threads: int) -> Timer:
     """Seconds a token of so many tokens, one at a time, after a few that do not count."""
+    decode = opened(path, threads)
+
+    def run(tokens: int) -> float:
+        start = 0.0
+        for position in range(WARM_UP + tokens):
+            if position == WARM_UP:
+                start = time.perf_counter()
+            decode(1, position == 0)
+        return (time.perf_counter() - start) / tokens
+
+    return run
+
+
+def reading(path: Path, threads: int) -> Timer:
+    """Seconds that so many tokens take at once."""
+    decode = opened(path, threads)
+
+    def run(tokens: int) -> float:
+        start = time.perf_counter()
+        decode(tokens, True)
+        return time.perf_counter() - start
+
+    return run
+
+
+def opened(path: Path, threads: int) -> Callable[[int, bool], None]:
+    """What reads so many further tokens at once, of a new text or not, and computes logits for the last one."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
@@ -104,16 +137,13 @@ def decoder(path: Path, threads: int) -> Callable[[int], float]:
     options = llama_cpp.llama_context_default_params()
     options.n_ctx, options.n_threads, options.n_threads_batch = CONTEXT, threads, threads
     context = llama_cpp.llama_init_from_model(model, options)
-    token = (ctypes.c_int32 * 1)(1)
 
-    def run(tokens: int) -> float:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        start = 0.0
-        for position in range(WARM_UP + tokens):
-            if position == WARM_UP:
-                start = time.perf_counter()
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)):
-                raise SystemExit(f"llama.cpp could not decode {path.name}")
-        return (time.perf_counter() - start) / tokens
+    def decode(tokens: int, anew: bool) -> None:
+        if anew:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        if llama_cpp.llama_decode(
+            context, llama_cpp.llama_batch_get_one((ctypes.c_int32 * tokens)(*[1] * tokens), tokens)
+        ):
+            raise SystemExit(f"llama.cpp could not decode {path.name}")
 
-    return run
+    return decode

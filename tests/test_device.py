@@ -1,7 +1,9 @@
+from contextlib import suppress
+
 import pytest
 import torch
 
-from arbllm.device import check_disk_space, choose_device, evaluation_dtype, peak_memory_bytes
+from arbllm.device import check_disk_space, choose_device, evaluation_dtype, float32_precision, peak_memory_bytes
 from arbllm.errors import ArbllmError, ConfigError
 
 
@@ -22,6 +24,16 @@ def test_a_device_that_is_not_there(name):
 )
 def test_evaluation_is_in_float32_on_the_cpu_unless_told_otherwise(dtype, device, expected):
     assert evaluation_dtype(dtype, torch.device(device)) == expected
+
+
+def test_precision_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with float32_precision("medium"):
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    with suppress(RuntimeError), float32_precision("medium"):
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_peak_memory_is_plausible():

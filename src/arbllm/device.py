@@ -45,6 +45,21 @@ def evaluation_dtype(dtype: str, device: torch.device) -> str:
     return "float32" if dtype == "auto" and device.type == "cpu" else dtype
 
 
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Set PyTorch's precision of products in float32 (`torch.set_float32_matmul_precision`), and put it back.
+
+    Args:
+        precision: `highest`, `high` or `medium`, with which packed layers on a CPU multiply many tokens in bfloat16.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def check_disk_space(needed: int, directory: Path) -> None:
     """Refuse to begin what would not fit.
 

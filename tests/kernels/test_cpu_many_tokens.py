@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arbllm.device import float32_precision
 from arbllm.kernels import cpu
 from tests.helpers import in_segments, random_matrix
 from tests.kernels.cpu_products import inputs, relative_error
@@ -31,10 +32,8 @@ def _fused():
 
 @pytest.fixture
 def medium():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with float32_precision("medium"):
+        yield
 
 
 @pytest.mark.parametrize("rows", [1, 64, 130])
@@ -58,9 +57,8 @@ def test_float32_is_rounded_only_where_that_is_allowed(kind, medium):
     rounded = cpu.multiply(x, prepared, 70)
     assert rounded.dtype == torch.float32
     assert 1e-4 < relative_error(rounded, expected) < ROUNDING
-    torch.set_float32_matmul_precision("highest")
-    assert relative_error(cpu.multiply(x, prepared, 70), expected) < 1e-6
-    torch.set_float32_matmul_precision("medium")
+    with float32_precision("highest"):
+        assert relative_error(cpu.multiply(x, prepared, 70), expected) < 1e-6
     assert relative_error(cpu.multiply(x, prepared, 70, exact=True), expected) < 1e-6
 
 

@@ -141,9 +141,8 @@ def opened(path: Path, threads: int) -> Callable[[int, bool], None]:
     def decode(tokens: int, anew: bool) -> None:
         if anew:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        if llama_cpp.llama_decode(
-            context, llama_cpp.llama_batch_get_one((ctypes.c_int32 * tokens)(*[1] * tokens), tokens)
-        ):
+        text = (ctypes.c_int32 * tokens)(*[1] * tokens)  # of which a batch is a view
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(text, tokens)):
             raise SystemExit(f"llama.cpp could not decode {path.name}")
 
     return decode

@@ -14,8 +14,13 @@
 namespace arbllm {
 namespace {
 
-constexpr int SLAB = 256;  // tokens at a time, whose inputs for a panel, and sums, the second cache holds
 constexpr int MOST_TOGETHER = 6;  // tokens whose sums are in registers
+constexpr int MOST_OF_PART = 42 * MOST_TOGETHER;  // tokens whose inputs for a panel, and sums, the second cache holds
+constexpr int LEAST_OF_PART = 6 * MOST_TOGETHER;  // for which a panel is worth its while
+constexpr int MOST_AT_ONCE = 1024;  // tokens whose inputs are in memory
+constexpr int64_t PIECES = 6;  // of work for a thread, at least, if parts may be so small
+
+int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
 // Octets of some columns that are in one panel.
 struct Piece {
@@ -69,10 +74,10 @@ struct Chunks {
     }
 };
 
-// sums += weights times the inputs (octets, TOKENS, 8), for four vectors of rows; `ahead` are inputs of the next chunk.
-// Unless told to unroll early, GCC keeps the sums in memory.
+// sums += weights times the inputs (octets, TOKENS, 8), for four vectors of rows, or = if they begin with that; `ahead`
+// are inputs of the next chunk. Unless told to unroll early, GCC keeps the sums in memory.
 template <int TOKENS>
-void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t* x, const uint16_t* ahead,
+void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t* x, const uint16_t* ahead, bool begins,
                 RowSums* sums) {
     constexpr int COLUMNS = OCTET / HALVES;
     __m512 found[TOKENS][TOGETHER];
@@ -80,7 +85,7 @@ void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t*
     for (int t = 0; t < TOKENS; ++t) {
 #pragma GCC unroll 4
         for (int v = 0; v < TOGETHER; ++v) {
-            found[t][v] = _mm512_load_ps(sums[t] + 16 * (first + v));
+            found[t][v] = begins ? _mm512_setzero_ps() : _mm512_load_ps(sums[t] + 16 * (first + v));
         }
     }
     for (int i = 0; i < octets; ++i) {
@@ -114,17 +119,17 @@ void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t*
     }
 }
 
-// The same for any number of tokens and all rows.
-void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t tokens, RowSums* sums) {
-    using Add = void (*)(const HalfPanel&, int, int, const uint16_t*, const uint16_t*, RowSums*);
+// The same for any number of tokens and all rows; inputs of the next chunk are `next` numbers after those of this.
+void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t next, int64_t tokens, bool begins,
+                RowSums* sums) {
+    using Add = void (*)(const HalfPanel&, int, int, const uint16_t*, const uint16_t*, bool, RowSums*);
     static constexpr Add by_count[] = {nullptr,       add_tokens<1>, add_tokens<2>, add_tokens<3>,
                                        add_tokens<4>, add_tokens<5>, add_tokens<6>};
-    const int64_t chunk = OCTET * octets * tokens;
     for (int half = 0; half < VECTORS / TOGETHER; ++half) {
         for (int64_t token = 0; token < tokens; token += MOST_TOGETHER) {
             const uint16_t* own = x + OCTET * octets * token;
             const auto count = std::min<int64_t>(MOST_TOGETHER, tokens - token);
-            by_count[count](panel[half], TOGETHER * half, octets, own, own + chunk, sums + token);
+            by_count[count](panel[half], TOGETHER * half, octets, own, own + next, begins, sums + token);
         }
     }
 }
@@ -133,19 +138,28 @@ void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t t
 struct Workspace {
     HalfPanel panel[VECTORS / TOGETHER];
     WideFactors rows[MOST_SIGNS];
-    alignas(64) RowSums sums[SLAB];
-    alignas(64) float y[SLAB][LANES];
+    alignas(64) RowSums sums[MOST_OF_PART];
+    alignas(64) float y[MOST_OF_PART][LANES];
 };
 
-// One multiplication of at most SLAB tokens, as its threads see it.
+// Tokens in parts: as many of them as keep all threads busy to the end, whole groups of those that go together.
+int64_t part_of(int64_t tokens, int64_t blocks, int threads) {
+    const int64_t wanted = std::max(quotient(tokens, MOST_OF_PART), quotient(PIECES * threads, blocks));
+    const int64_t parts = std::max<int64_t>(1, std::min(wanted, std::max(tokens / LEAST_OF_PART, quotient(tokens, MOST_OF_PART))));
+    return MOST_TOGETHER * quotient(quotient(tokens, parts), MOST_TOGETHER);
+}
+
+// One multiplication of at most MOST_AT_ONCE tokens, as its threads see it: first what all inputs become, then block by
+// block and part by part of the tokens.
 class ManyTokens {
   public:
-    ManyTokens(const Prepared& prepared, const Activations& activations)
+    ManyTokens(const Prepared& prepared, const Activations& activations, int threads)
         : prepared_(prepared),
           activations_(activations),
           chunks_(prepared),
-          tokens_(activations.tokens),
-          blocks_(prepared.blocks()) {
+          part_(part_of(activations.tokens, prepared.blocks(), threads)),
+          groups_(quotient(activations.tokens, MOST_TOGETHER)),
+          pieces_(prepared.blocks() * quotient(activations.tokens, part_)) {
         const int64_t columns = chunks_.octets * OCTET, dense = prepared.header->dense;
         static thread_local OwnVector<uint8_t> memory;
         const size_t bytes = activations.tokens * (2 * columns + 4 * dense) + 64;
@@ -160,16 +174,20 @@ class ManyTokens {
     static void run(void* argument) {
         auto& product = *static_cast<ManyTokens*>(argument);
         OwnVector<float> x(product.prepared_.header->columns);
-        for (int64_t token; (token = product.tokens_.next()) >= 0; product.tokens_.done()) {
-            product.round(token, x.data());
+        for (int64_t group; (group = product.groups_.next()) >= 0; product.groups_.done()) {
+            const int64_t first = MOST_TOGETHER * group;
+            for (int64_t token = first; token < first + product.together(first); ++token) {
+                product.round(token, x.data());
+            }
         }
-        product.tokens_.wait();
+        product.groups_.wait();
         static thread_local std::unique_ptr<Workspace> workspace;
         if (!workspace) {
             workspace.reset(new Workspace);
         }
-        for (int64_t block; (block = product.blocks_.next()) >= 0;) {
-            product.multiply(block, *workspace);
+        const int64_t blocks = product.prepared_.blocks();
+        for (int64_t piece; (piece = product.pieces_.next()) >= 0;) {
+            product.multiply(piece % blocks, product.part_ * (piece / blocks), *workspace);
         }
     }
 
@@ -235,45 +253,45 @@ class ManyTokens {
         }
     }
 
-    void multiply(int64_t number, Workspace& space) const {
+    // One block and the part of the tokens that begins with `first`.
+    void multiply(int64_t number, int64_t first, Workspace& space) const {
         const BlockPlace at{number / TILE_BLOCKS, number % TILE_BLOCKS};
-        const int64_t tokens = activations_.tokens;
+        const int64_t tokens = std::min(part_, activations_.tokens - first);
         std::fill_n(space.y[0], LANES * tokens, 0.0f);
         for (const Chunk& chunk : chunks_.all) {
             fill(chunk, at, space);
-            if (chunk.begins) {
-                std::memset(space.sums, 0, tokens * sizeof(RowSums));
-            }
-            add_tokens(space.panel, chunk.octets, &inputs_[inputs_at(chunk, 0)], tokens, space.sums);
+            const int64_t next = OCTET * chunk.octets * activations_.tokens;
+            const uint16_t* x = inputs_ + inputs_at(chunk, first);
+            add_tokens(space.panel, chunk.octets, x, next, tokens, chunk.begins, space.sums);
             if (chunk.ends) {
-                add_run(*chunks_.columns[chunks_.pieces[chunk.first_piece].columns].passes, at, space);
+                add_run(*chunks_.columns[chunks_.pieces[chunk.first_piece].columns].passes, at, tokens, space);
             }
         }
-        add_dense(at, space);
+        add_dense(at, first, tokens, space);
         const int64_t row = LANES * number, rows = std::min<int64_t>(LANES, prepared_.header->rows - row);
         for (int64_t token = 0; token < tokens; ++token) {
-            write(activations_, token * prepared_.header->rows + row, space.y[token], rows);
+            write(activations_, (first + token) * prepared_.header->rows + row, space.y[token], rows);
         }
     }
 
     // y += sums, times the row factors that are not in weights.
-    void add_run(const Pass& pass, BlockPlace at, Workspace& space) const {
+    void add_run(const Pass& pass, BlockPlace at, int64_t tokens, Workspace& space) const {
         float ones[LANES];
         std::fill_n(ones, LANES, 1.0f);
         const float* const factors = pass.trellis ? prepared_.factors_of(at.tile, at.block, pass) : ones;
         auto* const add = !pass.trellis              ? add_rows<false, false>
                           : pass.planes < MOST_TERMS ? add_rows<true, true>
                                                      : add_rows<true, false>;
-        for (int64_t token = 0; token < activations_.tokens; ++token) {
+        for (int64_t token = 0; token < tokens; ++token) {
             add(space.sums[token], factors, space.y[token]);
         }
     }
 
-    void add_dense(BlockPlace at, Workspace& space) const {
+    void add_dense(BlockPlace at, int64_t first, int64_t tokens, Workspace& space) const {
         const float* dense = prepared_.dense_of(at.tile, at.block);
         const int64_t count = prepared_.header->dense;
-        for (int64_t token = 0; token < activations_.tokens; ++token) {
-            const float* x = dense_ + token * count;
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float* x = dense_ + (first + token) * count;
             for (int64_t j = 0; j < count; ++j) {
                 for (int r = 0; r < LANES; ++r) {
                     space.y[token][r] += x[j] * dense[LANES * j + r];
@@ -285,7 +303,8 @@ class ManyTokens {
     const Prepared& prepared_;
     const Activations& activations_;
     const Chunks chunks_;
-    Claims tokens_, blocks_;
+    const int64_t part_;  // tokens
+    Claims groups_, pieces_;
     uint16_t* inputs_;  // chunk by chunk
     float* dense_;  // (tokens, columns), of those that are dense
 };
@@ -294,12 +313,12 @@ void multiply_many(const Prepared& prepared, const Activations& activations, int
     const auto bytes = [&](const void* from, int64_t items) {
         return static_cast<const uint8_t*>(from) + items * (activations.number == Number::float32 ? 4 : 2);
     };
-    for (int64_t first = 0; first < activations.tokens; first += SLAB) {
+    for (int64_t first = 0; first < activations.tokens; first += MOST_AT_ONCE) {
         Activations own = activations;
         own.x = bytes(activations.x, first * activations.stride);
         own.y = const_cast<uint8_t*>(bytes(activations.y, first * prepared.header->rows));
-        own.tokens = std::min<int64_t>(SLAB, activations.tokens - first);
-        ManyTokens product(prepared, own);
+        own.tokens = std::min<int64_t>(MOST_AT_ONCE, activations.tokens - first);
+        ManyTokens product(prepared, own, threads);
         in_parallel(threads, &ManyTokens::run, &product);
     }
 }

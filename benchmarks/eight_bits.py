@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import arbllm.integrations.transformers  # noqa: F401  so that transformers knows packed models
-from arbllm.kernels.cpu import instruction_sets, most_tokens
+from arbllm.device import float32_precision
+from arbllm.kernels.cpu import instruction_sets, most_tokens, native_module
 from arbllm.model.perplexity import cut_windows
 from arbllm.nn import BinaryLinear
 from arbllm.text import evaluation_tokens
@@ -65,11 +66,11 @@ def main() -> None:
     exact = perplexity(model, windows, together, exact=True)
     rows: Rows = [("float32", f"{exact:.3f}", "")]
     ways = {f"8 bits, {together} tokens at a time": together, "8 bits, one token at a time": 1}
-    if options.window_length > together:
+    if native_module().MULTIPLIES_BFLOAT16 and options.window_length > together:
         ways["bfloat16, a window at a time"] = options.window_length
-    torch.set_float32_matmul_precision("medium")
     for way, count in ways.items():
-        rounded = perplexity(model, windows, count, exact=False)
+        with float32_precision("medium" if count > together else "highest"):
+            rounded = perplexity(model, windows, count, exact=False)
         rows.append((way, f"{rounded:.3f}", f"{rounded / exact - 1:+.2%}"))
     console.print(as_table(HEADINGS, rows))
     if options.page:

@@ -112,7 +112,7 @@ void bind_lookup(nb::module_& module) {
             "Write the matrix as the kernels want it, to an address divisible by 64.");
 
     module.def("most_tokens", [](int set) { return chosen(set).most_tokens; }, nb::arg("instruction_set"),
-               "That `multiply` multiplies in 8 bits.");
+               "That `multiply` multiplies in 8 bits, or in bfloat16 if that is faster.");
 
     module.def("takes_more", [](int set) { return chosen(set).takes_more; }, nb::arg("instruction_set"),
                "Whether `multiply` takes more tokens than that, which it multiplies in bfloat16.");

@@ -33,6 +33,13 @@ struct Ordering {
     }
 };
 
+struct Named {
+    const char* name;
+    const Kernel* (*kernel)();
+};
+constexpr Named KERNELS[] = {
+    {"avx512", kernel_avx512}, {"avx2", kernel_avx2}, {"neon", kernel_neon}, {"portable", kernel_portable}};
+
 }  // namespace
 
 void put_in_order(const Prepared& prepared, const Activations& activations, int threads) {
@@ -45,9 +52,10 @@ const Kernel* kernel_named(const char* name) {
         if (supported != name) {
             continue;
         }
-        for (const Kernel* kernel : {kernel_avx512(), kernel_avx2(), kernel_neon(), kernel_portable()}) {
-            if (kernel && !std::strcmp(kernel->name, name)) {
-                return kernel;
+        // Only those that this processor runs are asked for: what they say is compiled for it.
+        for (const auto& [known, kernel] : KERNELS) {
+            if (!std::strcmp(known, name)) {
+                return kernel();
             }
         }
     }

@@ -165,8 +165,8 @@ struct Activations {
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
-    int most_tokens;  // of a product in 8 bits
-    bool takes_more;  // whether it multiplies more, then in bfloat16
+    int most_tokens;  // of a product in 8 bits; columns with groups may be in bfloat16 for fewer
+    bool takes_more;  // whether it multiplies more, in bfloat16
     void (*multiply)(const Prepared&, const Activations&, int threads);
     // Blocks [first, last) of W^T in the prepared order: (columns, 64 * (last - first)), rows beyond n being 0.
     void (*unpack)(const Prepared&, int64_t first, int64_t last, void* to, Number number, int threads);

@@ -1,10 +1,9 @@
 // Products of many tokens: a block of 64 rows becomes panels of bfloat16, each of which stays in the caches while all
-// tokens are multiplied by it. Inputs and weights are rounded to bfloat16, sums are in float32.
+// tokens are multiplied by it. What is multiplied is rounded to bfloat16, but for the dense columns; sums are in float32.
 #include "lookup_many.h"
 
 #ifdef __AVX512BF16__
 #include <algorithm>
-#include <memory>
 
 #include "lookup_dots_avx512.h"
 #include "lookup_kernel.h"
@@ -75,7 +74,7 @@ struct Chunks {
 };
 
 // sums += weights times the inputs (octets, TOKENS, 8), for four vectors of rows, or = if they begin with that; `ahead`
-// are inputs of the next chunk. Unless told to unroll early, GCC keeps the sums in memory.
+// is asked for meanwhile. Unless told to unroll early, GCC keeps the sums in memory.
 template <int TOKENS>
 void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t* x, const uint16_t* ahead, bool begins,
                 RowSums* sums) {
@@ -119,7 +118,8 @@ void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t*
     }
 }
 
-// The same for any number of tokens and all rows; inputs of the next chunk are `next` numbers after those of this.
+// The same for any number of tokens and all rows; after these inputs, those `next` numbers later on
+// will be wanted.
 void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t next, int64_t tokens, bool begins,
                 RowSums* sums) {
     using Add = void (*)(const HalfPanel&, int, int, const uint16_t*, const uint16_t*, bool, RowSums*);
@@ -159,7 +159,10 @@ class ManyTokens {
           chunks_(prepared),
           part_(part_of(activations.tokens, prepared.blocks(), threads)),
           groups_(quotient(activations.tokens, MOST_TOGETHER)),
-          pieces_(prepared.blocks() * quotient(activations.tokens, part_)) {
+          pieces_(prepared.blocks() * quotient(activations.tokens, part_)),
+          workers_(threads),
+          read_(threads * prepared.header->columns),
+          spaces_(workspaces(threads)) {
         const int64_t columns = chunks_.octets * OCTET, dense = prepared.header->dense;
         static thread_local OwnVector<uint8_t> memory;
         const size_t bytes = activations.tokens * (2 * columns + 4 * dense) + 64;
@@ -173,25 +176,31 @@ class ManyTokens {
 
     static void run(void* argument) {
         auto& product = *static_cast<ManyTokens*>(argument);
-        OwnVector<float> x(product.prepared_.header->columns);
+        const int64_t worker = product.workers_.next();
+        float* const x = product.read_.data() + worker * product.prepared_.header->columns;
         for (int64_t group; (group = product.groups_.next()) >= 0; product.groups_.done()) {
             const int64_t first = MOST_TOGETHER * group;
             for (int64_t token = first; token < first + product.together(first); ++token) {
-                product.round(token, x.data());
+                product.round(token, x);
             }
         }
         product.groups_.wait();
-        static thread_local std::unique_ptr<Workspace> workspace;
-        if (!workspace) {
-            workspace.reset(new Workspace);
-        }
         const int64_t blocks = product.prepared_.blocks();
         for (int64_t piece; (piece = product.pieces_.next()) >= 0;) {
-            product.multiply(piece % blocks, product.part_ * (piece / blocks), *workspace);
+            product.multiply(piece % blocks, product.part_ * (piece / blocks), product.spaces_[worker]);
         }
     }
 
   private:
+    // All memory is taken before threads begin, which must not throw.
+    static Workspace* workspaces(int count) {
+        static thread_local OwnVector<Workspace> spaces;
+        if (static_cast<int>(spaces.size()) < count) {
+            spaces = OwnVector<Workspace>(count);
+        }
+        return spaces.data();
+    }
+
     // Inputs of a chunk are (octets, 6, 8) of six tokens, then of the next six, and so on.
     int64_t inputs_at(const Chunk& chunk, int64_t token) const {
         const int64_t place = token % MOST_TOGETHER;
@@ -304,7 +313,9 @@ class ManyTokens {
     const Activations& activations_;
     const Chunks chunks_;
     const int64_t part_;  // tokens
-    Claims groups_, pieces_;
+    Claims groups_, pieces_, workers_;
+    OwnVector<float> read_;  // (threads, columns): a token's inputs
+    Workspace* const spaces_;  // of each thread
     uint16_t* inputs_;  // chunk by chunk
     float* dense_;  // (tokens, columns), of those that are dense
 };
@@ -318,8 +329,10 @@ void multiply_many(const Prepared& prepared, const Activations& activations, int
         own.x = bytes(activations.x, first * activations.stride);
         own.y = const_cast<uint8_t*>(bytes(activations.y, first * prepared.header->rows));
         own.tokens = std::min<int64_t>(MOST_AT_ONCE, activations.tokens - first);
-        ManyTokens product(prepared, own, threads);
-        in_parallel(threads, &ManyTokens::run, &product);
+        const int64_t work = prepared.header->rows * prepared.header->columns * own.tokens;
+        const int used = work < SMALL ? 1 : threads;
+        ManyTokens product(prepared, own, used);
+        in_parallel(used, &ManyTokens::run, &product);
     }
 }
 

@@ -48,12 +48,12 @@ ptrdiff_t place_of(int32_t mask, int terms) {
     return found - masks;
 }
 
-// Between 1 and 2, as bfloat16 has as many numbers between each two powers of 2.
+// Between 1/2 and 1, since bfloat16 has as many numbers between any two powers of 2.
 void find_half_unit(Pass& pass, int count) {
     constexpr int TRIED = 64;
     float least = std::numeric_limits<float>::infinity();
     for (int i = 0; i < TRIED; ++i) {
-        const float unit = 1.0f + static_cast<float>(i) / TRIED;
+        const float unit = 1.0f - 0.5f * static_cast<float>(i) / TRIED;
         float error = 0.0f;
         for (int number = 0; number < count; ++number) {
             const float lost = pass.levels[number] - unit * widened(narrowed(pass.levels[number] / unit));

@@ -11,7 +11,10 @@ for source in lookup*.cpp rows*.cpp prepare.cpp memory.cpp processor.cpp paralle
     case $("$1" -dumpmachine)/$source in
     x86_64*/*_avx2.cpp) options="-mavx2 -mfma -mf16c" ;;
     x86_64*/*_avx512.cpp) options=$avx512 ;;
-    x86_64*/*_avx512bf16.cpp) options="$avx512 -mavx512bf16" ;;
+    x86_64*/*_avx512bf16.cpp)
+        options=$avx512
+        ! "$1" -mavx512bf16 -fsyntax-only -x c++ /dev/null 2>/dev/null || options="$avx512 -mavx512bf16"
+        ;;
     *) options="" ;;
     esac
     # shellcheck disable=SC2086

@@ -50,7 +50,7 @@ def multiply(
     """y = x W^T for at most `most_tokens(instruction_set)` tokens, or any number of them: see `takes_more`."""
 
 def most_tokens(instruction_set: int) -> int:
-    """That `multiply` multiplies in 8 bits."""
+    """That `multiply` multiplies in 8 bits, or in bfloat16 if that is faster."""
 
 def takes_more(instruction_set: int) -> bool:
     """Whether `multiply` takes more tokens than that, which it multiplies in bfloat16."""

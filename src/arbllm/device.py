@@ -51,6 +51,9 @@ def float32_precision(precision: str) -> Iterator[None]:
 
     Args:
         precision: `highest`, `high` or `medium`, with which packed layers on a CPU multiply many tokens in bfloat16.
+
+    Raises:
+        RuntimeError: PyTorch's newer settings (`torch.backends.fp32_precision` and the like) were used before.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

@@ -55,11 +55,11 @@ class BinaryLinear(PackedModule):
         bias: float (n), or None.
         transposed: whether the layer took the place of a `Conv1D`, which stores its weight as (m, n). W is (n, m) here
             all the same; only an export to the dense form needs to know.
-        exact: whether a CPU computes in float32 throughout. If not, inputs of up to 16 tokens, 64 with AVX-512, are
-            multiplied in 8 bits, which is several times faster, and longer ones in bfloat16 where the processor can, if
-            they are of that or `torch.set_float32_matmul_precision("medium")` allows it. On a GPU, whether levels of a
-            trellis are as they are, which they are not, but in 8 bits, for less than some hundreds of tokens. May be
-            set on the class, for all layers.
+        exact: whether a CPU computes in float32 throughout, as PyTorch does. If not, inputs of up to 16 tokens, 64 with
+            AVX-512, are rounded to 8 bits or to bfloat16, which is several times faster, and longer ones to bfloat16
+            where the processor multiplies that, if they are of it or `torch.set_float32_matmul_precision("medium")`
+            allows it. On a GPU, whether levels of a trellis are as they are, which they are not, but in 8 bits, for
+            less than some hundreds of tokens. May be set on the class, for all layers.
     """
 
     bias: nn.Parameter | None

@@ -190,7 +190,7 @@ def test_any_number_of_tokens(tokens, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("least", "tokens"), [(1, 11), (2, 9), (17, 64)])
+@pytest.mark.parametrize(("least", "tokens"), [(1, 16), (2, 9), (17, 64)])
 def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
     """Of as many tokens as are multiplied in one way."""
     number = cpu.instruction_set_number(instruction_set)
@@ -198,6 +198,8 @@ def test_tokens_do_not_disturb_each_other(instruction_set, kind, least, tokens):
         pytest.skip("so many tokens are multiplied exactly")
     if instruction_set == "avx512" and kind == "trellis" and least == 1:
         pytest.skip("one token is multiplied in another way than several")
+    if instruction_set == "avx512" and least == 1:
+        tokens = 11  # more of columns with groups are multiplied in another way
     prepared, x = cpu.prepare(KINDS[kind]()), inputs(tokens, 320)
     together = cpu.multiply(x, prepared, 70, instruction_set=instruction_set)
     for token, row in zip(x, together, strict=True):

@@ -2,9 +2,9 @@
 
 How a matrix is prepared for it, and what it computes, is described in csrc/lookup.h. Up to `most_tokens` tokens, and
 where an exact product is not asked for, entries of tables or activations are rounded to 8 bits, which makes an error of
-under 1 % of the output. More tokens are multiplied in bfloat16, as a dense layer would, if they are given so, or in
-float32 and `torch.set_float32_matmul_precision("medium")` allows it: from the bits as well where the kernel has
-instructions for that, else as all others are, by tiles of the unpacked weight.
+under 1 % of the output, or, where that is faster, factors to bfloat16. More tokens are multiplied in bfloat16, as a
+dense layer would, if they are given so, or in float32 and PyTorch's settings allow it (`rounds_many`): from the bits as
+well where the kernel has instructions for that, else as all others are, by tiles of the unpacked weight.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def instruction_sets() -> list[str]:
 
 @cache
 def most_tokens(instruction_set: int = 0) -> int:
-    """Tokens that are multiplied in 8 bits, by the number of `instruction_set_number`; the best one's by default."""
+    """Tokens that may be rounded whatever their dtype, by the number of an instruction set; the best one by default."""
     return int(native_module().most_tokens(instruction_set))
 
 
@@ -73,8 +73,17 @@ def takes_more(instruction_set: int = 0) -> bool:
 
 
 def rounds_many(dtype: torch.dtype) -> bool:
-    """Whether inputs of this dtype, more than `most_tokens`, may be rounded to bfloat16."""
-    return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    """Whether inputs of this dtype, more than `most_tokens`, may be rounded to bfloat16.
+
+    Those in float32 after `torch.set_float32_matmul_precision("medium")`, or where the newer setting of PyTorch's
+    products on a CPU, `torch.backends.mkldnn.matmul.fp32_precision`, is `bf16`.
+    """
+    if dtype == torch.bfloat16:
+        return True
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # a newer setting was made, which the older one does not tell
+        return bool(torch.backends.mkldnn.matmul.fp32_precision == "bf16")  # type: ignore[attr-defined]  # made late
 
 
 def prepare(matrix: BinaryMatrix) -> Tensor:
@@ -225,7 +234,7 @@ def _compute(x: Tensor, prepared: Tensor, rows: int, exact: bool, instruction_se
     if not tokens:
         order(prepared, x.shape[1])  # refuses another width
     if exact or tokens > most_tokens(instruction_set):
-        half = not exact and rounds_many(x.dtype) and native_module().MULTIPLIES_BFLOAT16
+        half = not exact and native_module().MULTIPLIES_BFLOAT16 and rounds_many(x.dtype)
         if not (half and takes_more(instruction_set)):
             return _by_tiles(x, prepared, rows, torch.bfloat16 if half else torch.float32, instruction_set)
     if x.stride(1) != 1:

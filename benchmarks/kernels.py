@@ -56,8 +56,8 @@ instead, which other jobs on the machine disturb less. Each run follows one of i
 products of one kind follow each other in a model, and all go through matrices of {cache} MB together, so that no weight
 comes from the cache. *Share of bandwidth* is the time of a streaming sum over the bytes of the packed tensors, with as
 many threads, over that of the product. *Error* is that of the output, inputs being normally distributed in bfloat16 and
-outputs rounded to it. Up to {most} tokens{groups} are multiplied from tables or activations of 8 bits, more in
-{many}.
+outputs rounded to it. Up to {most} tokens{groups} are multiplied from tables or activations of 8
+bits, more in {many}.
 
 {machine}
 
@@ -104,7 +104,7 @@ def main() -> None:
     if options.page:
         kernel, native = cpu.instruction_sets()[0], cpu.native_module()
         many = "bfloat16, for which this processor has instructions" if native.MULTIPLIES_BFLOAT16 else "float32"
-        groups = ", fewer of columns with groups" if cpu.takes_more() else ""
+        groups = ", fewer of columns with groups," if cpu.takes_more() else ""
         text = _SECTION.format(
             threads=options.threads, bits=options.bits, repeats=options.repeats, cache=CACHE_BYTES // 10**6,
             most=cpu.most_tokens(), groups=groups, many=many, kernel=kernel, machine=machine(),
@@ -135,7 +135,7 @@ def products(shape: tuple[int, int], batches: Sequence[int], bits: float, repeat
         cycle([dense.clone() for _ in range(1 + CACHE_BYTES // dense.nbytes)]) for dense in (weight, weight.bfloat16())
     )
     streams = cycle(
-        [torch.zeros(matrix.nbytes // 8, dtype=torch.int64) for _ in range(1 + CACHE_BYTES // matrix.nbytes)]
+        [torch.ones(matrix.nbytes // 8, dtype=torch.int64) for _ in range(1 + CACHE_BYTES // matrix.nbytes)]
     )
     table: Rows = []
     for tokens in batches:

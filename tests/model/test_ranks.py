@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from torch import nn
 from arbllm.errors import ConfigError, ModelError, RankError
 from arbllm.format.checkpoint import verify
 from arbllm.model.capture import InputGroup
-from arbllm.model.ranks import Ranks, assign_owners, solve_cost
+from arbllm.model.ranks import Ranks, _heeding_torchrun, assign_owners, solve_cost
 from arbllm.model.walk import Linear
 from tests.model.rank_jobs import job, quantize_one_of, quantize_tiny, quantize_tiny_until, run_ranks
 from tests.tiny import save_tiny, save_tiny_mixture
@@ -143,6 +145,25 @@ def test_ranks_with_different_models_are_refused(dense, tmp_path):
     assert "rank 1: its model or versions of libraries differ from those of rank 0" in str(second)
     assert isinstance(first, RankError)
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_signal_does_not_disturb_who_has_noticed_already():
+    """While what a rank has begun is cleared away."""
+    before, cleared = signal.getsignal(signal.SIGTERM), []
+
+    def notice_and_clear():
+        try:
+            raise RankError("noticed")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleared.append(True)
+
+    try:
+        with pytest.raises(RankError, match="noticed"), _heeding_torchrun():
+            notice_and_clear()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert cleared
 
 
 def torchrun(dense, out):

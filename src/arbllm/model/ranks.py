@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,7 +278,9 @@ def _heeding_torchrun() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
     def stop(*_: object) -> None:
-        raise _alone(dist.get_rank())
+        # Who has noticed a broken connection before is not to be disturbed in what it tells and clears away.
+        if not isinstance(sys.exc_info()[1], RankError):
+            raise _alone(dist.get_rank())
 
     signal.signal(signal.SIGTERM, stop)
     try:

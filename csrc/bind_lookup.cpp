@@ -42,8 +42,8 @@ const Kernel& chosen(int number) {
 
 Number number(bool bfloat16) { return bfloat16 ? Number::bfloat16 : Number::float32; }
 
-Activations activations(uintptr_t x, uintptr_t y, int64_t tokens, int64_t stride, bool bfloat16) {
-    return {at<const void>(x), at<void>(y), tokens, stride, number(bfloat16)};
+Activations activations(uintptr_t x, uintptr_t y, int64_t tokens, int64_t stride, bool bfloat16, bool halves = false) {
+    return {at<const void>(x), at<void>(y), tokens, stride, number(bfloat16), halves};
 }
 
 Prepared opened(uintptr_t address, int64_t columns) {
@@ -112,26 +112,28 @@ void bind_lookup(nb::module_& module) {
             "Write the matrix as the kernels want it, to an address divisible by 64.");
 
     module.def("most_tokens", [](int set) { return chosen(set).most_tokens; }, nb::arg("instruction_set"),
-               "That `multiply` multiplies in 8 bits, or in bfloat16 if that is faster.");
+               "That `multiply` multiplies in 8 bits.");
 
     module.def("takes_more", [](int set) { return chosen(set).takes_more; }, nb::arg("instruction_set"),
-               "Whether `multiply` takes more tokens than that, which it multiplies in bfloat16.");
+               "Whether `multiply` takes more tokens than that, if these may be in bfloat16.");
 
     module.def(
         "multiply",
         [](uintptr_t prepared, uintptr_t x, uintptr_t y, int64_t tokens, int64_t columns, int64_t rows, int64_t stride,
-           bool bfloat16, int set, int threads) {
+           bool bfloat16, bool halves, int set, int threads) {
             const Kernel& kernel = chosen(set);
             const Prepared matrix = opened(prepared, columns);
             check(matrix.header->rows == rows);
-            if (tokens > kernel.most_tokens && !kernel.takes_more) {
+            if (tokens > kernel.most_tokens && !(kernel.takes_more && halves)) {
                 throw std::invalid_argument("too many tokens at a time: see most_tokens()");
             }
-            kernel.multiply(matrix, activations(x, y, tokens, stride, bfloat16), threads);
+            kernel.multiply(matrix, activations(x, y, tokens, stride, bfloat16, halves), threads);
         },
         nb::arg("prepared"), nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("columns"), nb::arg("rows"),
-        nb::arg("stride"), nb::arg("bfloat16"), nb::arg("instruction_set"), nb::arg("threads"),
-        nb::call_guard<nb::gil_scoped_release>(), "y = x W^T for at most `most_tokens(instruction_set)` tokens, or any number of them: see `takes_more`.");
+        nb::arg("stride"), nb::arg("bfloat16"), nb::arg("halves"), nb::arg("instruction_set"), nb::arg("threads"),
+        nb::call_guard<nb::gil_scoped_release>(),
+        "y = x W^T in 8 bits, for at most `most_tokens` tokens. With `halves`, in bfloat16 where that is faster, and where "
+        "the kernel `takes_more` for any number of them.");
 
     module.def(
         "put_in_order",

@@ -160,13 +160,14 @@ struct Activations {
     void* y;
     int64_t tokens, stride;
     Number number;
+    bool halves;  // whether factors may be rounded to bfloat16 in place of 8 bits, where that is faster
 };
 
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
-    int most_tokens;  // of a product in 8 bits; columns with groups may be in bfloat16 for fewer
-    bool takes_more;  // whether it multiplies more, in bfloat16
+    int most_tokens;  // of a product in 8 bits
+    bool takes_more;  // whether it multiplies more, if these may be in bfloat16
     void (*multiply)(const Prepared&, const Activations&, int threads);
     // Blocks [first, last) of W^T in the prepared order: (columns, 64 * (last - first)), rows beyond n being 0.
     void (*unpack)(const Prepared&, int64_t first, int64_t last, void* to, Number number, int threads);

@@ -23,7 +23,7 @@ bool has_groups(const Prepared& prepared) {
 void multiply_tokens(const Prepared& prepared, const Activations& activations, int threads) {
     static const Multiply many = many_tokens();
     const bool groups = has_groups(prepared);
-    if (many && activations.tokens > (groups ? MOST_GROUP_TOKENS : MOST_DOT_TOKENS)) {
+    if (many && activations.halves && activations.tokens > (groups ? MOST_GROUP_TOKENS : MOST_DOT_TOKENS)) {
         return many(prepared, activations, threads);
     }
     const int looked_up = groups ? MOST_TOKENS : 1;

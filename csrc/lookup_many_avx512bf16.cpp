@@ -144,8 +144,8 @@ struct Workspace {
 
 // Tokens in parts: as many of them as keep all threads busy to the end, whole groups of those that go together.
 int64_t part_of(int64_t tokens, int64_t blocks, int threads) {
-    const int64_t wanted = std::max(quotient(tokens, MOST_OF_PART), quotient(PIECES * threads, blocks));
-    const int64_t parts = std::max<int64_t>(1, std::min(wanted, std::max(tokens / LEAST_OF_PART, quotient(tokens, MOST_OF_PART))));
+    const int64_t fewest = quotient(tokens, MOST_OF_PART), most = std::max(fewest, tokens / LEAST_OF_PART);
+    const int64_t parts = std::clamp(quotient(PIECES * threads, blocks), fewest, most);
     return MOST_TOGETHER * quotient(quotient(tokens, parts), MOST_TOGETHER);
 }
 

@@ -158,7 +158,7 @@ std::vector<double> weights(const Example& example) {
 
 // Relative error of products of so many tokens, with normally distributed inputs.
 double product_error(const Packed& packed, const Prepared& prepared, const Kernel& kernel,
-                     const std::vector<double>& weight, int tokens) {
+                     const std::vector<double>& weight, int tokens, bool halves) {
     std::normal_distribution<float> normal;
     std::vector<float> x(tokens * packed.columns), y(tokens * packed.rows);
     double wrong = 0.0, size = 0.0;
@@ -166,7 +166,7 @@ double product_error(const Packed& packed, const Prepared& prepared, const Kerne
         for (auto& number : x) {
             number = normal(generator);
         }
-        kernel.multiply(prepared, {x.data(), y.data(), tokens, packed.columns, Number::float32}, 2);
+        kernel.multiply(prepared, {x.data(), y.data(), tokens, packed.columns, Number::float32, halves}, 2);
         for (int64_t i = 0; i < tokens * packed.rows; ++i) {
             const double* row = &weight[i % packed.rows * packed.columns];
             const double expected = std::inner_product(row, row + packed.columns, &x[i / packed.rows * packed.columns], 0.0);
@@ -205,9 +205,11 @@ bool check(const Example& example, const Kernel& kernel, const char* name) {
     const Prepared prepared(start);
     const auto weight = weights(example);
     double largest = 0.0;
-    for (const int tokens : TOKENS) {
-        if (tokens <= kernel.most_tokens || kernel.takes_more) {
-            largest = std::max(largest, product_error(packed, prepared, kernel, weight, tokens));
+    for (const bool halves : {false, true}) {
+        for (const int tokens : TOKENS) {
+            if (tokens <= kernel.most_tokens || (kernel.takes_more && halves)) {
+                largest = std::max(largest, product_error(packed, prepared, kernel, weight, tokens, halves));
+            }
         }
     }
     const double wide = unpacked_error<float>(packed, prepared, kernel, weight);

@@ -44,16 +44,20 @@ def multiply(
     rows: int,
     stride: int,
     bfloat16: bool,
+    halves: bool,
     instruction_set: int,
     threads: int,
 ) -> None:
-    """y = x W^T for at most `most_tokens(instruction_set)` tokens, or any number of them: see `takes_more`."""
+    """y = x W^T in 8 bits, for at most `most_tokens` tokens.
+
+    With `halves`, in bfloat16 where that is faster, and where the kernel `takes_more` for any number of them.
+    """
 
 def most_tokens(instruction_set: int) -> int:
-    """That `multiply` multiplies in 8 bits, or in bfloat16 if that is faster."""
+    """That `multiply` multiplies in 8 bits."""
 
 def takes_more(instruction_set: int) -> bool:
-    """Whether `multiply` takes more tokens than that, which it multiplies in bfloat16."""
+    """Whether `multiply` takes more tokens than that, if these may be in bfloat16."""
 
 def put_in_order(
     prepared: int, x: int, y: int, tokens: int, columns: int, stride: int, bfloat16: bool, threads: int

@@ -113,6 +113,18 @@ def test_dtypes_with_a_trellis(dtype):
         assert relative_error(y, reference.matmul(x.double(), matrix)) < allowed
 
 
+@pytest.mark.parametrize("features", FEATURES)
+def test_groups_in_eight_bits_where_bfloat16_is_no_choice(monkeypatch, instruction_set, features):
+    """As many tokens as other processors of the same instruction set multiply so."""
+    monkeypatch.setattr(cpu, "takes_more", lambda instruction_set: False)
+    matrix = random_matrix(130, 576, **FEATURES[features])
+    prepared, dense = cpu.prepare(matrix), matrix.dequantize()
+    for tokens in (12, 17, cpu.most_tokens(cpu.instruction_set_number(instruction_set))):
+        x = inputs(tokens, 576, seed=tokens)
+        error = relative_error(cpu.multiply(x, prepared, 130, instruction_set=instruction_set), x @ dense.T)
+        assert error < LARGEST_ERROR
+
+
 @pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("features", ["two groups", "means of four groups"])
 def test_many_tokens_by_unpacked_weights(monkeypatch, features, has_instructions):

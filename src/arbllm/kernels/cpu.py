@@ -255,6 +255,7 @@ def _from_bits(
         *sizes,
         stride,
         x.dtype == torch.bfloat16,
+        takes_more(instruction_set),
         instruction_set,
         torch.get_num_threads(),
     )

@@ -209,7 +209,7 @@ def overheads(calls: int = 50, loops: int = 200) -> tuple[float, float]:
     layer, x = BinaryLinear.from_matrix(matrix), torch.randn(1, 64)
     prepared, y, module = cpu.prepare(matrix), torch.empty(1, 64), cpu.native()
     assert module
-    addresses = prepared.data_ptr(), x.data_ptr(), y.data_ptr()
+    addresses, sizes = (prepared.data_ptr(), x.data_ptr(), y.data_ptr()), (1, 64, 64, 64)
 
     def seconds(call: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -219,7 +219,7 @@ def overheads(calls: int = 50, loops: int = 200) -> tuple[float, float]:
 
     with torch.inference_mode():
         whole = min(seconds(lambda: layer(x)) for _ in range(loops))
-        product = min(seconds(lambda: module.multiply(*addresses, 1, 64, 64, 64, False, 0, 1)) for _ in range(loops))
+        product = min(seconds(lambda: module.multiply(*addresses, *sizes, False, True, 0, 1)) for _ in range(loops))
     return 1e6 * whole, 1e6 * product
 
 

@@ -23,7 +23,7 @@ CONTEXT = 2048
 WARM_UP = 3
 
 Timer = Callable[[int], float]
-"""Seconds that so many tokens take."""
+"""Seconds of a run of so many tokens: of each where they are written one by one, of all where they are read at once."""
 
 
 def peers_of(

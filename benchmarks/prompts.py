@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 
@@ -22,7 +22,7 @@ from arbllm.device import float32_precision
 from arbllm.kernels import cpu
 from decode import DENSE, MEASURED_BLOCKS, PACKED, PACKED_ALL, SHAPES, make_model, whole_model
 from kernels import machine
-from llama_cpp_peer import NO_PEER, PEER, peers_of, reading
+from llama_cpp_peer import NO_PEER, PEER, Timer, peers_of, reading
 from sections import PERFORMANCE, write_section
 from solver import Rows, as_markdown, as_table
 
@@ -46,9 +46,6 @@ take turns; the spread is from the least to the greatest.
 
 `{command}` writes this section.
 """
-
-Reader = Callable[[int], float]
-"""Seconds that a prompt of so many tokens takes."""
 
 
 def main() -> None:
@@ -83,7 +80,7 @@ def main() -> None:
 def contest(name: str, bits: float, lengths: Sequence[int], repeats: int, threads: int) -> Rows:
     """A model dense in two dtypes, packed in two ways, one of them with less precision; and what llama.cpp does."""
     blocks = MEASURED_BLOCKS[name]
-    readers: dict[tuple[str, int], Reader] = {}
+    readers: dict[tuple[str, int], Timer] = {}
     for count in blocks:
         models = {linears: make_model(name, count, linears, bits) for linears in (*DENSE, PACKED, PACKED_ALL)}
         for linears, model in models.items():

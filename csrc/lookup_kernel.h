@@ -57,6 +57,16 @@ void write(const Activations& activations, int64_t at, const float* values, int6
     }
 }
 
+// y (64) += what the dense columns of a block add to its rows; x are the inputs of these columns.
+void add_dense(const Prepared& prepared, int64_t tile, int64_t block, const float* x, float* y) {
+    const float* dense = prepared.dense_of(tile, block);
+    for (int64_t j = 0; j < prepared.header->dense; ++j) {
+        for (int r = 0; r < LANES; ++r) {
+            y[r] += x[j] * dense[LANES * j + r];
+        }
+    }
+}
+
 // What Product wants to know of tokens' activations, here their tables.
 template <class V>
 class Lookups {
@@ -157,15 +167,8 @@ class Product {
             inputs_.add(p, spaces_.data(), tokens, tile, skipped, blocks, y);
         }
         for (int64_t block = 0; block < blocks; ++block) {
-            const float* dense = prepared_.dense_of(tile, skipped + block);
             for (int64_t token = 0; token < tokens; ++token) {
-                const float* x = x_[token] + header.dense_column;
-                float* to = y[token] + LANES * block;
-                for (int64_t j = 0; j < header.dense; ++j) {
-                    for (int r = 0; r < LANES; ++r) {
-                        to[r] += x[j] * dense[LANES * j + r];
-                    }
-                }
+                add_dense(prepared_, tile, skipped + block, x_[token] + header.dense_column, y[token] + LANES * block);
             }
         }
         const int64_t row = first * LANES, rows = std::min(blocks * LANES, header.rows - row);

@@ -118,8 +118,7 @@ void add_tokens(const HalfPanel& weights, int first, int octets, const uint16_t*
     }
 }
 
-// The same for any number of tokens and all rows; after these inputs, those `next` numbers later on
-// will be wanted.
+// The same for any number of tokens and all rows; inputs that will be wanted next are `next` numbers after these.
 void add_tokens(const HalfPanel* panel, int octets, const uint16_t* x, int64_t next, int64_t tokens, bool begins,
                 RowSums* sums) {
     using Add = void (*)(const HalfPanel&, int, int, const uint16_t*, const uint16_t*, bool, RowSums*);
@@ -276,9 +275,10 @@ class ManyTokens {
                 add_run(*chunks_.columns[chunks_.pieces[chunk.first_piece].columns].passes, at, tokens, space);
             }
         }
-        add_dense(at, first, tokens, space);
         const int64_t row = LANES * number, rows = std::min<int64_t>(LANES, prepared_.header->rows - row);
         for (int64_t token = 0; token < tokens; ++token) {
+            const float* x = dense_ + (first + token) * prepared_.header->dense;
+            add_dense(prepared_, at.tile, at.block, x, space.y[token]);
             write(activations_, (first + token) * prepared_.header->rows + row, space.y[token], rows);
         }
     }
@@ -293,19 +293,6 @@ class ManyTokens {
                                                      : add_rows<true, false>;
         for (int64_t token = 0; token < tokens; ++token) {
             add(space.sums[token], factors, space.y[token]);
-        }
-    }
-
-    void add_dense(BlockPlace at, int64_t first, int64_t tokens, Workspace& space) const {
-        const float* dense = prepared_.dense_of(at.tile, at.block);
-        const int64_t count = prepared_.header->dense;
-        for (int64_t token = 0; token < tokens; ++token) {
-            const float* x = dense_ + (first + token) * count;
-            for (int64_t j = 0; j < count; ++j) {
-                for (int r = 0; r < LANES; ++r) {
-                    space.y[token][r] += x[j] * dense[LANES * j + r];
-                }
-            }
         }
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -35,8 +36,6 @@ def generate(
     `arbllm generate smollm2-packed "The moon is" --temperature 0.8 --seed 3 --repetition-penalty 1.1`
     """
     with command(debug):
-        import torch
-
         from arbllm.device import choose_device, evaluation_dtype, float32_precision
         from arbllm.evaluation.generate import generate as run
         from arbllm.measure import measure
@@ -54,7 +53,7 @@ def generate(
 
         # So that packed models read long prompts several times as fast; their weights have fewer digits anyway.
         medium = dtype == "auto" and chosen.type == "cpu"
-        with measure() as measured, float32_precision("medium" if medium else torch.get_float32_matmul_precision()):
+        with measure() as measured, float32_precision("medium") if medium else nullcontext():
             text = run(
                 opened,
                 tokenizer,
